@@ -1,0 +1,1 @@
+"""Layer contents as change lists."""

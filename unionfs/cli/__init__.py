@@ -1,0 +1,1 @@
+"""The commands people and engines run."""
