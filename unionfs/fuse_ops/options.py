@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from unionfs.fuse_ops.idmap import IdMap
 
 
 class RedirectMode(Enum):
-    """What happens to directories that are renamed although a lower layer has them (kernel: ``redirect_dir``)."""
+    """What a rename does to a directory that a lower layer has too (kernel: ``redirect_dir``)."""
 
     ON = "on"  # rename them, and follow redirects found in layers
     FOLLOW = "follow"  # EXDEV for renames, redirects found in layers are followed
@@ -36,8 +36,8 @@ class MountOptions:
     datadirs: tuple[str, ...] = ()
     upperdir: str | None = None
     workdir: str | None = None
-    uid_map: IdMap = IdMap()
-    gid_map: IdMap = IdMap()
+    uid_map: IdMap = field(default_factory=IdMap)
+    gid_map: IdMap = field(default_factory=IdMap)
     squash_uid: int | None = None
     squash_gid: int | None = None
     static_nlink: bool = False
