@@ -1,0 +1,171 @@
+"""Whether two entries are the same as far as a change list is concerned."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from unionfs.archive.overlay_view import (
+    FUSE_OVERLAYFS_PREFIX,
+    OVERLAY_XATTR_PREFIXES,
+    Node,
+    Place,
+    entry_path,
+    get_xattr,
+    list_xattrs,
+)
+
+CAPABILITY_XATTR = "security.capability"
+
+Same = Callable[[Node, Node], bool]
+"""Compares two nodes of the same name that are not the same object; children of directories do not count."""
+
+_NS_PER_S = 1_000_000_000
+_COMPARE_BYTES = 1 << 20
+_COMPARED_NAMESPACES = ("user.", "trusted.", "system.posix_acl_")
+
+
+def naive_same(all_xattrs: bool) -> Same:
+    """The comparison for two complete trees (moby's ``ChangesDirs``; spec section 1.8).
+
+    Two mtimes count as equal when they are, or when they are in the same second and one of them has no
+    fraction: an archive carries whole seconds. Differs from moby in one point: symlinks that agree in
+    everything else are compared by target too (moby#31805).
+
+    Args:
+        all_xattrs: compare user, trusted and ACL xattrs too, instead of ``security.capability`` only.
+    """
+
+    def same(new: Node, old: Node) -> bool:
+        a, b = new.stat, old.stat
+        if not _same_metadata(a, b):
+            return False
+        if not stat.S_ISDIR(a.st_mode) and (a.st_size != b.st_size or not _same_mtime(a.st_mtime_ns, b.st_mtime_ns)):
+            return False
+        if stat.S_ISLNK(a.st_mode) and _target(new) != _target(old):
+            return False
+        return _xattrs(new, all_xattrs) == _xattrs(old, all_xattrs)
+
+    return same
+
+
+def exact_same(new: Node, old: Node) -> bool:
+    """The comparison for an entry of an upper directory with what it covers.
+
+    Nanosecond mtimes, all xattrs that belong to the entry, symlink targets, and at last the contents, so that an
+    edit that keeps size and mtime is seen, and a file that was copied up but never changed is not listed.
+    """
+    a, b = new.stat, old.stat
+    if not _same_metadata(a, b):
+        return False
+    if not stat.S_ISDIR(a.st_mode) and (a.st_size != b.st_size or a.st_mtime_ns != b.st_mtime_ns):
+        return False
+    if _xattrs(new, True) != _xattrs(old, True):
+        return False
+    if stat.S_ISLNK(a.st_mode):
+        return _target(new) == _target(old)
+    if stat.S_ISREG(a.st_mode):
+        return _same_contents(new, old)
+    return True
+
+
+def _same_metadata(a: os.stat_result, b: os.stat_result) -> bool:
+    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return False
+    # Only of a device is st_rdev defined.
+    return not (stat.S_ISCHR(a.st_mode) or stat.S_ISBLK(a.st_mode)) or a.st_rdev == b.st_rdev
+
+
+def _same_mtime(a_ns: int, b_ns: int) -> bool:
+    if a_ns == b_ns:
+        return True
+    return a_ns // _NS_PER_S == b_ns // _NS_PER_S and (a_ns % _NS_PER_S == 0 or b_ns % _NS_PER_S == 0)
+
+
+def _parent_fd(place: Place) -> tuple[int, bytes]:
+    parent, _, name = place.rel.rpartition(b"/")
+    return place.layer.open(parent, os.O_PATH | os.O_DIRECTORY), name or b"."
+
+
+def _target(node: Node) -> bytes:
+    fd, name = _parent_fd(node.place)
+    try:
+        return os.readlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _xattrs(node: Node, everything: bool) -> dict[str, bytes]:
+    fd, name = _parent_fd(node.place)
+    try:
+        path = entry_path(fd, name)
+        if everything:
+            return comparable_xattrs(path)
+        value = get_xattr(path, CAPABILITY_XATTR)
+        return {} if value is None else {CAPABILITY_XATTR: value}
+    finally:
+        os.close(fd)
+
+
+def comparable_xattrs(path: bytes | int) -> dict[str, bytes]:
+    """The xattrs that belong to an entry itself: overlay's own left out, those of a nested overlay unescaped.
+
+    ``security.*`` other than the capability is the host's policy (SELinux labels, IMA), not the entry's.
+    """
+    found: dict[str, bytes] = {}
+    for name in list_xattrs(path):
+        shown = _shown_name(name)
+        if shown is None:
+            continue
+        value = get_xattr(path, name)
+        if value is not None:
+            found[shown] = value
+    return found
+
+
+def _shown_name(name: str) -> str | None:
+    if name == CAPABILITY_XATTR:
+        return name
+    if not name.startswith(_COMPARED_NAMESPACES) or name.startswith(FUSE_OVERLAYFS_PREFIX):
+        return None
+    for prefix in OVERLAY_XATTR_PREFIXES:
+        if name.startswith(prefix):
+            short = name[len(prefix) :]
+            return prefix + short[len("overlay.") :] if short.startswith("overlay.") else None
+    return name
+
+
+def _same_contents(new: Node, old: Node) -> bool:
+    if new.data is None or old.data is None:
+        return False
+    if new.data == old.data:
+        return True
+    try:
+        a = new.data.layer.open_file(new.data.rel)
+    except OSError as error:
+        # It vanished while the tree is in use; whatever is there next was not what we compared.
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.ELOOP):
+            return False
+        raise
+    try:
+        b = old.data.layer.open_file(old.data.rel)
+        try:
+            return _same_bytes(a, b)
+        finally:
+            os.close(b)
+    finally:
+        os.close(a)
+
+
+def _same_bytes(a: int, b: int) -> bool:
+    offset = 0
+    while True:
+        left = os.pread(a, _COMPARE_BYTES, offset)
+        right = os.pread(b, len(left) or 1, offset)
+        if left != right:
+            return False
+        if not left:
+            return True
+        offset += len(left)
