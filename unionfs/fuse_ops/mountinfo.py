@@ -1,0 +1,85 @@
+"""The mounts of this mount namespace, as /proc/self/mountinfo tells them."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+OUR_TYPE = "fuse.unionfs"
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo."""
+
+    mount_id: int
+    """Stays the same when the mount is moved."""
+    minor: int
+    """Device minor: FUSE mounts have no real device, so the minor alone names the mounted file system."""
+    major: int
+    root: str
+    mount_point: str
+    fs_type: str
+    source: str
+
+
+def read_mounts() -> list[Mount]:
+    """All mounts, in the order they are stacked; empty where /proc is missing."""
+    try:
+        # Only a line feed ends a line: a path may contain the other characters that Python takes for one.
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            return [_parse(line) for line in lines]
+    except FileNotFoundError:
+        return []
+
+
+def top_mount(mount_point: str) -> Mount | None:
+    """The mount that a lookup of ``mount_point``, an absolute path without links, ends on."""
+    found = None
+    for mount in read_mounts():
+        if mount.mount_point == mount_point:
+            found = mount
+    return found
+
+
+def canonical(target: str) -> str:
+    """``target`` as mountinfo writes it, without asking the file system that is mounted there.
+
+    A dead server answers every question about its root with an error, and a busy one may take its time.
+    """
+    parent, name = os.path.split(os.path.join(os.getcwd(), target).rstrip("/"))
+    if name in ("", ".", "..") or _is_link(target):
+        return os.path.realpath(target)
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def _is_link(path: str) -> bool:
+    """As os.path.islink, but without a request for attributes."""
+    try:
+        os.readlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _parse(line: str) -> Mount:
+    # The number of optional fields before the dash varies.
+    fields, _, tail = line.rstrip("\n").partition(" - ")
+    mount_id, _parent, device, root, mount_point, *_rest = fields.split(" ")
+    fs_type, source, *_options = tail.split(" ")
+    major, minor = device.split(":")
+    return Mount(
+        mount_id=int(mount_id),
+        minor=int(minor),
+        major=int(major),
+        root=_unescape(root),
+        mount_point=_unescape(mount_point),
+        fs_type=fs_type,
+        source=_unescape(source),
+    )
+
+
+def _unescape(field: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), field)

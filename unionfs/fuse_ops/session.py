@@ -1,0 +1,267 @@
+"""One FUSE session on pyfuse3: mount, serve until the last user is gone, unmount."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pyfuse3
+import trio
+
+from unionfs.errors import MountError
+from unionfs.fuse_ops import mount_registry, mountinfo, unmount
+from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+
+log = logging.getLogger(__name__)
+
+# How long requests in progress may take to stop after the second signal.
+_GRACE_S = 5
+
+
+def run_session(
+    operations: pyfuse3.Operations,
+    options: MountOptions,
+    target: str,
+    *,
+    ready: Callable[[], None],
+    statistics: Callable[[], Mapping[str, object]] | None = None,
+) -> None:
+    """Mount ``operations`` on ``target`` and serve until the mount is gone.
+
+    ``target`` is an absolute path without symbolic links. ``ready`` is called once the kernel has accepted the
+    session, when every access to the mount is answered. SIGTERM and SIGINT unmount; the second one ends the session
+    at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to be.
+    """
+    session = _Session(operations, options, target, ready, statistics)
+    _mount(operations, options, target)
+    try:
+        session.run()
+    finally:
+        session.finish()
+
+
+class _Session:
+    def __init__(
+        self,
+        operations: pyfuse3.Operations,
+        options: MountOptions,
+        target: str,
+        ready: Callable[[], None],
+        statistics: Callable[[], Mapping[str, object]] | None,
+    ) -> None:
+        self._options = options
+        self._target = target
+        self._ready = ready
+        self._statistics = statistics
+        self._mount: mountinfo.Mount | None = None
+        self._record_path: str | None = None
+        self._accepted = trio.Event()
+        self._announced = False
+        self._cancel_scope = trio.CancelScope()
+
+        # The kernel's INIT is answered as soon as this callback returns, before any task runs again.
+        initialize = operations.init
+
+        def init() -> None:
+            initialize()
+            self._accepted.set()
+
+        operations.init = init  # type: ignore[method-assign]
+
+    def run(self) -> None:
+        top = mountinfo.top_mount(self._target)
+        if top is not None and top.fs_type == mountinfo.OUR_TYPE:
+            self._mount = top
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        trio.run(self._main, restrict_keyboard_interrupt_to_checkpoints=True)
+        if not self._announced:
+            raise MountError(
+                f"cannot mount on {self._target}: the session ended before it began; run with -d to see why"
+            )
+
+    def finish(self) -> None:
+        """Release everything that may be left, after whatever kind of end."""
+        # Closing /dev/fuse first makes the kernel fail what it still waits for, so that unmounting cannot hang.
+        pyfuse3.close(unmount=False)
+        point = self._mount_point()
+        if point is not None:
+            try:
+                unmount.unmount(point, lazy=True)
+            except OSError as error:
+                log.warning("cannot unmount %s: %s", point, error.strerror)
+        if self._record_path is not None:
+            mount_registry.remove(self._record_path, os.getpid())
+
+    async def _main(self) -> None:
+        with self._cancel_scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._handle_signals, nursery)
+                nursery.start_soon(self._announce)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+
+    async def _announce(self) -> None:
+        await self._accepted.wait()
+        self._record()
+        self._announced = True
+        self._ready()
+
+    async def _handle_signals(
+        self, nursery: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+            task_status.started()
+            ending = False
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    self._log_statistics()
+                elif not ending:
+                    ending = True
+                    nursery.start_soon(self._unmount)
+                else:
+                    self._end_now()
+
+    async def _unmount(self) -> None:
+        """Unmount without losing anything; requests are served meanwhile."""
+        if self._mount_point() is None:
+            log.info("%s cannot be reached any more; serving until its last user is gone", self._target)
+            return
+        if self._options.writeback and not self._options.read_only:
+            # Before a lazy unmount, which would leave written data with the kernel for as long as there are users.
+            await self._helper("sync")
+        status = await self._helper("unmount")
+        if status == errno.EBUSY:
+            log.info("%s is in use; it is out of sight, and served until its last user is gone", self._target)
+            status = await self._helper("detach")
+        if status not in (0, errno.EINVAL):  # EINVAL: unmounted by somebody else meanwhile
+            log.error("cannot unmount %s; ending without", self._target)
+            self._cancel_scope.cancel()
+
+    def _end_now(self) -> None:
+        log.warning("second signal: ending at once")
+        # A request that will not stop must not keep us: the default action of SIGALRM ends the process.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_GRACE_S)
+        point = self._mount_point()
+        if point is not None:
+            # Nobody waits for it: it may itself wait for us to close /dev/fuse.
+            subprocess.Popen(_helper_command("detach", point), stderr=subprocess.DEVNULL, cwd="/")
+        self._cancel_scope.cancel()
+
+    async def _helper(self, action: str) -> int:
+        """Run ``action`` on our mount in another process and return its errno; see the module unmount."""
+        point = self._mount_point()
+        if point is None:
+            return errno.EINVAL
+        process = await trio.lowlevel.open_process(
+            _helper_command(action, point), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/"
+        )
+        assert process.stderr is not None
+        said = b"".join([chunk async for chunk in process.stderr])
+        status = await process.wait()
+        if status not in (0, errno.EBUSY):
+            log.warning("%s of %s: %s", action, point, said.decode(errors="replace").strip())
+        return status
+
+    def _mount_point(self) -> str | None:
+        """The path by which our mount is reached, or None when there is none.
+
+        It may have been moved meanwhile, and a path that another mount covers would unmount the other one.
+        """
+        if self._mount is None:
+            return None
+        on_top = {mount.mount_point: mount.mount_id for mount in mountinfo.read_mounts()}
+        return next((point for point, number in on_top.items() if number == self._mount.mount_id), None)
+
+    def _record(self) -> None:
+        if self._mount is None:
+            return
+        pid = os.getpid()
+        options = self._options
+        self._record_path = mount_registry.add(
+            mount_registry.MountRecord(
+                minor=self._mount.minor,
+                target=self._target,
+                pid=pid,
+                started=mount_registry.process_start(pid) or 0,
+                mounted_at=time.time(),
+                source=options.source,
+                lowerdirs=list(options.lowerdirs),
+                datadirs=list(options.datadirs),
+                upperdir=options.upperdir,
+                workdir=options.workdir,
+                options=list(options.fuse_words),
+            )
+        )
+
+    def _log_statistics(self) -> None:
+        counters = {} if self._statistics is None else self._statistics()
+        log.info("counters: %s", " ".join(f"{name}={value}" for name, value in counters.items()) or "none")
+
+
+def _helper_command(action: str, point: str) -> list[str]:
+    return [sys.executable, "-I", "-S", unmount.__file__, action, point]
+
+
+def _mount(operations: pyfuse3.Operations, options: MountOptions, target: str) -> None:
+    words = {
+        *(options.fuse_words or default_fuse_words()),
+        f"fsname={_libfuse_value(options.source)}",
+        "subtype=unionfs",
+    }
+    if options.debug:
+        words.add("debug")
+    said: list[str] = []
+    try:
+        with _captured_stderr(said):
+            pyfuse3.init(operations, target, words)
+    except RuntimeError:
+        raise MountError(f"cannot mount on {target}: {_explained(' '.join(said))}") from None
+    if said:
+        print("\n".join(said), file=sys.stderr)
+
+
+def _libfuse_value(text: str) -> str:
+    """``text`` for libfuse's option parser; pyfuse3 hands on ASCII only, and this name is just for the eye."""
+    return re.sub(r"[\\,]", r"\\\g<0>", text.encode("ascii", "replace").decode())
+
+
+@contextmanager
+def _captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect what libfuse and fusermount3 print: they do so by themselves, and in several lines."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with os.fdopen(os.memfd_create("libfuse"), "r+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines += [line.strip() for line in file if line.strip()]
+
+
+_NEXT_STEPS = (
+    # What libfuse, fusermount3 or the kernel says, and what a person can do about it.
+    ("user_allow_other", "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"),
+    ("device not found", "load the kernel module with: modprobe fuse"),
+    ("/dev/fuse", "give this user access, for example with: chmod 666 /dev/fuse"),
+    ("write access", "mount on a directory that this user owns"),
+    ("No such file or directory", "install fuse3, which has the program fusermount3"),
+    ("not permitted", "run as root, or install fuse3 for fusermount3"),
+    ("unknown option", "leave that option out"),
+)
+
+
+def _explained(said: str) -> str:
+    step = next((step for sign, step in _NEXT_STEPS if sign in said), "see the kernel log (dmesg)")
+    return f"{said or 'the kernel refused it'}; {step}"
