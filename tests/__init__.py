@@ -1,0 +1,1 @@
+"""Tests of unionfs, laid out as the packages they judge."""

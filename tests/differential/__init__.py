@@ -1,0 +1,1 @@
+"""The same operations on our mount and on the kernel's overlayfs."""

@@ -1,0 +1,92 @@
+"""Operation lists that once showed a difference, kept as tests; the failing test prints them in this form."""
+
+from __future__ import annotations
+
+from tests.differential.operations import (
+    Append,
+    Check,
+    Chmod,
+    Close,
+    Create,
+    Mkdir,
+    Op,
+    Open,
+    OpenRead,
+    OpenStat,
+    OpenWrite,
+    Overwrite,
+    Remount,
+    RemoveTree,
+    Rename,
+    Rmdir,
+    Stat,
+    Unlink,
+)
+
+PLAIN: dict[str, list[Op]] = {
+    "live opaque": [
+        RemoveTree(path="d"),
+        Mkdir(path="d", mode=0o755),
+        Create(path="d/new"),
+        Stat(path="d/a"),
+        Stat(path="d/e"),
+        Check(),
+        Remount(),
+        Check(),
+    ],
+    "rename a merged directory twice": [
+        Rename(src="d", dst="t/d2"),
+        Rename(src="t/d2/e", dst="e"),
+        Append(path="e/c", seed=1, length=3),
+        Remount(),
+        Rename(src="t/d2", dst="d"),
+        Check(),
+    ],
+    "directory in the place of a renamed one": [
+        Rename(src="d", dst="moved"),
+        Mkdir(path="d"),
+        Create(path="d/a"),
+        Rename(src="moved/e", dst="d/e"),
+        Remount(),
+        Check(),
+    ],
+    "exchange a directory with a file": [
+        Rename(src="d", dst="big", flags=2),
+        Check(),
+        Rename(src="d", dst="only3/x", flags=2),
+        Remount(),
+        Check(),
+    ],
+    "reader opened before copy-up": [
+        Open(slot=0, path="d/a", flags=0),
+        Overwrite(path="d/a", seed=4, length=10),
+        OpenRead(slot=0, offset=0, length=100),
+        OpenStat(slot=0),
+        Unlink(path="d/a"),
+        OpenStat(slot=0),
+        Close(slot=0),
+    ],
+    "open file replaced by rename": [
+        Open(slot=0, path="d/a", flags=2),
+        Create(path="new"),
+        Rename(src="new", dst="d/a"),
+        OpenWrite(slot=0, offset=10, seed=1, length=10),
+        OpenRead(slot=0, offset=0, length=6000),
+        OpenStat(slot=0),
+    ],
+    "rmdir of a directory with whiteouts only": [
+        Unlink(path="only2/x"),
+        Rmdir(path="only2"),
+        Mkdir(path="only2"),
+        Chmod(path="only2", mode=0o700),
+        Remount(),
+    ],
+}
+LINKED: dict[str, list[Op]] = {
+    "copy-up of one name": [
+        Append(path="h/1", seed=1, length=5),
+        Stat(path="hd"),
+        Unlink(path="h/s/3"),
+        Check(),
+    ],
+}

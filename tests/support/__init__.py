@@ -1,0 +1,1 @@
+"""Helpers shared by the tests: mounting, building layers, comparing trees."""
