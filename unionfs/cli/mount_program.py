@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_fds()
     fds = inherited_fds()
     debug = "UNIONFS_DEBUG" in os.environ
-    return _reported(lambda: _run(sys.argv[1:] if arguments is None else arguments, fds), debug)
+    return _reported(lambda: _run(sys.argv[1:] if arguments is None else arguments, fds), debug, _say)
 
 
 def _run(arguments: Sequence[str], fds: Sequence[int]) -> int:
@@ -99,6 +99,8 @@ def _run(arguments: Sequence[str], fds: Sequence[int]) -> int:
 def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready | None) -> int:
     """Open the layers and serve them until the mount is gone; ``ready`` makes a daemon of us."""
 
+    in_background = False
+
     def serve() -> int:
         # Here and not at the top: these take most of the start-up time.
         from unionfs.cli import logs
@@ -109,6 +111,7 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
         logs.to_stderr(options.debug)
 
         def become_daemon() -> None:
+            nonlocal in_background
             if ready is not None:
                 # What the caller left open, a lock or a pipe, must not live as long as the mount. Not earlier: a
                 # layer may be named by such a descriptor.
@@ -116,6 +119,7 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
                     os.close(fd)
                 ready()
                 logs.to_syslog()
+                in_background = True
 
         tree = open_tree(options)
         try:
@@ -132,7 +136,15 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
             tree.close()
         return 0
 
-    return _reported(serve, options.debug or "UNIONFS_DEBUG" in os.environ)
+    def tell(text: str) -> None:
+        if not in_background:
+            _say(text)
+        else:
+            import logging
+
+            logging.getLogger(__name__).error("%s", text)
+
+    return _reported(serve, options.debug or "UNIONFS_DEBUG" in os.environ, tell)
 
 
 def _checked_target(target: str) -> str:
@@ -205,7 +217,7 @@ def _versions() -> str:
     return "\n".join(lines)
 
 
-def _reported(run: Callable[[], int], debug: bool) -> int:
+def _reported(run: Callable[[], int], debug: bool, tell: Callable[[str], None]) -> int:
     """Run ``run``; whatever it raises becomes one line and the exit status 1."""
     try:
         return run()
@@ -216,14 +228,19 @@ def _reported(run: Callable[[], int], debug: bool) -> int:
             import traceback
 
             traceback.print_exc()
-        if isinstance(error, UnionfsError):
-            _say(str(error))
-        elif isinstance(error, OSError):
-            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            _say(f"{where}{error.strerror or error}; run with -d to see where")
-        else:
-            _say(f"internal error: {type(error).__name__}: {error}; run with -d to see where, and report it")
+        tell(_in_words(error))
         return 1
+
+
+def _in_words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # of trio's nurseries, with one exception as a rule
+        error = error.exceptions[0]
+    if isinstance(error, UnionfsError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{where}{error.strerror or error}; run with -d to see where"
+    return f"internal error: {type(error).__name__}: {error}; run with -d to see where, and report it"
 
 
 def _say(text: str) -> None:

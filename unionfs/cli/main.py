@@ -1,0 +1,68 @@
+"""``unionfs``: the command for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from unionfs import __version__
+from unionfs.cli.mount_commands import mount, mounts, umount
+from unionfs.errors import UnionfsError
+
+_DEBUG = "UNIONFS_DEBUG"  # also tells the mount program
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", message="unionfs: version %(version)s")
+@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+def unionfs(debug: bool) -> None:
+    """Stack directories into one file system tree."""
+    if debug:
+        os.environ[_DEBUG] = "1"
+
+
+for command in (mount, umount, mounts):
+    unionfs.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result: Any = unionfs.main(words, prog_name="unionfs", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "unionfs"
+        _say(f"{error.format_message().rstrip('.')}; see {command} --help")
+        return 2
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        _say(error.format_message())
+        return 1
+    except BrokenPipeError:
+        # The reader of our output has gone, as in "unionfs mounts | head -1".
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if _DEBUG in os.environ:
+            raise
+        if isinstance(error, UnionfsError):
+            _say(str(error))
+        elif isinstance(error, OSError):
+            where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            _say(f"{where}{error.strerror or error}; run unionfs --debug to see where")
+        else:
+            _say(f"internal error: {type(error).__name__}: {error}; run unionfs --debug to see where")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _say(text: str) -> None:
+    click.echo(f"unionfs: {text}".replace("\n", "\\n"), err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
