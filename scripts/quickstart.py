@@ -48,6 +48,8 @@ def main(
     Programs are run in it with their own mounts and process ids: a package is installed and another one deleted, files
     are edited, a directory is moved. Nothing is left mounted, and nothing outside of the cache is written.
     """
+    # Debian keeps chroot and others out of an ordinary user's PATH.
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
     try:
         check_fuse()
         userns.become_root([sys.executable, *sys.argv])
@@ -63,7 +65,8 @@ def main(
             raise
         sys.exit(f"quickstart: {type(error).__name__}: {error}; this was not foreseen, see it whole with --debug")
     except KeyboardInterrupt:
-        sys.exit("quickstart: interrupted; nothing is left mounted")
+        print("quickstart: interrupted; nothing is left mounted", file=sys.stderr)
+        sys.exit(130)
 
 
 def check_fuse() -> None:
@@ -90,8 +93,8 @@ def run(
         if not keep:
             print("\nThe upper layer is removed now; --keep keeps it.")
         else:
-            command = shlex.join(["unionfs-mount", "-o", union.options, union.target])
-            print(f"\nKept in {directory}. To mount it again: {command}")
+            print(f"\nKept in {directory}; delete it when it is no longer needed. To mount it again:")
+            print(shlex.join(union.mount_command))
 
 
 def find_rootfs(

@@ -39,7 +39,7 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         for tool in ("unshare", "nsenter", "chroot", "mount", "umount"):
             if shutil.which(tool) is None:
-                raise QuickstartError(f"the program {tool} is not in PATH; add /usr/sbin and /sbin to PATH")
+                raise QuickstartError(f"the program {tool} is missing; run scripts/setup")
         helper = subprocess.Popen(
             [*_HELPER, "cat"],
             stdin=subprocess.PIPE,
@@ -112,7 +112,14 @@ class Sandbox:
             CommandFailedError: it could not be run or did not exit with 0.
         """
         process = self.start(argv, stdin=stdin, environment=environment)
-        return finish(process, name or shlex.join(argv), each_line)
+        try:
+            return finish(process, name or shlex.join(argv), each_line)
+        except CommandFailedError:
+            raise
+        except BaseException:
+            # Interrupted: the program must have ended before anybody removes the files that it works on.
+            self.close()
+            raise
 
     def start(
         self,

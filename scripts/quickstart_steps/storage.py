@@ -72,19 +72,18 @@ class Storage:
         """
         final = os.path.join(self.directory, name)
         with _locked(os.path.join(self.directory, f"{name}{_LOCK}")):
-            if refresh and os.path.exists(final):
-                old = f"{final}.old"
-                remove_tree(old)
-                os.rename(final, old)
-                remove_tree(old)
-            if not os.path.isdir(final):
-                partial = f"{final}.partial"
-                remove_tree(partial)
+            partial, old = f"{final}.partial", f"{final}.old"
+            for path in (partial, old):  # of one that was killed
+                remove_tree(path)
+            if refresh or not os.path.isdir(final):
                 try:
                     make(partial)
+                    if os.path.isdir(final):
+                        os.rename(final, old)
                     os.rename(partial, final)
                 finally:
-                    remove_tree(partial)
+                    for path in (partial, old):
+                        remove_tree(path)
         return final
 
     def _remove_abandoned_runs(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from quickstart_steps.errors import QuickstartError
 from quickstart_steps.progress import step
 from quickstart_steps.sandbox import Sandbox
+from quickstart_steps.storage import in_user_namespace
 
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -33,13 +34,10 @@ class Union:
         return union
 
     @property
-    def options(self) -> str:
-        """What ``unionfs-mount -o`` gets."""
-        return f"lowerdir={_escaped(self.lower)},upperdir={_escaped(self.upper)},workdir={_escaped(self.work)}"
-
-
-def _escaped(path: str) -> str:
-    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+    def mount_command(self) -> list[str]:
+        """What mounts it."""
+        layers = ["--lower", self.lower, "--upper", self.upper, "--work", self.work]
+        return [command_path("unionfs"), "mount", *layers, self.target]
 
 
 def command_path(name: str) -> str:
@@ -54,8 +52,13 @@ def command_path(name: str) -> str:
 def mounted(union: Union, sandbox: Sandbox) -> Iterator[str]:
     """Mount ``union`` in the sandbox, with /proc and /dev in it; unmount it afterwards. Gives the mount point."""
     root = union.target
+    # The record of a mount that nobody else sees goes where nobody else looks.
+    environment = {"XDG_RUNTIME_DIR": os.path.dirname(root)}
     with step("Mounting"):
-        sandbox.run([command_path("unionfs-mount"), "-o", union.options, root], name="unionfs-mount")
+        if not in_user_namespace():
+            sandbox.run(["mkdir", "-p", "/run/unionfs"])
+            sandbox.run(["mount", "-t", "tmpfs", "-o", "mode=0755,size=1m", "tmpfs", "/run/unionfs"])
+        sandbox.run(union.mount_command, environment=environment, name="unionfs mount")
         # Over the directories of the root file system: what is mounted here is not in the upper layer.
         sandbox.run(["mkdir", "-p", f"{root}/proc", f"{root}/dev"])
         sandbox.run(["mount", "-t", "proc", "proc", f"{root}/proc"])
@@ -68,4 +71,4 @@ def mounted(union: Union, sandbox: Sandbox) -> Iterator[str]:
     with step("Unmounting"):
         sandbox.run(["umount", "--recursive", f"{root}/dev"])
         sandbox.run(["umount", f"{root}/proc"])
-        sandbox.run([command_path("unionfs"), "umount", root], name="unionfs umount")
+        sandbox.run([command_path("unionfs"), "umount", root], environment=environment, name="unionfs umount")
