@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import click
 
@@ -236,7 +236,10 @@ def _option_words(named: dict[str, str | bool | None]) -> list[str]:
 
 
 def _as_json(status: mount_registry.MountStatus) -> dict[str, object]:
-    record = {} if status.record is None else asdict(status.record)
+    if status.record is None:
+        record: dict[str, object] = {field.name: None for field in fields(mount_registry.MountRecord)}
+    else:
+        record = asdict(status.record)
     return {**record, "target": status.target, "state": status.state}
 
 

@@ -24,14 +24,15 @@ def mounts_inside(mount_point: str) -> list[str]:
 
 
 def holders(mount_point: str) -> list[Holder]:
-    """The processes that use something below ``mount_point``, as far as we may see.
+    """The other processes that use something below ``mount_point``, as far as we may see.
 
     Only the names that /proc gives are compared: asking about a file would be a request to its server, which may
     be the one that does not answer.
     """
     found = []
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        # Ourselves we know: at most we inherited a descriptor of the shell that started us.
+        if name.isdigit() and int(name) != os.getpid():
             what = next((what for what, path in _used(name) if _is_below(path, mount_point)), None)
             if what is not None:
                 found.append(Holder(int(name), _command(name), what))
