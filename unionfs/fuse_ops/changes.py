@@ -1,0 +1,303 @@
+"""Changes of the namespace: making and removing objects of the merged tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Protocol
+
+from unionfs.fuse_ops.attributes import Override
+from unionfs.fuse_ops.copy_up import CopyUp
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.open_files import OpenFile, backing_flags
+from unionfs.fuse_ops.overlay_format import MARK, NAME_MAX, WHITEOUT_DEVICE
+from unionfs.fuse_ops.upper_dir import UpperDir
+
+_SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
+
+
+class Caller(Protocol):
+    """Who asks for a change: the ids of the process as the mount shows them."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+
+
+def check_new_name(name: bytes) -> None:
+    """Refuse names that cannot be stored: too long, or those that mean a whiteout in a layer."""
+    if len(name) > NAME_MAX:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
+    if name.startswith(MARK):
+        raise OSError(errno.EINVAL, "names starting with .wh. mean a whiteout", os.fsdecode(name))
+
+
+class NamespaceChanges:
+    """Creates and removes objects in the upper layer so that the merged tree changes as a plain one would."""
+
+    def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
+        self._view = view
+        self._copy_up = copy_up
+        self._server_ids = (os.geteuid(), os.getegid())
+
+    # -- making -----------------------------------------------------------------------------------------------
+
+    def create(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a regular file and open it with the client's ``flags``; EEXIST if the name is taken."""
+        opened: list[int] = []
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            open_flags = (backing_flags(flags) & ~os.O_ACCMODE) | os.O_RDWR | os.O_CREAT | os.O_EXCL
+            opened.append(os.open(temp, open_flags, stat.S_IMODE(mode) | self._own_access(stat.S_IFREG), dir_fd=dir_fd))
+
+        try:
+            inode = self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return inode, OpenFile(inode, opened[0], writable=True)
+
+    def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        """Make a directory."""
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mkdir(temp, stat.S_IMODE(mode) | self._own_access(stat.S_IFDIR), dir_fd=dir_fd)
+
+        return self._make(directory, name, stat.S_IFDIR | stat.S_IMODE(mode), caller, make)
+
+    def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
+        """Make a device, fifo, socket or regular file. EPERM for a device 0:0, which would be a whiteout."""
+        if stat.S_ISCHR(mode) and rdev == WHITEOUT_DEVICE:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), os.fsdecode(name))
+        real_mode = mode
+        if self._view.ownership.overrides:  # special files are kept as regular ones with an attribute
+            real_mode = stat.S_IFREG | 0o600
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mknod(temp, real_mode, 0 if stat.S_ISREG(real_mode) else rdev, dir_fd=dir_fd)
+
+        return self._make(directory, name, mode, caller, make, rdev)
+
+    def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
+        """Make a symbolic link."""
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.symlink(target, temp, dir_fd=dir_fd)
+
+        return self._make(directory, name, stat.S_IFLNK | 0o777, caller, make)
+
+    def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        """Give ``inode`` a further name."""
+        upper = self._copy_up.require_writable()
+        check_new_name(name)
+        if self._view.find(directory, name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+        if directory.orphan or (inode.orphan and inode.hold is None):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self._copy_up.ensure(inode, data=False)
+        directory_fd = self._copy_up.ensure_directory(directory)
+        source_fd, source = self._view.upper_at(inode)
+        if inode.hold is None and inode.key is None:
+            st = os.stat(source, dir_fd=source_fd, follow_symlinks=False)
+            self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
+        if self._is_free(directory, directory_fd, name):
+            os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=directory_fd, follow_symlinks=False)
+        else:
+            temp = upper.temp_name()
+            os.link(source, temp, src_dir_fd=source_fd, dst_dir_fd=upper.work_fd, follow_symlinks=False)
+            upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
+        if inode.nlink is not None:
+            inode.nlink += 1
+        if inode.has_origin:
+            self._copy_up.mark_impure(directory)
+        inode.add_place(directory, name)
+
+    def _own_access(self, kind: int) -> int:
+        """Mode bits that the server itself needs where the true mode is kept in an attribute."""
+        if not self._view.ownership.overrides:
+            return 0
+        return 0o700 if kind == stat.S_IFDIR else 0o600
+
+    def _is_free(self, directory: Inode, directory_fd: int, name: bytes) -> bool:
+        """Whether the upper directory has not even a whiteout under ``name`` (which is not in the merged tree)."""
+        try:
+            os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        return False
+
+    def _make(
+        self,
+        directory: Inode,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        make: Callable[[int, bytes], None],
+        rdev: int = 0,
+    ) -> Inode:
+        """Make an object with ``make(dir_fd, name)``, give it its owner, and put it into ``directory``."""
+        upper = self._copy_up.require_writable()
+        check_new_name(name)
+        if self._view.find(directory, name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+        if directory.orphan:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        is_dir = stat.S_ISDIR(mode)
+        if self._is_free(directory, directory_fd, name):
+            make(directory_fd, name)
+            try:
+                st = self._finish_new(directory, directory_fd, directory_fd, name, mode, caller, rdev)
+                if is_dir and directory.lowers:
+                    upper.set_opaque(b"/proc/self/fd/%d/%s" % (directory_fd, name))
+            except BaseException:
+                upper.remove(directory_fd, name, directory=is_dir)
+                raise
+        else:
+            with upper.staging(directory_fd) as (staging_fd, temp):
+                make(staging_fd, temp)
+                st = self._finish_new(directory, directory_fd, staging_fd, temp, mode, caller, rdev)
+                if is_dir:
+                    upper.set_opaque(b"/proc/self/fd/%d/%s" % (staging_fd, temp))
+                upper.install(staging_fd, temp, directory_fd, name, directory=is_dir)
+        inode = self._view.adopt_new(directory, name, st)
+        inode.kind = stat.S_IFMT(mode)
+        if is_dir:
+            inode.marks = set()
+        return inode
+
+    def _finish_new(
+        self, directory: Inode, directory_fd: int, dir_fd: int, name: bytes, mode: int, caller: Caller, rdev: int
+    ) -> os.stat_result:
+        """Give a new object the owner and mode that POSIX says; returns its attributes."""
+        ownership = self._view.ownership
+        parent = os.stat(directory_fd)
+        parent_mode, parent_gid = parent.st_mode, parent.st_gid
+        uid, gid = ownership.stored(caller.uid, caller.gid)
+        if ownership.overrides:
+            override = ownership.read_override(b"/proc/self/fd/%d/." % directory_fd, stat.S_IFDIR)
+            if override is not None:
+                parent_mode, parent_gid = override.mode, override.gid
+        if parent_mode & stat.S_ISGID:
+            gid = parent_gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+        if ownership.overrides:
+            if not stat.S_ISLNK(mode):
+                ownership.write_override(path, Override(uid, gid, mode, rdev))
+            return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        changed = False
+        if (st.st_uid, st.st_gid) != (uid, gid) and not ownership.squashed:
+            os.chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+            changed = True
+        special = stat.S_IMODE(mode) & _SPECIAL_BITS
+        if special and (changed or special & ~st.st_mode) and not stat.S_ISLNK(mode):
+            # chown(2) clears these; everything else of the mode is as the kernel and a default ACL made it.
+            os.chmod(name, stat.S_IMODE(st.st_mode) | special, dir_fd=dir_fd)
+            changed = True
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False) if changed else st
+
+    # -- removing ---------------------------------------------------------------------------------------------
+
+    def unlink(self, directory: Inode, name: bytes) -> None:
+        """Remove a name that is not a directory's. Nothing is copied up but the directory that holds it."""
+        upper = self._copy_up.require_writable()
+        inode = self._view.lookup(directory, name)
+        if inode.kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(name))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        hidden = self.hides_lower(directory, name)
+        self.keep_for_users(inode)
+        if not inode.upper:
+            self._add_whiteout(upper, directory, directory_fd, name)
+        elif hidden:
+            self._replace(upper, directory, directory_fd, name, is_dir=False)
+        else:
+            upper.remove(directory_fd, name, directory=False)
+        self.removed(inode, directory, name)
+
+    def rmdir(self, directory: Inode, name: bytes) -> None:
+        """Remove an empty directory."""
+        upper = self._copy_up.require_writable()
+        inode = self._view.lookup(directory, name)
+        if inode.kind != stat.S_IFDIR:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(name))
+        if not self._view.is_empty(inode):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        hidden = self.hides_lower(directory, name)
+        self.keep_for_users(inode)
+        if not inode.upper:
+            self._add_whiteout(upper, directory, directory_fd, name)
+        elif hidden:
+            self._replace(upper, directory, directory_fd, name, is_dir=True)
+        else:
+            upper.remove(directory_fd, name, directory=True)
+        self.removed(inode, directory, name)
+
+    def hides_lower(self, directory: Inode, name: bytes) -> bool:
+        """Whether a lower layer would show ``name`` if the upper one did not say otherwise."""
+        return bool(directory.lowers) and self._view.lower_hit(directory, name) is not None
+
+    def _add_whiteout(self, upper: UpperDir, directory: Inode, directory_fd: int, name: bytes) -> None:
+        upper.whiteout(directory_fd, name)
+        self.note_whiteout(directory, name)
+
+    def _replace(self, upper: UpperDir, directory: Inode, directory_fd: int, name: bytes, *, is_dir: bool) -> None:
+        upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
+        self.note_whiteout(directory, name)
+
+    def note_whiteout(self, directory: Inode, name: bytes) -> None:
+        """Keep what is remembered of an upper directory in step with a whiteout just made in it."""
+        assert self._view.upper is not None
+        if self._view.upper.device_whiteouts:
+            return
+        if len(name) <= NAME_MAX - len(MARK):
+            self._view.upper_marks(directory).add(name)
+        else:
+            directory.xwhiteouts = True
+
+    def keep_for_users(self, inode: Inode) -> None:
+        """Before the last name of an upper object goes: keep a descriptor, if someone can still ask for it."""
+        if not inode.upper or inode.hold is not None or inode.orphan_fd >= 0 or not inode.needed:
+            return
+        if inode.aliases:
+            return
+        dir_fd, name = self._view.upper_at(inode)
+        inode.orphan_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+    def removed(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        """Bring the memory in step with a name that was removed, or replaced, on disk."""
+        view = self._view
+        if inode.kind == stat.S_IFDIR:
+            view.forget_upper_dir(inode)
+            for child_name, child in list((inode.children or {}).items()):
+                child.remove_place(inode, child_name)
+        elif inode.nlink is not None:
+            inode.nlink -= 1
+        elif not inode.upper:
+            assert inode.lower is not None
+            inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
+        inode.remove_place(directory, name)
+        if inode.hold is not None and inode.nlink == 0:
+            self._release_hold(inode)
+        elif inode.orphan_fd >= 0 and inode.parent is not None:
+            os.close(inode.orphan_fd)
+            inode.orphan_fd = -1
+        view.inodes.drop_if_unneeded(inode)
+
+    def _release_hold(self, inode: Inode) -> None:
+        upper = self._view.upper
+        assert upper is not None
+        assert inode.hold is not None
+        if inode.needed:
+            inode.orphan_fd = os.open(inode.hold, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+        os.unlink(inode.hold, dir_fd=upper.work_fd)
+        inode.hold = None

@@ -1,0 +1,378 @@
+"""Copy-up: giving an object that only lower layers have a place of its own in the upper layer.
+
+A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
+disk before that, unless the mount is volatile. The slow part, copying data, is a :class:`CopyUpJob` that knows only
+descriptors: it may run in a worker thread while the tree goes on serving others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from unionfs.fuse_ops import syscalls
+from unionfs.fuse_ops.copying import copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.overlay_format import encode_origin
+from unionfs.fuse_ops.upper_dir import UpperDir
+
+_NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
+
+
+class CopyUpJob:
+    """The copying of one file's data into a temporary file. :meth:`run` may be called in a worker thread."""
+
+    __slots__ = ("inode", "size", "source_fd", "st", "sync", "target_fd", "temp")
+
+    def __init__(
+        self, inode: Inode, st: os.stat_result, source_fd: int, target_fd: int, temp: bytes, size: int, *, sync: bool
+    ) -> None:
+        self.inode = inode
+        self.st = st
+        self.source_fd = source_fd
+        self.target_fd = target_fd
+        self.temp = temp  # in the work directory; empty when the data goes straight into the upper file
+        self.size = size
+        self.sync = sync
+
+    def run(self) -> None:
+        """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
+        copy_data(self.source_fd, self.target_fd, self.size)
+        if self.sync:
+            os.fsync(self.target_fd)
+
+    def close(self) -> None:
+        for fd in (self.source_fd, self.target_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class CopyUp:
+    """Copies objects up, one after the other or in three steps: :meth:`begin`, ``job.run()``, :meth:`finish`."""
+
+    def __init__(self, view: MergedView) -> None:
+        self._view = view
+        view.link_held = self.link_held
+        self._sync = view.options.fsync and not view.options.volatile
+
+    @property
+    def _upper(self) -> UpperDir:
+        if self._view.upper is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self._view.upper
+
+    def require_writable(self) -> UpperDir:
+        """The upper directory; raises EROFS for a mount without one."""
+        return self._upper
+
+    # -- the whole of it --------------------------------------------------------------------------------------
+
+    def needs(self, inode: Inode, *, data: bool) -> bool:
+        """Whether ``inode`` has to be copied up before its metadata, or with ``data`` its contents, can be changed."""
+        return not inode.upper or (data and inode.metacopy)
+
+    def ensure(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
+        """Copy ``inode`` up now if it needs to be. ``size``: how many bytes of the data will matter (truncation)."""
+        job = self.begin(inode, data=data, size=size)
+        if job is None:
+            return
+        try:
+            job.run()
+        except BaseException:
+            self.abort(job)
+            raise
+        self.finish(job)
+
+    def ensure_directory(self, directory: Inode) -> int:
+        """Copy ``directory`` up if needed and return the descriptor of its upper directory."""
+        if not directory.upper:
+            self.ensure(directory)
+        return self._view.upper_dir_fd(directory)
+
+    def begin(self, inode: Inode, *, data: bool = True, size: int | None = None) -> CopyUpJob | None:
+        """Start copying ``inode`` up; returns the job that is left to do, None if it is done already.
+
+        Directories, links and other special files, and files of which no data is wanted, are done at once.
+        """
+        upper = self._upper
+        if not self.needs(inode, data=data):
+            return None
+        if inode.upper:
+            return self._begin_data(inode, size)
+        self._ensure_parents(inode)
+        st = self._view.real_stat(inode)
+        if inode.kind == stat.S_IFDIR:
+            self._directory(upper, inode, st)
+            return None
+        if not stat.S_ISREG(st.st_mode):
+            self._special(upper, inode, st)
+            return None
+        assert inode.lower is not None
+        wanted = st.st_size if size is None else min(size, st.st_size)
+        if not data and self._view.options.metacopy and st.st_size > 0:
+            self._metacopy(upper, inode, st)
+            return None
+        source = self._view.lower.data_of(*inode.lower)
+        if source is None:
+            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        temp = upper.temp_name()
+        source_fd = target_fd = -1
+        try:
+            source_fd = source[0].open(source[1], os.O_RDONLY)
+            target_fd = os.open(
+                temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=upper.work_fd
+            )
+        except BaseException:
+            if source_fd >= 0:
+                os.close(source_fd)
+            raise
+        job = CopyUpJob(inode, st, source_fd, target_fd, temp, wanted, sync=self._sync and wanted > 0)
+        if wanted == 0:
+            self.finish(job)
+            return None
+        return job
+
+    def finish(self, job: CopyUpJob) -> None:
+        """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
+        if not job.temp:
+            self._finish_data(job)
+            return
+        upper, inode = self._upper, job.inode
+        try:
+            assert inode.lower is not None
+            layer, path = inode.lower
+            self._dress(upper, job.temp, job.st, layer.proc_path(path))
+            self._install_file(upper, inode, job.temp, job.st)
+            inode.lower = None
+            self._switch_handles(inode, job.target_fd)
+        except BaseException:
+            self.abort(job)
+            raise
+        job.close()
+
+    def abort(self, job: CopyUpJob) -> None:
+        """Give up: the file stays what it was."""
+        job.close()
+        if job.temp:
+            self._upper.discard(job.temp)
+        else:
+            with contextlib.suppress(OSError):  # a metacopy stays a file without data
+                self._view.upper_at(job.inode)
+                os.truncate(self._view.proc_path(job.inode)[0], 0)
+                os.truncate(self._view.proc_path(job.inode)[0], job.st.st_size)
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _ensure_parents(self, inode: Inode) -> None:
+        missing: list[Inode] = []
+        for parent, _ in inode.places():
+            node: Inode | None = parent
+            while node is not None and not node.upper:
+                missing.append(node)
+                node = node.parent
+        for node in reversed(missing):
+            if not node.upper:
+                self._directory(self._upper, node, self._view.real_stat(node))
+
+    def _dress(self, upper: UpperDir, temp: bytes, st: os.stat_result, source: bytes) -> None:
+        copy_attributes(upper.work_fd, temp, st)
+        copy_xattrs(source, upper.work_path(temp), self._view.xattrs)
+        copy_times(upper.work_fd, temp, st)
+
+    def _set_origin(self, upper: UpperDir, temp: bytes, inode: Inode) -> bool:
+        """Record which lower object the copy comes from: the kernel and the next mount take its inode number."""
+        if inode.kind == stat.S_IFDIR:
+            layer, path = inode.lowers[0].layer, inode.lowers[0].path
+        else:
+            assert inode.lower is not None
+            layer, path = inode.lower
+        dir_fd, name = layer.locate(path)
+        try:
+            handle = syscalls.file_handle(dir_fd, name)
+        except OSError as error:
+            if error.errno not in _NO_HANDLES:
+                raise
+            value = b""
+        else:
+            value = encode_origin(handle, layer.filesystem_uuid)
+        try:
+            os.setxattr(upper.work_path(temp), self._view.xattrs.origin, value, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            return False  # user.* attributes exist on files and directories only
+        return True
+
+    def mark_impure(self, directory: Inode) -> None:
+        """Note on an upper directory that it has children with an origin (kernel: their d_ino must be looked up)."""
+        if directory.impure:
+            return
+        assert self._view.upper is not None
+        path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
+        with contextlib.suppress(OSError):  # only costs the stability of inode numbers
+            os.setxattr(path, self._view.xattrs.impure, b"y")
+        directory.impure = True
+
+    def _directory(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        if inode.orphan:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        temp = upper.temp_name()
+        os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
+        try:
+            source = inode.lowers[0]
+            self._dress(upper, temp, st, source.layer.proc_path(source.path))
+            inode.has_origin = self._set_origin(upper, temp, inode)
+            copy_times(upper.work_fd, temp, st)
+            self._place(upper, inode, temp, directory=True)
+        except BaseException:
+            upper.discard(temp)
+            raise
+        if inode.has_origin and inode.parent is not None:
+            self.mark_impure(inode.parent)
+        inode.upper = True
+        inode.marks = set()
+
+    def _special(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        temp = upper.temp_name()
+        assert inode.lower is not None
+        layer, path = inode.lower
+        if stat.S_ISLNK(st.st_mode):
+            os.symlink(self._view.readlink(inode), temp, dir_fd=upper.work_fd)
+        else:
+            os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
+        try:
+            self._dress(upper, temp, st, layer.proc_path(path))
+            self._install_file(upper, inode, temp, st)
+        except BaseException:
+            upper.discard(temp)
+            raise
+        inode.lower = None
+
+    def _metacopy(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``)."""
+        assert inode.lower is not None
+        layer, path = inode.lower
+        data = self._view.lower.data_of(layer, path)
+        temp = upper.temp_name()
+        fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
+        try:
+            os.ftruncate(fd, st.st_size)
+            self._dress(upper, temp, st, layer.proc_path(path))
+            os.setxattr(fd, self._view.xattrs.metacopy, b"")
+            # An absolute redirect stays right wherever the file is moved or linked to.
+            where = self._stack_path(inode)
+            if where is not None:
+                os.setxattr(fd, self._view.xattrs.redirect, b"/" + where)
+            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            self._install_file(upper, inode, temp, st)
+        except BaseException:
+            upper.discard(temp)
+            raise
+        finally:
+            os.close(fd)
+        inode.metacopy = True
+        inode.lower = data
+
+    @staticmethod
+    def _stack_path(inode: Inode) -> bytes | None:
+        parent = inode.parent
+        if parent is None or parent.stack_path is None:
+            return None
+        return parent.stack_path + b"/" + inode.name if parent.stack_path else inode.name
+
+    def _install_file(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
+        """Make ``temp`` the upper object of ``inode`` at all its places."""
+        places = list(inode.places())
+        if not places:  # unlinked in the meantime, but still open
+            inode.orphan_fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+            os.unlink(temp, dir_fd=upper.work_fd)
+            inode.upper = True
+            return
+        if st.st_nlink == 1:
+            # Of several names the kernel, too, sets no origin: after a remount they are different files.
+            inode.has_origin = self._set_origin(upper, temp, inode)
+            copy_times(upper.work_fd, temp, st)
+            self._place(upper, inode, temp, directory=False)
+            if inode.has_origin and inode.parent is not None:
+                self.mark_impure(inode.parent)
+            inode.upper = True
+            return
+        # Several names: the copy stays in the work directory for as long as the mount lives, and every name that is
+        # looked up becomes a link to it. So they remain one file, also those that nobody has looked up yet.
+        inode.hold = temp
+        inode.upper = True
+        if inode.nlink is None:
+            inode.nlink = st.st_nlink
+        try:
+            for parent, name in places:
+                self.link_held(inode, parent, name)
+        except BaseException:
+            inode.hold, inode.upper = None, False
+            raise
+
+    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        """Give a copied-up, hard-linked file its name in the upper directory."""
+        assert inode.hold is not None
+        upper = self._upper
+        parent_fd = self.ensure_directory(parent)
+        before = os.stat(parent_fd)
+        with contextlib.suppress(FileExistsError):
+            os.link(inode.hold, name, src_dir_fd=upper.work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
+        self._restore_times(parent_fd, before)
+
+    def _place(self, upper: UpperDir, inode: Inode, temp: bytes, *, directory: bool) -> None:
+        assert inode.parent is not None
+        parent_fd = self._view.upper_dir_fd(inode.parent)
+        before = os.stat(parent_fd)
+        upper.install(upper.work_fd, temp, parent_fd, inode.name, directory=directory)
+        self._restore_times(parent_fd, before)
+
+    @staticmethod
+    def _restore_times(dir_fd: int, st: os.stat_result) -> None:
+        # In the merged tree nothing appeared in this directory.
+        with contextlib.suppress(OSError):
+            os.utime(b"/proc/self/fd/%d" % dir_fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+
+    def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
+        """Let files that were opened before the copy-up see what is written after it."""
+        for handle in inode.handles or ():
+            handle.switch(os.open(b"/proc/self/fd/%d" % upper_fd, os.O_RDONLY | os.O_CLOEXEC))
+
+    # -- the data of a metacopy -------------------------------------------------------------------------------
+
+    def _begin_data(self, inode: Inode, size: int | None) -> CopyUpJob | None:
+        if inode.lower is None:
+            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        st = self._view.real_stat(inode)
+        wanted = st.st_size if size is None else min(size, st.st_size)
+        layer, path = inode.lower
+        source_fd = layer.open(path, os.O_RDONLY)
+        try:
+            proc_path, _ = self._view.proc_path(inode)
+            target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            os.close(source_fd)
+            raise
+        job = CopyUpJob(inode, st, source_fd, target_fd, b"", wanted, sync=self._sync and wanted > 0)
+        if wanted == 0:
+            self.finish(job)
+            return None
+        return job
+
+    def _finish_data(self, job: CopyUpJob) -> None:
+        inode = job.inode
+        try:
+            if job.size < job.st.st_size:
+                os.ftruncate(job.target_fd, job.size)
+            os.utime(job.target_fd, ns=(job.st.st_atime_ns, job.st.st_mtime_ns))
+            os.removexattr(job.target_fd, self._view.xattrs.metacopy)
+            with contextlib.suppress(OSError):
+                os.removexattr(job.target_fd, self._view.xattrs.redirect)
+            inode.metacopy = False
+            inode.lower = None
+            self._switch_handles(inode, job.target_fd)
+        finally:
+            job.close()

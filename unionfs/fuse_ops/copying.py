@@ -1,0 +1,136 @@
+"""Copying one file from a lower layer to the upper one: its data with its holes, and everything else about it.
+
+These functions know descriptors and paths only, so a worker thread can run the slow ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from unionfs.fuse_ops import syscalls
+from unionfs.fuse_ops.overlay_format import OverlayXattrs
+
+_CHUNK = 16 * 1024 * 1024  # bytes per copy_file_range: bounds the time until an interruption is noticed
+_READ_CHUNK = 1024 * 1024  # bytes per read where the kernel cannot copy between the two file systems
+
+# Errors by which a file system says that it cannot copy or clone between these two files, rather than that the copy
+# went wrong.
+_CANNOT = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EPERM})
+
+
+def copy_data(source_fd: int, target_fd: int, size: int) -> None:
+    """Give the empty file ``target_fd`` the first ``size`` bytes of ``source_fd``, sharing blocks or keeping holes.
+
+    Tries, cheapest first: a reflink of the whole file; copy_file_range(2) of the ranges that hold data;
+    read(2) and write(2) of the same.
+    """
+    if size == 0:
+        return
+    if size == os.fstat(source_fd).st_size:
+        try:
+            syscalls.reflink(source_fd, target_fd)
+            return
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(source_fd, offset, os.SEEK_DATA)
+            end = min(os.lseek(source_fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole until the end
+                break
+            if error.errno != errno.EINVAL:
+                raise
+            start, end = offset, size  # a file system that does not tell holes
+        if start >= size:
+            break
+        _copy_range(source_fd, target_fd, start, end)
+        offset = end
+    os.ftruncate(target_fd, size)
+
+
+def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> None:
+    while offset < end:
+        try:
+            copied = os.copy_file_range(source_fd, target_fd, min(end - offset, _CHUNK), offset, offset)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            break
+        if copied == 0:
+            # Some file systems (procfs-like, older FUSE) answer 0 for files that do have data.
+            break
+        offset += copied
+    while offset < end:
+        data = os.pread(source_fd, min(end - offset, _READ_CHUNK), offset)
+        if not data:
+            return  # the source is shorter than it was: the caller's ftruncate makes the rest a hole
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(target_fd, view, offset)
+            view = view[written:]
+            offset += written
+
+
+def copy_xattrs(source: bytes, target: bytes, names: OverlayXattrs) -> None:
+    """Copy all extended attributes between two paths whose last component is not followed, but overlayfs' own.
+
+    ACLs and file capabilities are extended attributes too. What the target's file system does not support is left
+    out, except for attributes that decide about access: those raise.
+    """
+    try:
+        listed = os.listxattr(source, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return
+        raise
+    for text in listed:
+        name = os.fsencode(text)
+        if names.is_private(name):
+            continue
+        try:
+            value = os.getxattr(source, name, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                continue
+            raise
+        try:
+            os.setxattr(target, name, value, follow_symlinks=False)
+        except OSError as error:
+            decides_access = name.startswith((b"security.capability", b"system.posix_acl_"))
+            if error.errno == errno.EOPNOTSUPP and not decides_access:
+                continue
+            if error.errno == errno.EPERM and name.startswith((b"trusted.", b"security.")):
+                continue  # in a user namespace these cannot be set, nor could they have any effect
+            raise
+
+
+def copy_attributes(dir_fd: int, name: bytes, st: os.stat_result) -> None:
+    """Give the object ``name`` owner and mode of ``st``; times come last, see :func:`copy_times`."""
+    now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    if (now.st_uid, now.st_gid) != (st.st_uid, st.st_gid):
+        os.chown(name, st.st_uid, st.st_gid, dir_fd=dir_fd, follow_symlinks=False)
+    if not stat.S_ISLNK(st.st_mode):
+        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=dir_fd)
+
+
+def copy_times(dir_fd: int, name: bytes, st: os.stat_result) -> None:
+    """Give the object ``name`` the access and modification time of ``st``, to the nanosecond."""
+    os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def times_kept(fd_or_path: int | bytes):  # type: ignore[no-untyped-def]
+    """Restore the times of a directory whose contents change although, in the merged tree, they do not."""
+    st = os.stat(fd_or_path)
+    yield
+    with contextlib.suppress(OSError):
+        os.utime(
+            b"/proc/self/fd/%d" % fd_or_path if isinstance(fd_or_path, int) else fd_or_path,
+            ns=(st.st_atime_ns, st.st_mtime_ns),
+        )

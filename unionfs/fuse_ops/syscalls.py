@@ -1,0 +1,169 @@
+"""System calls that the standard library does not offer, with its conventions: OSError, bytes paths."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from typing import Final, NamedTuple
+
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+# linux/openat2.h
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+_CONFINED: Final = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
+
+# linux/mount.h
+_OPEN_TREE_CLONE: Final = 1
+_OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+_MOUNT_ATTR_RDONLY: Final = 0x1
+_MOUNT_ATTR_NOATIME: Final = 0x10
+_MOUNT_ATTR__ATIME: Final = 0x70
+
+# These calls were added after Linux unified its numbers, so they are the same on every architecture.
+_NR_OPEN_TREE: Final = 428
+_NR_OPENAT2: Final = 437
+_NR_MOUNT_SETATTR: Final = 442
+
+_FICLONE: Final = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_FS_IOC_GETFSUUID: Final = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), Linux 6.9
+
+_MAX_HANDLE_BYTES: Final = 128  # linux/fcntl.h: MAX_HANDLE_SZ
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: bytes = b"") -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), os.fsdecode(what) or None)
+    return result
+
+
+def open_confined(dir_fd: int, path: bytes, flags: int) -> int:
+    """Open ``path`` below ``dir_fd`` without following any link; returns a descriptor.
+
+    openat2(2) with RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS: raises ELOOP at a symbolic link in the path and
+    EXDEV if the path would leave the directory.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _CONFINED)
+    return _check(_syscall(_NR_OPENAT2, ctypes.c_int(dir_fd), ctypes.c_char_p(path), how, ctypes.c_size_t(24)), path)
+
+
+def clone_mount_read_only(path: str) -> int:
+    """A descriptor of ``path`` in a private, detached, read-only and noatime copy of its mount.
+
+    Needs CAP_SYS_ADMIN over the mount namespace; raises OSError(EPERM) without. Mounts below ``path`` are not
+    part of the copy, as in the kernel's overlayfs.
+    """
+    raw = os.fsencode(path)
+    fd = _check(
+        _syscall(
+            _NR_OPEN_TREE,
+            ctypes.c_int(AT_FDCWD),
+            ctypes.c_char_p(raw),
+            ctypes.c_uint(_OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC),
+        ),
+        raw,
+    )
+    try:
+        attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
+        _check(
+            _syscall(
+                _NR_MOUNT_SETATTR,
+                ctypes.c_int(fd),
+                ctypes.c_char_p(b""),
+                ctypes.c_uint(AT_EMPTY_PATH),
+                attributes,
+                ctypes.c_size_t(len(attributes)),
+            ),
+            raw,
+        )
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int) -> None:
+    """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT."""
+    _check(
+        _libc.renameat2(
+            ctypes.c_int(old_dir_fd),
+            ctypes.c_char_p(old),
+            ctypes.c_int(new_dir_fd),
+            ctypes.c_char_p(new),
+            ctypes.c_uint(flags),
+        ),
+        old,
+    )
+
+
+class FileHandle(NamedTuple):
+    """What name_to_handle_at(2) says of a file: stable while the file system keeps the inode."""
+
+    type: int
+    data: bytes
+
+
+def file_handle(dir_fd: int, name: bytes) -> FileHandle:
+    """The handle of ``name`` in ``dir_fd`` (``b""`` for the descriptor itself); EOPNOTSUPP where there is none."""
+    buffer = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE_BYTES, 0), 8 + _MAX_HANDLE_BYTES)
+    mount_id = ctypes.c_int()
+    _check(
+        _libc.name_to_handle_at(
+            ctypes.c_int(dir_fd),
+            ctypes.c_char_p(name),
+            buffer,
+            ctypes.byref(mount_id),
+            ctypes.c_int(0 if name else AT_EMPTY_PATH),
+        ),
+        name,
+    )
+    size, kind = struct.unpack_from("Ii", buffer.raw)
+    return FileHandle(kind, buffer.raw[8 : 8 + size])
+
+
+def open_handle(mount_fd: int, handle: FileHandle) -> int:
+    """An O_PATH descriptor of the file behind ``handle``; needs CAP_DAC_READ_SEARCH; ESTALE if it is gone."""
+    raw = struct.pack("Ii", len(handle.data), handle.type) + handle.data
+    return _check(_libc.open_by_handle_at(ctypes.c_int(mount_fd), raw, ctypes.c_int(os.O_PATH | os.O_CLOEXEC)))
+
+
+def filesystem_uuid(fd: int) -> bytes:
+    """The 16 bytes by which the file system of ``fd`` (not O_PATH) knows itself; zeros where it has none."""
+    buffer = bytearray(17)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFSUUID, buffer)
+    except OSError:
+        return bytes(16)
+    return bytes(buffer[1:17]) if buffer[0] == 16 else bytes(16)
+
+
+def reflink(source_fd: int, target_fd: int) -> None:
+    """Make the file ``target_fd`` share all blocks of ``source_fd``; EOPNOTSUPP, EXDEV or EINVAL where it cannot."""
+    fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+def syncfs(fd: int) -> None:
+    """Write back everything of the file system that ``fd`` (not O_PATH) is on."""
+    _check(_libc.syncfs(ctypes.c_int(fd)))
+
+
+def mount_id(fd: int) -> int:
+    """The id of the mount that ``fd`` was opened through, from /proc (statx has no wrapper either)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+        for line in info:
+            if line.startswith(b"mnt_id:"):
+                return int(line.split()[1])
+    return -1

@@ -1,0 +1,169 @@
+"""The merged tree as one object: what a file system server, or a test, does with a union.
+
+Plain synchronous Python that knows nothing of FUSE. One thread owns it. Methods raise :class:`OSError` with the errno
+that a program should see. The parts are small classes of their own: reading (:mod:`merged_view`), copy-up, changes of
+names, renames, and attributes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from unionfs.fuse_ops.changes import NamespaceChanges
+from unionfs.fuse_ops.copy_up import CopyUp
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.layer_dir import DescriptorCache
+from unionfs.fuse_ops.lower_stack import LowerStack
+from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.metadata import MetadataChanges
+from unionfs.fuse_ops.open_files import OpenFile, backing_flags
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.overlay_format import OverlayXattrs
+from unionfs.fuse_ops.renames import Renames
+from unionfs.fuse_ops.upper_dir import UpperDir
+
+
+class UnionTree:
+    """A union of read-only layers under an optional writable one; made by :func:`unionfs.fuse_ops.stack.open_tree`."""
+
+    def __init__(
+        self,
+        lower: LowerStack,
+        upper: UpperDir | None,
+        cache: DescriptorCache,
+        options: MountOptions,
+        xattrs: OverlayXattrs,
+    ) -> None:
+        self._lower = lower
+        self._upper = upper
+        self._cache = cache
+        self._lock_fd = -1
+        self.options = options
+        self.warnings: list[str] = []
+        self.view = MergedView(lower, upper, cache, options, xattrs)
+        self.copy_up = CopyUp(self.view)
+        changes = NamespaceChanges(self.view, self.copy_up)
+        metadata = MetadataChanges(self.view, self.copy_up)
+
+        self.root = self.view.root
+        self.inodes = self.view.inodes
+        # The parts are the interface; these names make them one.
+        self.lookup = self.view.lookup
+        self.find = self.view.find
+        self.attributes = self.view.attributes
+        self.readlink = self.view.readlink
+        self.create = changes.create
+        self.mkdir = changes.mkdir
+        self.mknod = changes.mknod
+        self.symlink = changes.symlink
+        self.link = changes.link
+        self.unlink = changes.unlink
+        self.rmdir = changes.rmdir
+        self.rename = Renames(self.view, self.copy_up, changes).rename
+        self.set_attributes = metadata.set_attributes
+        self.clear_privileges = metadata.clear_privileges
+        self.get_xattr = metadata.get_xattr
+        self.list_xattrs = metadata.list_xattrs
+        self.set_xattr = metadata.set_xattr
+        self.remove_xattr = metadata.remove_xattr
+
+    @property
+    def read_only(self) -> bool:
+        return self._upper is None
+
+    def names(self, directory: Inode) -> list[bytes]:
+        """The names in a directory, each once, without ``.`` and ``..``."""
+        return list(self.view.names(directory))
+
+    def open(self, inode: Inode, flags: int) -> OpenFile:
+        """Open a regular file with a client's ``flags``; copies it up if they allow writing.
+
+        With O_TRUNC no data is copied. Raises EIO for a metacopy whose data is missing.
+        """
+        if inode.kind != stat.S_IFREG:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        truncate = bool(flags & os.O_TRUNC)
+        if writable or truncate:
+            self.copy_up.ensure(inode, size=0 if truncate else None)
+        wanted = backing_flags(flags)
+        if inode.upper and not inode.metacopy:
+            if truncate:
+                wanted |= os.O_TRUNC
+            path, follow = self.view.proc_path(inode)
+            if follow:
+                wanted &= ~os.O_NOFOLLOW
+            try:
+                fd = os.open(path, wanted)
+            except PermissionError:
+                # An unprivileged server may be allowed to write a file, but not to read it.
+                if wanted & os.O_ACCMODE != os.O_RDWR:
+                    raise
+                fd = os.open(path, (wanted & ~os.O_ACCMODE) | os.O_WRONLY)
+        else:
+            data = inode.lower
+            if data is not None and not inode.metacopy:
+                data = self._lower.data_of(*data)
+            if data is None:
+                raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+            fd = data[0].open(data[1], wanted)
+        return OpenFile(inode, fd, writable=writable)
+
+    def close_file(self, handle: OpenFile) -> None:
+        """End the use of an open file."""
+        handle.close()
+        self.inodes.drop_if_unneeded(handle.inode)
+
+    def forget(self, inode: Inode, count: int) -> None:
+        """The kernel gives ``count`` references back."""
+        inode.lookups -= count
+        if inode.lookups <= 0:
+            inode.lookups = 0
+            self.inodes.drop_if_unneeded(inode)
+
+    def statfs(self) -> os.statvfs_result:
+        """Size and use of the file system that new data goes to."""
+        layer = self._upper.layer if self._upper is not None else self._lower.layers[0]
+        return os.statvfs(b"/proc/self/fd/%d" % layer.fd)
+
+    def sync_upper(self, inode: Inode) -> None:
+        """fsync(2) of the upper directory of ``inode``; nothing to do for a lower one."""
+        if not inode.upper or inode.orphan:
+            return
+        path, _ = self.view.proc_path(inode)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters for a person who asks a running server how it is."""
+        handles = sum(len(inode.handles or ()) for inode in self.inodes)
+        return {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
+
+    def hold_lock(self, fd: int) -> None:
+        """Keep the descriptor whose lock says that the work directory is ours."""
+        self._lock_fd = fd
+
+    def close(self) -> None:
+        """Release all descriptors and leave nothing of ours in the work directory."""
+        for inode in self.inodes:
+            for handle in list(inode.handles or ()):
+                handle.close()
+            if inode.orphan_fd >= 0:
+                os.close(inode.orphan_fd)
+                inode.orphan_fd = -1
+            if inode.hold is not None and self._upper is not None:
+                self._upper.discard(inode.hold)
+                inode.hold = None
+        self._cache.close()
+        if self._upper is not None:
+            self._upper.close()
+        for layer in (*self._lower.layers, *self._lower.data_layers):
+            layer.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
