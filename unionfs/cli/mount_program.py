@@ -52,13 +52,13 @@ class _CommandLine:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
+    debug = "UNIONFS_DEBUG" in os.environ
+    return _reported(lambda: _run(sys.argv[1:] if arguments is None else arguments), debug, _say)
+
+
+def _run(arguments: Sequence[str]) -> int:
     open_standard_fds()
     fds = inherited_fds()
-    debug = "UNIONFS_DEBUG" in os.environ
-    return _reported(lambda: _run(sys.argv[1:] if arguments is None else arguments, fds), debug, _say)
-
-
-def _run(arguments: Sequence[str], fds: Sequence[int]) -> int:
     line = _read_command_line(arguments)
     if line.help:
         print(_USAGE, end="")
@@ -151,24 +151,28 @@ def _checked_target(target: str) -> str:
     """``target`` as an absolute path without links, known to be a directory that we can mount on."""
     path = mountinfo.canonical(target)
     top = mountinfo.top_mount(path)
+    if top is not None and top.fs_type == mountinfo.OUR_TYPE:
+        raise MountError(_occupied(target, path))
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         raise MountError(f"mount point {target} does not exist; create it with: mkdir -p {target}") from None
     except OSError as error:
-        if top is not None and top.fs_type == mountinfo.OUR_TYPE:
-            raise MountError(
-                f"mount point {target} has a dead mount, whose server is gone ({error.strerror}); "
-                f"remove it with: unionfs umount --lazy {target}"
-            ) from None
         raise MountError(f"mount point {target} cannot be used: {error.strerror}; choose another") from None
     if not is_directory:
         raise MountError(f"mount point {target} is not a directory; name a directory")
-    if top is not None and top.fs_type == mountinfo.OUR_TYPE:
-        raise MountError(
-            f"mount point {target} is busy: a union is mounted there; unmount it with: unionfs umount {target}"
-        )
     return path
+
+
+def _occupied(target: str, path: str) -> str:
+    try:
+        os.statvfs(path)  # the one question that the kernel never answers from memory
+    except OSError as error:
+        return (
+            f"mount point {target} has a dead mount, whose server is gone ({error.strerror}); "
+            f"remove it with: unionfs umount --lazy {target}"
+        )
+    return f"mount point {target} is busy: a union is mounted there; unmount it with: unionfs umount {target}"
 
 
 def _read_command_line(arguments: Sequence[str]) -> _CommandLine:
