@@ -35,13 +35,16 @@ class Job:
 
     def run(self, package: str | None, scratch: str) -> None:
         """Do all of it. ``package`` is the .deb file to install, by default one that is built in ``scratch``."""
-        if self._has("command -v dpkg"):
+        # Its database too: some shells have a dpkg built in.
+        if self._has("command -v dpkg && test -f /var/lib/dpkg/status"):
             self._install(package or debs.build(scratch))
             self._purge()
         elif package is not None:
-            raise QuickstartError(f"cannot install {package}: the root file system has no dpkg; leave out --deb")
+            raise QuickstartError(
+                f"cannot install {package}: the root file system is not managed by dpkg; leave out --deb"
+            )
         else:
-            print("No dpkg in this root file system: installing and deleting packages is left out.")
+            print("This root file system is not managed by dpkg: installing and deleting packages is left out.")
         self._edit()
         self._move()
 

@@ -1,0 +1,39 @@
+"""What all tests share: how long random tests search, and a guard against mounts that are left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A mount's speed is not ours alone, so no example is too slow; pytest-timeout ends a test that hangs.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=50, **_COMMON)
+settings.register_profile("ci", max_examples=200, print_blob=True, **_COMMON)
+settings.register_profile("long", max_examples=5000, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).resolve().parent.parent
+
+
+def mount_points_below(directory: Path) -> list[str]:
+    """The mount points of this mount namespace that lie in ``directory``."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        points = [line.split()[4].encode("utf-8", "surrogateescape").decode("unicode_escape") for line in table]
+    return [point for point in points if Path(point).is_relative_to(directory)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_mount_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail the run when a test leaves something mounted in its directory."""
+    base = tmp_path_factory.getbasetemp().resolve()
+    yield
+    left = mount_points_below(base)
+    assert not left, f"left mounted by a test: {', '.join(left)}"

@@ -1,0 +1,168 @@
+"""The project's own rules: which package may know which, what every module and every document has."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "unionfs"
+
+# Each layer may import those below it; archive and fuse_ops lie side by side (DESIGN.md, "The house").
+LAYERS = [{"cli"}, {"engines"}, {"layers"}, {"drivers"}, {"archive", "fuse_ops"}]
+# Modules that anything may import, and that import nothing of ours.
+FOUNDATION = {"errors"}
+
+
+def level_of(part: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if part in names)
+
+
+def imported_modules(path: Path, module: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) for every import statement in a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def wrong_imports(package: Path) -> list[str]:
+    """Imports in ``package`` that do not point downwards, as "file:line: importer -> imported"."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        importer = parts[0]
+        module = ".".join([package.name, *(part for part in parts if part != "__init__")])
+        for line, name in imported_modules(path, module):
+            pieces = name.split(".")
+            if pieces[0] == "tests" or pieces[0] == "scripts":
+                found.append(f"{path}:{line}: {importer} -> {name}")
+            if pieces[0] != package.name or len(pieces) == 1:
+                continue
+            imported = pieces[1]
+            if imported in FOUNDATION or imported.startswith("__") or importer == imported:
+                continue
+            if importer in FOUNDATION or importer == "__init__" or level_of(imported) <= level_of(importer):
+                found.append(f"{path}:{line}: {importer} -> {imported}")
+    return found
+
+
+def test_imports_point_downwards() -> None:
+    assert wrong_imports(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "statement", "bad"),
+    [
+        ("cli/a.py", "from unionfs.fuse_ops import b", False),
+        ("drivers/a.py", "import unionfs.archive.b", False),
+        ("fuse_ops/a.py", "from unionfs.errors import E", False),
+        ("fuse_ops/a.py", "from unionfs import __version__", False),
+        ("fuse_ops/a.py", "from unionfs.archive import b", True),
+        ("fuse_ops/a.py", "from ..archive import b", True),
+        ("fuse_ops/__init__.py", "from .. import archive", True),
+        ("archive/a.py", "import unionfs.fuse_ops.b", True),
+        ("archive/a.py", "def f():\n    from unionfs import drivers", True),
+        ("layers/a.py", "import unionfs.engines", True),
+        ("errors.py", "from unionfs.archive import b", True),
+        ("archive/a.py", "from tests.support import b", True),
+    ],
+)
+def test_the_import_rule_is_applied(tmp_path: Path, where: str, statement: str, bad: bool) -> None:
+    path = tmp_path / "unionfs" / where
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    assert bool(wrong_imports(tmp_path / "unionfs")) is bad
+
+
+def test_every_package_has_its_place() -> None:
+    known = set().union(*LAYERS)
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages <= known, "add the new package to LAYERS, where DESIGN.md puts it"
+
+
+def python_files() -> list[Path]:
+    return [path for top in ("unionfs", "scripts", "tests") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in python_files():
+        if path.name == "__init__.py" and path.stat().st_size == 0 and ROOT / "tests" in path.parents:
+            continue  # only makes a directory of tests a package
+        text = ast.get_docstring(ast.parse(path.read_bytes(), str(path)))
+        assert text, f"{path} has no docstring"
+        first = text.splitlines()[0]
+        assert len(first) > 10, f"{path}: '{first}' says too little"
+
+
+@pytest.mark.parametrize("script", ["scripts/setup", "scripts/test", "scripts/quickstart", ".ci/run"])
+def test_scripts_can_be_run(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    assert path.read_text().startswith("#!/bin/bash\n")
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands_in(text: str) -> Iterator[str]:
+    """The lines of a Markdown text's shell blocks, continued lines joined, comments left out."""
+    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if command := line.strip().removeprefix("$ "):
+                yield command
+
+
+def test_readme_names_commands_that_exist() -> None:
+    commands = list(commands_in((ROOT / "README.md").read_text()))
+    assert "scripts/quickstart" in commands
+    assert "scripts/test" in commands
+    ours = [word for command in commands for word in command.split() if re.match(r"(scripts/|unionfs)", word)]
+    assert ours
+    for word in ours:
+        where = ROOT / word if word.startswith("scripts/") else ROOT / ".venv" / "bin" / word
+        assert os.access(where, os.X_OK), f"README.md tells people to run {word}, which is not there"
+
+
+def test_readme_uses_options_that_exist() -> None:
+    helps = {
+        command: subprocess.run(
+            [*argv, "--help"], cwd=ROOT, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ).stdout
+        for command, argv in {
+            "scripts/quickstart": [str(ROOT / ".venv/bin/python"), "scripts/quickstart.py"],
+            "scripts/setup": ["scripts/setup"],
+            "unionfs mount ": [str(ROOT / ".venv/bin/unionfs"), "mount"],
+            "unionfs umount ": [str(ROOT / ".venv/bin/unionfs"), "umount"],
+            "unionfs mounts": [str(ROOT / ".venv/bin/unionfs"), "mounts"],
+        }.items()
+    }
+    used = 0
+    for command in commands_in((ROOT / "README.md").read_text()):
+        for name, text in helps.items():
+            if name in command:
+                for option in re.findall(r"\s(--[a-z-]+)", command.partition("#")[0]):
+                    assert option in text, f"'{command}' in README.md: there is no {option}"
+                    used += 1
+    assert used > 3
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in documents():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} points to {target}, which is not there"
