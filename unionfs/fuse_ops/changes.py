@@ -71,9 +71,13 @@ class NamespaceChanges:
         return self._make(directory, name, stat.S_IFDIR | stat.S_IMODE(mode), caller, make)
 
     def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
-        """Make a device, fifo, socket or regular file. EPERM for a device 0:0, which would be a whiteout."""
+        """Make a device, fifo, socket or regular file.
+
+        A device 0:0 is the whiteout of an overlay stacked on this mount: kept as a file with an attribute, since the
+        real device would be our own whiteout.
+        """
         if stat.S_ISCHR(mode) and rdev == WHITEOUT_DEVICE:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), os.fsdecode(name))
+            return self._make_nested_whiteout(directory, name, mode, caller)
         real_mode = mode
         if self._view.ownership.overrides:  # special files are kept as regular ones with an attribute
             real_mode = stat.S_IFREG | 0o600
@@ -82,6 +86,26 @@ class NamespaceChanges:
             os.mknod(temp, real_mode, 0 if stat.S_ISREG(real_mode) else rdev, dir_fd=dir_fd)
 
         return self._make(directory, name, mode, caller, make, rdev)
+
+    def _make_nested_whiteout(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mknod(temp, stat.S_IFREG | stat.S_IMODE(mode), 0, dir_fd=dir_fd)
+            path = b"/proc/self/fd/%d/%s" % (dir_fd, temp)
+            os.setxattr(path, self._view.xattrs.nested_whiteout, b"y", follow_symlinks=False)
+
+        inode = self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make)
+        inode.nested = True
+        inode.kind = stat.S_IFCHR
+        self.note_nested(inode, directory)
+        return inode
+
+    def note_nested(self, inode: Inode, directory: Inode) -> None:
+        """Note on an upper directory that a whiteout of a stacked overlay has come into it."""
+        if not inode.nested or inode.kind == stat.S_IFDIR or directory.nested:
+            return
+        path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
+        os.setxattr(path, self._view.xattrs.nested_opaque, b"x")
+        directory.nested = True
 
     def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
         """Make a symbolic link."""
@@ -115,6 +139,7 @@ class NamespaceChanges:
             inode.nlink += 1
         if inode.has_origin:
             self._copy_up.mark_impure(directory)
+        self.note_nested(inode, directory)
         inode.add_place(directory, name)
 
     def _own_access(self, kind: int) -> int:

@@ -48,6 +48,7 @@ class Inode:
         "marks",
         "metacopy",
         "name",
+        "nested",
         "nlink",
         "orphan_fd",
         "parent",
@@ -84,6 +85,10 @@ class Inode:
         self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed
         self.impure = False  # the upper directory may hold files that came from elsewhere (overlay.origin)
         self.xwhiteouts = False  # the upper directory may hold xattr whiteouts
+
+        # A directory: its upper one may hold whiteouts of an overlay stacked on this mount. A file: it is such a
+        # whiteout, a file with an attribute on disk, shown as the device 0:0 that the other overlay made.
+        self.nested = False
 
     def __repr__(self) -> str:
         return f"<Inode {self.ino:#x} {os.fsdecode(self.path())}>"

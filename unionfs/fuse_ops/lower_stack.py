@@ -21,11 +21,16 @@ _FUSE_OVERLAYFS_OPAQUE = b"user.fuseoverlayfs.opaque"
 
 
 class LowerDir(NamedTuple):
-    """One directory of a stack. ``xwhiteouts``: zero-size files in it may be whiteouts (``opaque=x``)."""
+    """One directory of a stack.
+
+    ``xwhiteouts``: zero-size files in it may be whiteouts (``opaque=x``). ``nested``: they may be whiteouts of an
+    overlay that is stacked on this mount, and are shown as such.
+    """
 
     layer: LayerDir
     path: bytes
     xwhiteouts: bool
+    nested: bool
 
     def join(self, name: bytes) -> bytes:
         return self.path + b"/" + name if self.path else name
@@ -47,9 +52,10 @@ class DirMarks(NamedTuple):
     xwhiteouts: bool
     redirect: bytes | None
     impure: bool
+    nested: bool
 
 
-_NO_MARKS = DirMarks(False, False, None, False)
+_NO_MARKS = DirMarks(False, False, None, False, False)
 
 
 @dataclass(slots=True)
@@ -86,7 +92,7 @@ class LowerStack:
     def _root_dirs(self, layers: Sequence[LayerDir]) -> Iterator[LowerDir]:
         for layer in layers:
             marks = self.read_marks(layer.proc_path(b""))
-            yield LowerDir(layer, b"", marks.xwhiteouts)
+            yield LowerDir(layer, b"", marks.xwhiteouts, marks.nested)
             if marks.opaque:
                 return
 
@@ -104,7 +110,7 @@ class LowerStack:
             raise
         if not names:
             return _NO_MARKS
-        opaque = xwhiteouts = impure = False
+        opaque = xwhiteouts = impure = nested = False
         redirect = None
         x = self.xattrs
         for text in names:
@@ -117,19 +123,19 @@ class LowerStack:
                 redirect = os.getxattr(path, name, follow_symlinks=False)
             elif name == x.impure:
                 impure = True
+            elif name == x.nested_opaque:
+                nested = os.getxattr(path, name, follow_symlinks=False)[:1] == b"x"
             elif name == _FUSE_OVERLAYFS_OPAQUE:
                 opaque = opaque or os.getxattr(path, name, follow_symlinks=False)[:1] == b"y"
-        return DirMarks(opaque, xwhiteouts, redirect, impure)
+        return DirMarks(opaque, xwhiteouts, redirect, impure, nested)
 
     def is_xattr_whiteout(self, path: bytes, st: os.stat_result) -> bool:
         """Whether a file in a directory marked ``opaque=x`` is a whiteout."""
-        if st.st_size or not stat.S_ISREG(st.st_mode):
-            return False
-        try:
-            os.getxattr(path, self.xattrs.whiteout, follow_symlinks=False)
-        except OSError:
-            return False
-        return True
+        return _is_empty_file(st) and _has_xattr(path, self.xattrs.whiteout)
+
+    def is_nested_whiteout(self, path: bytes, st: os.stat_result) -> bool:
+        """Whether a file in a directory marked for it is the whiteout of an overlay stacked on this mount."""
+        return _is_empty_file(st) and _has_xattr(path, self.xattrs.nested_whiteout)
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -162,7 +168,7 @@ class LowerStack:
                 marks = self.read_marks(layer.proc_path(path))
                 if top is None:
                     top = (st, entry)
-                dirs.append(LowerDir(layer, path, marks.xwhiteouts))
+                dirs.append(LowerDir(layer, path, marks.xwhiteouts, marks.nested))
                 if marks.redirect is not None:
                     dirs.extend(self._behind_redirect(stack[position + 1 :], layer, marks))
                     break
@@ -290,11 +296,7 @@ class LowerStack:
         """Whether the file at ``path`` (a /proc path) carries only metadata."""
         if not self._read_xattrs:
             return False
-        try:
-            os.getxattr(path, self.xattrs.metacopy, follow_symlinks=False)
-        except OSError:
-            return False
-        return True
+        return _has_xattr(path, self.xattrs.metacopy)
 
     def metacopy_source(
         self, proc_path: bytes, path: bytes, below: Sequence[LayerDir]
@@ -322,6 +324,18 @@ class LowerStack:
                 except OSError:
                     continue
         return None
+
+
+def _is_empty_file(st: os.stat_result) -> bool:
+    return st.st_size == 0 and stat.S_ISREG(st.st_mode)
+
+
+def _has_xattr(path: bytes, name: bytes) -> bool:
+    try:
+        os.getxattr(path, name, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def scan(dir_fd: int) -> Iterator[os.DirEntry[bytes]]:

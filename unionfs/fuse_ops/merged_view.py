@@ -16,6 +16,7 @@ from unionfs.fuse_ops.overlay_format import (
     MARK,
     NAME_MAX,
     OPAQUE_MARK,
+    WHITEOUT_DEVICE,
     OverlayXattrs,
     decode_origin,
     inode_in_handle,
@@ -64,7 +65,7 @@ class MergedView:
         if self.upper is not None:
             root.upper = True
             marks = self.lower.read_marks(self.upper.layer.proc_path(b""))
-            root.impure, root.xwhiteouts = marks.impure, marks.xwhiteouts
+            root.impure, root.xwhiteouts, root.nested = marks.impure, marks.xwhiteouts, marks.nested
             if marks.opaque:
                 root.lowers = ()
         return root
@@ -215,10 +216,17 @@ class MergedView:
                     return known
             inode = self.inodes.new(kind, self.inodes.numbers.of(real))
             inode.lower = (hit.layer, hit.path)
+            if any(entry.nested for entry in directory.lowers):
+                self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
             if st.st_nlink > 1:
                 self.inodes.remember_links(inode, real)
         inode.add_place(directory, name)
         return inode
+
+    def _show_nested_whiteout(self, inode: Inode, path: bytes, st: os.stat_result) -> None:
+        if self.lower.is_nested_whiteout(path, st):
+            inode.nested = True
+            inode.kind = stat.S_IFCHR
 
     def _adopt_upper_dir(self, directory: Inode, name: bytes, st: os.stat_result, *, merge: bool) -> Inode:
         path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
@@ -245,7 +253,7 @@ class MergedView:
         inode.lowers = lowers
         inode.stack_path = stack_path
         inode.has_origin = bool(lowers)
-        inode.impure, inode.xwhiteouts = marks.impure, marks.xwhiteouts
+        inode.impure, inode.xwhiteouts, inode.nested = marks.impure, marks.xwhiteouts, marks.nested
         inode.add_place(directory, name)
         return inode
 
@@ -263,6 +271,8 @@ class MergedView:
         )
         inode = self.inodes.new(kind, number)
         inode.upper = True
+        if directory.nested:
+            self._show_nested_whiteout(inode, path, st)
         if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
             inode.metacopy = True
             inode.lower = self._metacopy_data(directory, name, path)
@@ -352,6 +362,8 @@ class MergedView:
                 nlink = 0
         else:
             nlink = st.st_nlink if inode.nlink is None else inode.nlink
+            if inode.nested:
+                mode, rdev = stat.S_IFCHR | stat.S_IMODE(mode), WHITEOUT_DEVICE
             if inode.parent is None and not inode.upper:
                 nlink = inode.nlink or 0
             if inode.metacopy and inode.lower is not None:

@@ -33,16 +33,14 @@ class AttributeChange:
     mtime_ns: int | None = None
 
     @property
+    def only_mtime(self) -> bool:
+        """Whether the modification time is all that is asked for."""
+        return self.mtime_ns is not None and self == AttributeChange(mtime_ns=self.mtime_ns)
+
+    @property
     def kills_privileges(self) -> bool:
         """Whether nothing is asked for: how the kernel says that a write must clear setuid and setgid."""
-        return (
-            self.mode is None
-            and self.uid is None
-            and self.gid is None
-            and self.size is None
-            and self.atime_ns is None
-            and self.mtime_ns is None
-        )
+        return self == AttributeChange()
 
 
 class MetadataChanges:
@@ -51,6 +49,8 @@ class MetadataChanges:
     def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
         self._view = view
         self._copy_up = copy_up
+        # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
+        self._kernel_keeps_time = view.options.writeback
 
     # -- attributes -------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
-            self._truncate(inode, change.size)
+            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self._kernel_keeps_time)
             if caller.uid != 0:
                 self.clear_privileges(inode)
         if change.uid is not None or change.gid is not None:
@@ -73,7 +73,12 @@ class MetadataChanges:
         if change.atime_ns is not None or change.mtime_ns is not None:
             self._set_times(inode, change.atime_ns, change.mtime_ns)
 
-    def _truncate(self, inode: Inode, size: int) -> None:
+    def _truncate(self, inode: Inode, size: int, *, keep_times: bool) -> None:
+        if keep_times:
+            st = self._view.real_stat(inode)
+            self._truncate(inode, size, keep_times=False)
+            self._set_times(inode, st.st_atime_ns, st.st_mtime_ns)
+            return
         for handle in inode.handles or ():
             if handle.writable:
                 os.ftruncate(handle.fd, size)

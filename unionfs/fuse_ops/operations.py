@@ -238,7 +238,7 @@ class UnionOperations(pyfuse3.Operations):
         for inode in moved:
             if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
                 await self._copy_up(inode, data=False)
-        tree.rename(old_dir, name_old, new_dir, name_new, flags)
+        tree.rename(old_dir, name_old, new_dir, name_new, flags, ctx)
 
     @_handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
@@ -268,6 +268,10 @@ class UnionOperations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        if change.only_mtime and change.mtime_ns == self._tree.attributes(node).mtime_ns:
+            # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of
+            # a lower file, say. There is nothing to do, and above all nothing to copy up.
+            return self._attributes(node)
         if not change.kills_privileges:
             await self._copy_up(node, data=change.size is not None, size=change.size)
         self._tree.set_attributes(node, change, ctx)

@@ -41,6 +41,8 @@ class OverlayXattrs:
         "escape",
         "impure",
         "metacopy",
+        "nested_opaque",
+        "nested_whiteout",
         "opaque",
         "origin",
         "prefix",
@@ -57,6 +59,10 @@ class OverlayXattrs:
         self.impure = self.prefix + b"impure"
         self.metacopy = self.prefix + b"metacopy"
         self.whiteout = self.prefix + b"whiteout"
+        # A whiteout that belongs to an overlay whose upper directory is on ours: what that one would call
+        # ``overlay.whiteout`` and ``overlay.opaque``, see to_stored().
+        self.nested_whiteout = self.escape + b"whiteout"
+        self.nested_opaque = self.escape + b"opaque"
 
     def is_private(self, stored: bytes) -> bool:
         """Whether the stored attribute is overlayfs' own, and so not part of the merged tree."""

@@ -6,12 +6,13 @@ import errno
 import os
 import stat
 
-from unionfs.fuse_ops.changes import NamespaceChanges, check_new_name
+from unionfs.fuse_ops.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.fuse_ops.copy_up import CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView, enoent
 from unionfs.fuse_ops.options import RedirectMode
-from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
+from unionfs.fuse_ops.overlay_format import WHITEOUT_DEVICE
+from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 
 
 class Renames:
@@ -22,17 +23,22 @@ class Renames:
         self._copy_up = copy_up
         self._changes = changes
 
-    def prepare(self, directory: Inode, name: bytes) -> Inode:
-        """The object to be renamed. The caller copies its data up before :meth:`rename` if that would take long."""
-        return self._view.lookup(directory, name)
+    def rename(
+        self,
+        old_dir: Inode,
+        old_name: bytes,
+        new_dir: Inode,
+        new_name: bytes,
+        flags: int = 0,
+        caller: Caller | None = None,
+    ) -> None:
+        """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT.
 
-    def rename(self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int = 0) -> None:
-        """rename(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
-
-        Raises EINVAL for RENAME_WHITEOUT and unknown flags, as the kernel's overlayfs does, and EXDEV for a directory
-        of a lower layer when redirects are off.
+        The last leaves a device 0:0 for ``caller``, which an overlay stacked on this mount needs. Raises EINVAL for
+        other flags, and EXDEV for a directory of a lower layer when redirects are off.
         """
-        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+        known = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
+        if flags & ~known or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._copy_up.require_writable()
         source = self._view.lookup(old_dir, old_name)
@@ -53,6 +59,9 @@ class Renames:
         if target is not None:
             self._check_replaceable(source, target)
         self._move(source, old_dir, old_name, target, new_dir, new_name)
+        if flags & RENAME_WHITEOUT:
+            assert caller is not None
+            self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
 
     def _check_replaceable(self, source: Inode, target: Inode) -> None:
         source_is_dir = source.kind == stat.S_IFDIR
@@ -155,3 +164,4 @@ class Renames:
     def _after_move(self, inode: Inode, directory: Inode) -> None:
         if inode.has_origin:
             self._copy_up.mark_impure(directory)
+        self._changes.note_nested(inode, directory)
