@@ -208,7 +208,6 @@ class UnionMachine(RuleBasedStateMachine):
                 (stat.S_IFIFO, 0, 0),
                 (stat.S_IFSOCK, 0, 0),
                 (stat.S_IFCHR, 1, 3),
-                (stat.S_IFCHR, 0, 0),
                 (stat.S_IFBLK, 7, 300),
                 (stat.S_IFREG, 0, 0),
             ]

@@ -197,7 +197,8 @@ def mounted_union(
 ) -> Iterator[UnionMount]:
     """Our union on ``target``, top layer first."""
     if mount_program() == "kernel":
-        passed = [o for o in options if o.partition("=")[0] in KERNEL_WORDS]
+        passed = ["redirect_dir=on"] * ("redirect_dir=off" not in options and upper is not None)
+        passed += [o for o in options if o.partition("=")[0] in KERNEL_WORDS and o not in passed]
         with mounted_overlay(lowers, upper, work, target, passed):
             yield UnionMount(target, ())
         return

@@ -23,7 +23,7 @@ from tests.support.mounts import (
     servers_of,
     take_down,
 )
-from tests.support.snapshot import Snapshot, checksum_layer, snapshot
+from tests.support.snapshot import Snapshot, assert_same, checksum_layer, snapshot
 
 
 class Sandbox:
@@ -39,6 +39,8 @@ class Sandbox:
         self.work: str | None = self.new_dir("work")
         self.target = self.new_dir("mnt")
         self._checksums: dict[str, str] = {}
+        self._huge: set[str] = set()
+        self._own: set[str] = set()
 
     def new_dir(self, name: str) -> str:
         """A directory beside the layers."""
@@ -46,11 +48,15 @@ class Sandbox:
         os.makedirs(path)
         return path
 
-    def lower(self, path: str | None = None) -> Layer:
-        """A further layer, below those made before."""
-        path = path or self.new_dir(f"lower{len(self.lowers) + 1}")
+    def lower(self, path: str | None = None, *, huge: bool = False) -> Layer:
+        """A further layer, below those made before; of a ``huge`` one only the attributes are checksummed."""
+        if path is None:
+            path = self.new_dir(f"lower{len(self.lowers) + 1}")
+            self._own.add(path)
         self.lowers.append(path)
         os.utime(path, ns=(OLD_NS, OLD_NS))
+        if huge:
+            self._huge.add(path)
         return Layer(path)
 
     def fresh_upper(self, name: str) -> None:
@@ -70,13 +76,14 @@ class Sandbox:
         """Remember what the lowers are; done by the first mount."""
         for low in self.lowers:
             if low not in self._checksums:
-                self._checksums[low] = checksum_layer(low)
+                self._checksums[low] = checksum_layer(low, content=low not in self._huge)
 
-    def check_lowers(self) -> None:
-        """Fail when a lower layer is not what it was."""
+    def check_lowers(self, *, own: bool = False) -> None:
+        """Fail when a lower layer is not what it was; with ``own`` only those that the sandbox made itself."""
         for low, before in self._checksums.items():
-            if os.path.isdir(low):
-                assert checksum_layer(low) == before, f"lower layer {low} was changed"
+            if not own or low in self._own:
+                now = checksum_layer(low, content=low not in self._huge)
+                assert now == before, f"lower layer {low} was changed"
 
     @contextlib.contextmanager
     def mount(self, *options: str, lowers: Sequence[str] | None = None) -> Iterator[UnionMount]:
@@ -97,7 +104,16 @@ class Sandbox:
     def kernel_snapshot(self, *options: str) -> Snapshot:
         """The tree that the kernel shows for the layers as they are now."""
         with self.kernel(*options) as here:
-            return snapshot(here)
+            return snapshot(here, check_ino=False)
+
+    def union_snapshot(self, *options: str) -> Snapshot:
+        """The tree that our mount shows for the layers as they are now."""
+        with self.mount(*options):
+            return snapshot(self.target)
+
+    def assert_kernel_agrees(self, *options: str) -> None:
+        """What the upper holds now is the same tree for the kernel and for a new mount of ours."""
+        assert_same(self.union_snapshot(), self.kernel_snapshot(*options), ("ours", "kernel"))
 
     def clean_up(self) -> None:
         """Unmount whatever a failed test left."""
@@ -124,7 +140,7 @@ def box() -> Iterator[Sandbox]:
             yield sandbox
         finally:
             sandbox.clean_up()
-        sandbox.check_lowers()
+        sandbox.check_lowers(own=True)
         assert not is_mounted(sandbox.target)
         assert not servers_of(sandbox.target)
     finally:

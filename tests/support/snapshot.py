@@ -7,7 +7,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 KINDS = {
     stat.S_IFREG: "file",
@@ -175,6 +175,11 @@ def assert_same(ours: Snapshot, theirs: Snapshot, names: tuple[str, str] = ("our
     lines = differences(ours, theirs, names)
     if lines:
         raise AssertionError("trees differ:\n" + "\n".join(lines[:40]))
+
+
+def without_root_time(tree: Snapshot) -> Snapshot:
+    """The tree without the time of its root: a fresh upper directory brings its own."""
+    return {**tree, ".": replace(tree["."], mtime_ns=0)}
 
 
 def checksum_layer(root: str, *, content: bool = True) -> str:
