@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # A mount's speed is not ours alone, so no example is too slow; pytest-timeout ends a test that hangs.
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dev", max_examples=50, **_COMMON)
-settings.register_profile("ci", max_examples=200, print_blob=True, **_COMMON)
-settings.register_profile("long", max_examples=5000, print_blob=True, **_COMMON)
+_BASE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("dev", settings(_BASE, max_examples=50))
+settings.register_profile("ci", settings(_BASE, max_examples=200))
+settings.register_profile("long", settings(_BASE, max_examples=5000))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -63,12 +63,15 @@ class Sandbox:
             helper.kill()
             reason = helper.stderr.read().decode(errors="replace").strip().replace("\n", "; ")
             self.close()
-            raise QuickstartError(
-                f"cannot make namespaces ({reason}); "
-                "in a container, start it with the right to mount (docker: --privileged)"
-            )
-        proc = f"/proc/{helper.pid}/ns"
-        self._prefix = ["nsenter", f"--mount={proc}/mnt", f"--pid={proc}/pid_for_children", "--"]
+            if "propagation" in reason:
+                advice = "in a chroot, make its directory a mount point first: mount --bind DIR DIR"
+            else:
+                advice = "in a container, start it with the right to mount (docker: --privileged)"
+            raise QuickstartError(f"cannot make namespaces ({reason}); {advice}")
+        proc = f"/proc/{helper.pid}"
+        # Root and working directory too: entering a mount namespace alone would leave a chroot that we are in.
+        self._prefix = ["nsenter", f"--mount={proc}/ns/mnt", f"--pid={proc}/ns/pid_for_children"]
+        self._prefix += [f"--root={proc}/root", f"--wd={proc}/cwd", "--"]
         return self
 
     def __exit__(
