@@ -1,0 +1,1 @@
+"""The layer store, from identities to crashes."""

@@ -1,0 +1,1 @@
+"""The layer store: content-addressed, reference-counted layers and exact tar streams."""
