@@ -115,9 +115,7 @@ class CopyUp:
         if not data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
             return None
-        source = self._view.lower.data_of(*inode.lower)
-        if source is None:
-            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        source = self._view.data_source(inode)
         temp = upper.temp_name()
         source_fd = target_fd = -1
         try:
@@ -146,7 +144,8 @@ class CopyUp:
             layer, path = inode.lower
             self._dress(upper, job.temp, job.st, layer.proc_path(path))
             self._install_file(upper, inode, job.temp, job.st)
-            inode.lower = None
+            inode.lower = inode.data = None
+            inode.metacopy = False
             self._switch_handles(inode, job.target_fd)
         except BaseException:
             self.abort(job)
@@ -255,7 +254,6 @@ class CopyUp:
         """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``)."""
         assert inode.lower is not None
         layer, path = inode.lower
-        data = self._view.lower.data_of(layer, path)
         temp = upper.temp_name()
         fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
         try:
@@ -273,8 +271,10 @@ class CopyUp:
             raise
         finally:
             os.close(fd)
-        inode.metacopy = True
-        inode.lower = data
+        if not inode.metacopy:
+            inode.metacopy = True
+            inode.data = inode.lower
+        inode.lower = None
 
     @staticmethod
     def _stack_path(inode: Inode) -> bytes | None:
@@ -344,11 +344,9 @@ class CopyUp:
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
     def _begin_data(self, inode: Inode, size: int | None) -> CopyUpJob | None:
-        if inode.lower is None:
-            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
         wanted = st.st_size if size is None else min(size, st.st_size)
-        layer, path = inode.lower
         source_fd = layer.open(path, os.O_RDONLY)
         try:
             proc_path, _ = self._view.proc_path(inode)
@@ -372,7 +370,7 @@ class CopyUp:
             with contextlib.suppress(OSError):
                 os.removexattr(job.target_fd, self._view.xattrs.redirect)
             inode.metacopy = False
-            inode.lower = None
+            inode.data = None
             self._switch_handles(inode, job.target_fd)
         finally:
             job.close()

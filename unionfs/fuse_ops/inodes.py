@@ -34,6 +34,7 @@ class Inode:
         "__weakref__",
         "aliases",
         "children",
+        "data",
         "handles",
         "has_origin",
         "hold",
@@ -52,6 +53,7 @@ class Inode:
         "nlink",
         "orphan_fd",
         "parent",
+        "redirect",
         "stack_path",
         "upper",
         "xwhiteouts",
@@ -71,15 +73,17 @@ class Inode:
         self.has_origin = False  # the upper object records the lower one that it was copied from
 
         # Anything but a directory:
-        self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, while it matters
-        self.metacopy = False  # the upper file has metadata only, the data is below
+        self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
+        self.metacopy = False  # the object has metadata only
+        self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
         self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode
 
         # Directories:
         self.lowers: tuple[LowerDir, ...] = ()
-        self.stack_path: bytes | None = None  # where the lower layers have it: the value of a redirect
+        self.stack_path: bytes | None = None  # where the lower layers have it
+        self.redirect: bytes | None = None  # the value of the redirect attribute of the upper directory
         self.children: dict[bytes, Inode] | None = None  # those that are in memory
         self.index: DirIndex | None = None  # the names in ``lowers``, once needed
         self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed

@@ -64,7 +64,7 @@ class DescriptorCache:
 class LayerDir:
     """A layer of the stack, addressed by paths relative to its top such as ``b"usr/bin"`` (``b""``: the top)."""
 
-    __slots__ = ("_cache", "device", "fd", "filesystem_uuid", "index", "path")
+    __slots__ = ("_cache", "device", "fd", "filesystem_uuid", "index", "path", "readable_fd")
 
     def __init__(self, fd: int, path: str, index: int, cache: DescriptorCache) -> None:
         self.fd = fd
@@ -72,11 +72,9 @@ class LayerDir:
         self.index = index
         self.device = os.stat(fd).st_dev
         self._cache = cache
-        readable = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self.filesystem_uuid = syscalls.filesystem_uuid(readable)
-        finally:
-            os.close(readable)
+        # Some calls refuse O_PATH descriptors: ioctl(2), open_by_handle_at(2).
+        self.readable_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.filesystem_uuid = syscalls.filesystem_uuid(self.readable_fd)
 
     def __repr__(self) -> str:
         return f"<LayerDir {self.index} {self.path}>"
@@ -114,6 +112,7 @@ class LayerDir:
         return b"/proc/self/fd/%d/%s" % (dir_fd, name)
 
     def close(self) -> None:
+        os.close(self.readable_fd)
         os.close(self.fd)
 
 

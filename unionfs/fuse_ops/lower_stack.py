@@ -43,6 +43,7 @@ class LowerHit(NamedTuple):
     dirs: tuple[LowerDir, ...]  # empty for anything but a directory
     layer: LayerDir
     path: bytes
+    position: int  # in the stack that was searched
 
 
 class DirMarks(NamedTuple):
@@ -151,7 +152,7 @@ class LowerStack:
     def _lookup_at(
         self, stack: Sequence[LowerDir], positions: Sequence[int], name: bytes, *, marks_matter: bool
     ) -> LowerHit | None:
-        top: tuple[os.stat_result, LowerDir] | None = None
+        top: tuple[os.stat_result, int] | None = None
         dirs: list[LowerDir] = []
         for position in positions:
             entry = stack[position]
@@ -163,11 +164,11 @@ class LowerStack:
             if st is not None:
                 if not stat.S_ISDIR(st.st_mode):
                     if top is None:
-                        return LowerHit(st, (), layer, path)
+                        return LowerHit(st, (), layer, path, position)
                     break
                 marks = self.read_marks(layer.proc_path(path))
                 if top is None:
-                    top = (st, entry)
+                    top = (st, position)
                 dirs.append(LowerDir(layer, path, marks.xwhiteouts, marks.nested))
                 if marks.redirect is not None:
                     dirs.extend(self._behind_redirect(stack[position + 1 :], layer, marks))
@@ -179,7 +180,7 @@ class LowerStack:
                 break
         if top is None:
             return None
-        return LowerHit(top[0], tuple(dirs), dirs[0].layer, dirs[0].path)
+        return LowerHit(top[0], tuple(dirs), dirs[0].layer, dirs[0].path, top[1])
 
     def _stat_unless_whiteout(self, entry: LowerDir, name: bytes) -> os.stat_result | None:
         try:
@@ -277,52 +278,51 @@ class LowerStack:
 
     # -- data -------------------------------------------------------------------------------------------------
 
-    def data_of(self, layer: LayerDir, path: bytes) -> tuple[LayerDir, bytes] | None:
-        """Where the contents of the lower file ``path`` of ``layer`` are, following metacopy attributes.
-
-        None if the file is a metacopy whose data is missing: reading it must fail (EIO), not give zeros.
-        """
-        while self.is_metacopy(layer.proc_path(path)):
-            below = [d for d in self.layers if d.index > layer.index]
-            found = self.metacopy_source(layer.proc_path(path), path, below)
-            if found is None:
-                return None
-            layer, path = found
-            if layer in self.data_layers:
-                break
-        return layer, path
-
     def is_metacopy(self, path: bytes) -> bool:
         """Whether the file at ``path`` (a /proc path) carries only metadata."""
-        if not self._read_xattrs:
-            return False
-        return _has_xattr(path, self.xattrs.metacopy)
+        return self._read_xattrs and _has_xattr(path, self.xattrs.metacopy)
 
-    def metacopy_source(
-        self, proc_path: bytes, path: bytes, below: Sequence[LayerDir]
+    def data_below(
+        self, proc_path: bytes, rest: Sequence[LowerDir], name: bytes, below: Sequence[LayerDir]
     ) -> tuple[LayerDir, bytes] | None:
-        """The next file down from a metacopy found at ``path``: by its redirect attribute, else the same path."""
+        """Where the contents of the metacopy at ``proc_path`` are; None if they are missing.
+
+        ``rest`` is what remains, below the file, of the stack that it was found in as ``name``; ``below`` are the
+        layers below it, where an absolute redirect starts.
+        """
+        stack: Sequence[LowerDir] = rest
+        target = b""
         try:
             redirect = os.getxattr(proc_path, self.xattrs.redirect, follow_symlinks=False)
         except OSError:
-            redirect = None
-        target = path
-        if redirect is not None:
+            pass
+        else:
             if redirect.startswith(b"/"):
                 target = redirect.strip(b"/")
+                head, _, name = target.rpartition(b"/")
+                top = tuple(self._root_dirs(below))
+                parent = self.walk(head, top) if head else None
+                stack = (parent.dirs if parent is not None else ()) if head else top
             else:
-                head, slash, _ = path.rpartition(b"/")
-                target = head + slash + redirect
-        hit = self.walk(target, tuple(self._root_dirs(below))) if below else None
-        if hit is not None:
-            return (hit.layer, hit.path) if stat.S_ISREG(hit.st.st_mode) else None
-        if redirect is not None and redirect.startswith(b"/"):
-            for layer in self.data_layers:
-                try:
-                    if stat.S_ISREG(layer.stat(target).st_mode):
-                        return layer, target
-                except OSError:
-                    continue
+                name = redirect
+        hit = self.lookup(stack, name)
+        if hit is None:
+            return self._in_data_layers(target) if target else None
+        if not stat.S_ISREG(hit.st.st_mode):
+            return None
+        path = hit.layer.proc_path(hit.path)
+        if not self.is_metacopy(path):
+            return hit.layer, hit.path
+        lower = [layer for layer in self.layers if layer.index > hit.layer.index]
+        return self.data_below(path, stack[hit.position + 1 :], name, lower)
+
+    def _in_data_layers(self, path: bytes) -> tuple[LayerDir, bytes] | None:
+        for layer in self.data_layers:
+            try:
+                if stat.S_ISREG(layer.stat(path).st_mode):
+                    return layer, path
+            except OSError:
+                continue
         return None
 
 

@@ -216,6 +216,13 @@ class MergedView:
                     return known
             inode = self.inodes.new(kind, self.inodes.numbers.of(real))
             inode.lower = (hit.layer, hit.path)
+            below = self.lower.layers[hit.layer.index + 1 :]
+            if (below or self.lower.data_layers) and self._may_be_metacopy(st):
+                path = hit.layer.proc_path(hit.path)
+                if self.lower.is_metacopy(path):
+                    inode.metacopy = True
+                    rest = directory.lowers[hit.position + 1 :]
+                    inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], below)
             if any(entry.nested for entry in directory.lowers):
                 self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
             if st.st_nlink > 1:
@@ -252,6 +259,7 @@ class MergedView:
         inode.upper = True
         inode.lowers = lowers
         inode.stack_path = stack_path
+        inode.redirect = marks.redirect
         inode.has_origin = bool(lowers)
         inode.impure, inode.xwhiteouts, inode.nested = marks.impure, marks.xwhiteouts, marks.nested
         inode.add_place(directory, name)
@@ -275,7 +283,7 @@ class MergedView:
             self._show_nested_whiteout(inode, path, st)
         if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
             inode.metacopy = True
-            inode.lower = self._metacopy_data(directory, name, path)
+            inode.data = self.lower.data_below(path, directory.lowers, name, self.lower.layers)
         if st.st_nlink > 1:
             self.inodes.remember_links(inode, real)
         inode.add_place(directory, name)
@@ -299,14 +307,6 @@ class MergedView:
         # A metacopy has a size but no data; a block or two may hold its attributes.
         return stat.S_ISREG(st.st_mode) and st.st_size > 0 and (st.st_blocks <= 16 or st.st_blocks * 512 < st.st_size)
 
-    def _metacopy_data(self, directory: Inode, name: bytes, path: bytes) -> tuple[LayerDir, bytes] | None:
-        """The lower file that has the data of an upper metacopy; None if it is missing."""
-        where = self._stack_join(directory, name) or name
-        found = self.lower.metacopy_source(path, where, self.lower.layers)
-        if found is None:
-            return None
-        return found if found[0] in self.lower.data_layers else self.lower.data_of(*found)
-
     def _origin(self, path: bytes) -> tuple[int, int] | None:
         """Device and inode number of the lower file that an upper one was copied up from, if still there."""
         try:
@@ -321,7 +321,7 @@ class MergedView:
                 continue
             if self._can_open_handles:
                 try:
-                    fd = open_handle(layer.fd, handle)
+                    fd = open_handle(layer.readable_fd, handle)
                 except PermissionError:
                     self._can_open_handles = False
                 except OSError:
@@ -366,8 +366,8 @@ class MergedView:
                 mode, rdev = stat.S_IFCHR | stat.S_IMODE(mode), WHITEOUT_DEVICE
             if inode.parent is None and not inode.upper:
                 nlink = inode.nlink or 0
-            if inode.metacopy and inode.lower is not None:
-                blocks = inode.lower[0].stat(inode.lower[1]).st_blocks
+            if inode.metacopy and inode.data is not None:
+                blocks = inode.data[0].stat(inode.data[1]).st_blocks
         ino = inode.ino
         if ino == ROOT_INO:
             ino = self.inodes.numbers.of((st.st_dev, st.st_ino))
@@ -385,6 +385,13 @@ class MergedView:
             st.st_mtime_ns,
             st.st_ctime_ns,
         )
+
+    def data_source(self, inode: Inode) -> tuple[LayerDir, bytes]:
+        """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""
+        source = inode.data if inode.metacopy else inode.lower
+        if source is None:
+            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        return source
 
     def readlink(self, inode: Inode) -> bytes:
         """The target of a symbolic link."""

@@ -19,6 +19,7 @@ import pyfuse3
 import trio
 
 from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.changes import check_new_name
 from unionfs.fuse_ops.copy_up import CopyUpJob
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
@@ -232,6 +233,7 @@ class UnionOperations(pyfuse3.Operations):
     ) -> None:
         tree = self._tree
         old_dir, new_dir = self._inode(parent_inode_old), self._inode(parent_inode_new)
+        check_new_name(name_new)
         moved = [tree.lookup(old_dir, name_old)]
         if flags & pyfuse3.RENAME_EXCHANGE:
             moved.append(tree.lookup(new_dir, name_new))

@@ -73,7 +73,7 @@ class Renames:
         elif source_is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
-    def _ready(self, inode: Inode, new_dir: Inode, new_name: bytes) -> None:
+    def _ready(self, inode: Inode, old_dir: Inode, new_dir: Inode) -> None:
         """Copy up what is to be moved, and make a directory independent of the name it has."""
         is_dir = inode.kind == stat.S_IFDIR
         if is_dir and inode.lowers and self._view.options.redirect_dir is not RedirectMode.ON:
@@ -85,17 +85,25 @@ class Renames:
         upper = self._copy_up.require_writable()
         path, _ = self._view.proc_path(inode)
         if inode.lowers:
-            if inode.stack_path is None:
-                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-            try:
-                os.setxattr(path, self._view.xattrs.redirect, b"/" + inode.stack_path, follow_symlinks=False)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM):
-                    # No room for the path in an attribute: let the program copy, as it does between file systems.
-                    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from None
-                raise
+            self._set_redirect(inode, path, same_directory=old_dir is new_dir)
         elif new_dir.lowers:
             upper.set_opaque(path)
+
+    def _set_redirect(self, inode: Inode, path: bytes, *, same_directory: bool) -> None:
+        """Record where the lower layers have a directory: by its name there, or by the path from the top."""
+        if inode.redirect is not None and (same_directory or inode.redirect.startswith(b"/")):
+            return
+        if inode.stack_path is None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        redirect = inode.stack_path.rpartition(b"/")[2] if same_directory else b"/" + inode.stack_path
+        try:
+            os.setxattr(path, self._view.xattrs.redirect, redirect, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM):
+                # No room for the path in an attribute: let the program copy, as it does between file systems.
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from None
+            raise
+        inode.redirect = redirect
 
     def _move(
         self,
@@ -109,7 +117,7 @@ class Renames:
         view, changes = self._view, self._changes
         upper = self._copy_up.require_writable()
         self._copy_up.ensure_directory(old_dir)
-        self._ready(source, new_dir, new_name)
+        self._ready(source, old_dir, new_dir)
         is_dir = source.kind == stat.S_IFDIR
         leave_whiteout = changes.hides_lower(old_dir, old_name)
         new_fd = self._dir_fd(new_dir)
@@ -147,8 +155,8 @@ class Renames:
     ) -> None:
         self._copy_up.ensure_directory(first_dir)
         self._copy_up.ensure_directory(second_dir)
-        self._ready(first, second_dir, second_name)
-        self._ready(second, first_dir, first_name)
+        self._ready(first, first_dir, second_dir)
+        self._ready(second, second_dir, first_dir)
         renameat2(self._dir_fd(first_dir), first_name, self._dir_fd(second_dir), second_name, RENAME_EXCHANGE)
         first.remove_place(first_dir, first_name)
         second.remove_place(second_dir, second_name)

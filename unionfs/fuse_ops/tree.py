@@ -103,12 +103,8 @@ class UnionTree:
                     raise
                 fd = os.open(path, (wanted & ~os.O_ACCMODE) | os.O_WRONLY)
         else:
-            data = inode.lower
-            if data is not None and not inode.metacopy:
-                data = self._lower.data_of(*data)
-            if data is None:
-                raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
-            fd = data[0].open(data[1], wanted)
+            layer, data_path = self.view.data_source(inode)
+            fd = layer.open(data_path, wanted)
         return OpenFile(inode, fd, writable=writable)
 
     def close_file(self, handle: OpenFile) -> None:
