@@ -89,6 +89,11 @@ class RootedDir:
         self.path = os.fsencode(path)
         self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    @classmethod
+    def at(cls, dir_fd: int) -> RootedDir:
+        """The directory that is open as ``dir_fd``, which stays the caller's to close."""
+        return cls(b"/proc/self/fd/%d" % dir_fd)
+
     def __enter__(self) -> RootedDir:
         return self
 
