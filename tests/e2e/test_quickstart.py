@@ -20,17 +20,10 @@ pytestmark = [pytest.mark.e2e]
 APPLETS = ("sh", "cat", "cp", "echo", "ls", "mkdir", "mv", "rm", "sed", "tail", "test", "touch", "true")
 
 
-@pytest.fixture(scope="session")
-def busybox() -> Path:
-    path = shutil.which("busybox")
-    assert path is not None, "busybox is missing; run scripts/setup --dev"
-    return Path(path)
-
-
-@pytest.fixture
-def small_rootfs(tmp_path: Path, busybox: Path) -> Path:
-    """A root file system of one program, with a name that has to be quoted in mount options."""
-    root = tmp_path / "root, with: a \\name"
+def make_rootfs(root: Path) -> None:
+    """A root file system of one program."""
+    busybox = shutil.which("busybox")
+    assert busybox is not None, "busybox is missing; run scripts/setup --dev"
     for directory in ("bin", "etc", "proc", "dev", "tmp", "var/lib/things", "usr/share/doc"):
         (root / directory).mkdir(parents=True)
     shutil.copy(busybox, root / "bin/busybox")
@@ -38,6 +31,13 @@ def small_rootfs(tmp_path: Path, busybox: Path) -> Path:
         (root / "bin" / applet).symlink_to("busybox")
     (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (root / "usr/share/doc/readme").write_text("read me\n")
+
+
+@pytest.fixture
+def small_rootfs(tmp_path: Path) -> Path:
+    """A small root file system, with a name that has to be quoted in mount options."""
+    root = tmp_path / "root, with: a \\name"
+    make_rootfs(root)
     return root
 
 
@@ -146,6 +146,54 @@ def test_keep(quickstart: Quickstart, small_rootfs: Path) -> None:
     quickstart("--rootfs", str(small_rootfs))  # another run leaves it alone
     assert (kept / "upper/root/new-file").exists()
     shutil.rmtree(kept)
+
+
+# Runs "$@" as a user that exists in this mount namespace only, with a /dev/fuse that everybody may open.
+AS_USER = """
+set -e
+for file in passwd group subuid subgid; do cp "/etc/$file" "$PLACE/$file" 2>/dev/null || : > "$PLACE/$file"; done
+echo "quickstart:x:64001:64001::$PLACE:/bin/sh" >> "$PLACE/passwd"
+echo "quickstart:x:64001:" >> "$PLACE/group"
+for file in subuid subgid; do echo "quickstart:2000000:65536" >> "$PLACE/$file"; touch "/etc/$file"; done
+for file in passwd group subuid subgid; do mount --bind "$PLACE/$file" "/etc/$file"; done
+mkdir "$PLACE/device"
+mount -t tmpfs tmpfs "$PLACE/device"
+mknod -m 666 "$PLACE/device/fuse" c 10 229
+mount --bind "$PLACE/device/fuse" /dev/fuse
+exec setpriv --reuid=64001 --regid=64001 --clear-groups env -i PATH=/usr/bin:/bin "HOME=$PLACE/home" "$@"
+"""
+
+
+def test_ordinary_user(repository: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As a user who is not root: in a user namespace, with an archive that has files of several owners."""
+    if not all(path.stat().st_mode & 0o005 == 0o005 for path in (repository, *repository.parents)):
+        pytest.skip(f"{repository} is in a directory that other users cannot read")
+    tmp_path_factory.getbasetemp().chmod(0o755)
+    for path in (tmp_path_factory.getbasetemp().parent, tmp_path):
+        path.chmod(0o755)
+    root, home = tmp_path / "root", tmp_path / "home"
+    make_rootfs(root)
+    os.chown(root / "usr/share/doc/readme", 5, 60)
+    subprocess.run(["tar", "-cf", tmp_path / "rootfs.tar", "-C", root, "."], check=True)
+    home.mkdir()
+    os.chown(home, 64001, 64001)
+    as_user = ["unshare", "--mount", "--propagation", "private", "sh", "-c", AS_USER, "sh"]
+    done = subprocess.run(
+        [*as_user, str(repository / "scripts/quickstart"), "--keep", "--rootfs", str(tmp_path / "rootfs.tar")],
+        env=os.environ | {"PLACE": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert changes_in(done.stdout) == SMALL_CHANGES
+    (run,) = (home / ".cache/unionfs/runs").iterdir()
+    assert (
+        run / "lower/usr/share/doc/readme"
+    ).stat().st_uid == 2000000 + 5 - 1  # root is the user, 1 the first of the range
+    assert (run / "upper/root/new-file").stat().st_uid == 64001
 
 
 @pytest.mark.slow
