@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,23 +165,28 @@ exec setpriv --reuid=64001 --regid=64001 --clear-groups env -i PATH=/usr/bin:/bi
 """
 
 
-def test_ordinary_user(repository: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that other users may enter; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="unionfs-test-", dir="/var/tmp") as path:
+        os.chmod(path, 0o755)
+        yield Path(path)
+
+
+def test_ordinary_user(repository: Path, public_directory: Path) -> None:
     """As a user who is not root: in a user namespace, with an archive that has files of several owners."""
     if not all(path.stat().st_mode & 0o005 == 0o005 for path in (repository, *repository.parents)):
         pytest.skip(f"{repository} is in a directory that other users cannot read")
-    tmp_path_factory.getbasetemp().chmod(0o755)
-    for path in (tmp_path_factory.getbasetemp().parent, tmp_path):
-        path.chmod(0o755)
-    root, home = tmp_path / "root", tmp_path / "home"
+    root, home = public_directory / "root", public_directory / "home"
     make_rootfs(root)
     os.chown(root / "usr/share/doc/readme", 5, 60)
-    subprocess.run(["tar", "-cf", tmp_path / "rootfs.tar", "-C", root, "."], check=True)
+    subprocess.run(["tar", "-cf", public_directory / "rootfs.tar", "-C", root, "."], check=True)
     home.mkdir()
     os.chown(home, 64001, 64001)
     as_user = ["unshare", "--mount", "--propagation", "private", "sh", "-c", AS_USER, "sh"]
     done = subprocess.run(
-        [*as_user, str(repository / "scripts/quickstart"), "--keep", "--rootfs", str(tmp_path / "rootfs.tar")],
-        env=os.environ | {"PLACE": str(tmp_path)},
+        [*as_user, str(repository / "scripts/quickstart"), "--keep", "--rootfs", str(public_directory / "rootfs.tar")],
+        env=os.environ | {"PLACE": str(public_directory)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -190,9 +196,8 @@ def test_ordinary_user(repository: Path, tmp_path: Path, tmp_path_factory: pytes
     assert done.returncode == 0, done.stdout + done.stderr
     assert changes_in(done.stdout) == SMALL_CHANGES
     (run,) = (home / ".cache/unionfs/runs").iterdir()
-    assert (
-        run / "lower/usr/share/doc/readme"
-    ).stat().st_uid == 2000000 + 5 - 1  # root is the user, 1 the first of the range
+    # In the namespace, 0 is the user and 1 the first id of the range.
+    assert (run / "lower/usr/share/doc/readme").stat().st_uid == 2000000 + 5 - 1
     assert (run / "upper/root/new-file").stat().st_uid == 64001
 
 
