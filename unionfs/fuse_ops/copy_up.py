@@ -286,12 +286,13 @@ class CopyUp:
     def _install_file(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
         """Make ``temp`` the upper object of ``inode`` at all its places."""
         places = list(inode.places())
-        if not places:  # unlinked in the meantime, but still open
+        has_other_names = st.st_nlink > 1 and inode.nlink != 0
+        if not places and not has_other_names:  # unlinked in the meantime, but still open
             inode.orphan_fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
             os.unlink(temp, dir_fd=upper.work_fd)
             inode.upper = True
             return
-        if st.st_nlink == 1:
+        if not has_other_names:
             # Of several names the kernel, too, sets no origin: after a remount they are different files.
             inode.has_origin = self._set_origin(upper, temp, inode)
             copy_times(upper.work_fd, temp, st)
