@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops import copying
 from unionfs.fuse_ops.copying import copy_data
 
 MIB = 1 << 20
@@ -65,8 +64,8 @@ def test_reads_and_writes_where_the_kernel_cannot_copy(
             raise OSError(answer, "no")
         return 0
 
-    monkeypatch.setattr(copying.os, "copy_file_range", refuse)
-    monkeypatch.setattr(copying.syscalls, "reflink", refuse_reflink)
+    monkeypatch.setattr("unionfs.fuse_ops.copying.os.copy_file_range", refuse)
+    monkeypatch.setattr("unionfs.fuse_ops.copying.syscalls.reflink", refuse_reflink)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(2 * MIB + 7))
     with files(source, target) as fds:
@@ -83,7 +82,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(copying.os, "copy_file_range", full)
+    monkeypatch.setattr("unionfs.fuse_ops.copying.os.copy_file_range", full)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x")
     with files(source, target) as fds, pytest.raises(OSError, match="full"):

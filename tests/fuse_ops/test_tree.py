@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,7 +201,7 @@ def test_a_read_only_tree_refuses_every_change(dirs: Path) -> None:
     tree = open_tree(options(dirs, upperdir=None, workdir=None))
     try:
         file = tree.lookup(tree.root, b"file")
-        changes = [
+        changes: list[Callable[[], object]] = [
             lambda: tree.mkdir(tree.root, b"new", 0o755, ROOT),
             lambda: tree.create(tree.root, b"new", 0o644, os.O_RDWR, ROOT),
             lambda: tree.symlink(tree.root, b"new", b"x", ROOT),
