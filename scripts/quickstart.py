@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import click
 
+from quickstart_steps import deb as debs
 from quickstart_steps import report, rootfs, userns
 from quickstart_steps.errors import CommandFailedError, QuickstartError
 from quickstart_steps.job import Job
@@ -81,6 +82,8 @@ def run(
     rootfs_path: str | None, suite: str, package: str | None, storage: Storage, *, refresh: bool, keep: bool
 ) -> None:
     """The whole job."""
+    if package is not None:
+        debs.package_name(package)  # a wrong one is told before anything is built
     with storage.run_directory(keep=keep) as directory:
         with Sandbox() as sandbox:
             lower = find_rootfs(rootfs_path, suite, directory, storage, sandbox, refresh=refresh)
@@ -116,4 +119,4 @@ def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
 if __name__ == "__main__":
     for _signal in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(_signal, _terminated)
-    main()
+    main(prog_name="scripts/quickstart")

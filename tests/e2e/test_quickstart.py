@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from quickstart_steps import deb
+
 pytestmark = [pytest.mark.e2e]
 
 APPLETS = ("sh", "cat", "cp", "echo", "ls", "mkdir", "mv", "rm", "sed", "tail", "test", "touch", "true")
@@ -234,7 +236,8 @@ def test_bad_input(quickstart: Quickstart, small_rootfs: Path, tmp_path: Path) -
         ("--rootfs", str(no_tar)): "is not a tar archive",
         ("--rootfs", str(broken)): "give a complete tar archive",
         ("--rootfs", str(empty)): "is not a root file system",
-        ("--rootfs", str(small_rootfs), "--deb", str(no_tar)): "is not managed by dpkg; leave out --deb",
+        ("--rootfs", str(small_rootfs), "--deb", deb.build(str(tmp_path))): "is not managed by dpkg; leave out --deb",
+        ("--deb", str(no_tar)): "is not a Debian package",
         ("--suite", "Book Worm"): "is not the name of a Debian suite",
         ("--cache", str(no_tar)): "name another directory with --cache",
     }
