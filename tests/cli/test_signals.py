@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cli.programs import layer_options, listed_at, mounted_under, server_of, unionfs_mount
-from tests.support.mounts import is_mounted, is_running, mount_program, take_down, umount2, wait_until
+from tests.support.mounts import is_mounted, is_running, mount_program, take_down, wait_until
 from tests.support.sandbox import Sandbox, needs_root
-from tests.support.syscalls import MNT_DETACH
+from tests.support.syscalls import MNT_DETACH, umount2
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

@@ -144,7 +144,7 @@ def unmount_target(target: str, *, lazy: bool) -> None:
     """Unmount one union and wait for the end of its server; MountError says why not."""
     path = mountinfo.canonical(target)
     top = mountinfo.top_mount(path)
-    if top is None or top.fs_type != mountinfo.OUR_TYPE:
+    if top is None or not top.is_union:
         what = "nothing is mounted there" if top is None else f"a {top.fs_type} is mounted there"
         raise MountError(f"{target} is not a union mount, {what}; see them with: unionfs mounts")
     record = next(
@@ -262,4 +262,5 @@ def _print_table(found: Sequence[mount_registry.MountStatus]) -> None:
             upper, pid = record.upperdir or "none (read-only)", str(record.pid)
         # Text, because a path may look like rich's markup.
         table.add_row(*(Text(cell) for cell in (status.target, layers, upper, pid, status.state)))
-    Console(highlight=False).print(table)
+    # A pipe has no width: lines for grep are not folded.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)

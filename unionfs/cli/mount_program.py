@@ -151,7 +151,7 @@ def _checked_target(target: str) -> str:
     """``target`` as an absolute path without links, known to be a directory that we can mount on."""
     path = mountinfo.canonical(target)
     top = mountinfo.top_mount(path)
-    if top is not None and top.fs_type == mountinfo.OUR_TYPE:
+    if top is not None and top.is_union:
         raise MountError(_occupied(target, path))
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)

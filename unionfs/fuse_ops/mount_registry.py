@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from unionfs.fuse_ops.mountinfo import OUR_TYPE, Mount, read_mounts
+from unionfs.fuse_ops.mountinfo import Mount, read_mounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ def read_all() -> list[MountStatus]:
     """Every union mount that exists, sorted by target; files of those that are gone are deleted."""
     ours: dict[int, list[Mount]] = {}
     for mount in read_mounts():
-        if mount.fs_type == OUR_TYPE and mount.major == 0:
+        if mount.is_union and mount.major == 0:
             ours.setdefault(mount.minor, []).append(mount)
     found = []
     for path in _files():

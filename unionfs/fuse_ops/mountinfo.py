@@ -6,7 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
-OUR_TYPE = "fuse.unionfs"
+# The second is what mount.fuse3 shows when it mounts by itself, with drop_privileges.
+_OUR_TYPES = frozenset({"fuse.unionfs", "fuse.unionfs-mount"})
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -23,6 +24,11 @@ class Mount(NamedTuple):
     mount_point: str
     fs_type: str
     source: str
+
+    @property
+    def is_union(self) -> bool:
+        """Whether it is one of ours."""
+        return self.fs_type in _OUR_TYPES
 
 
 def read_mounts() -> list[Mount]:

@@ -77,9 +77,7 @@ class _Session:
         operations.init = init  # type: ignore[method-assign]
 
     def run(self) -> None:
-        top = mountinfo.top_mount(self._target)
-        if top is not None and top.fs_type == mountinfo.OUR_TYPE:
-            self._mount = top
+        self._mount = _find_mount(self._target)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         trio.run(self._main, restrict_keyboard_interrupt_to_checkpoints=True)
         if not self._announced:
@@ -131,6 +129,10 @@ class _Session:
 
     async def _unmount(self) -> None:
         """Unmount without losing anything; requests are served meanwhile."""
+        if self._mount is None:
+            log.error("this mount cannot be found, so it is not unmounted; ending without")
+            self._cancel_scope.cancel()
+            return
         if self._mount_point() is None:
             log.info("%s cannot be reached any more; serving until its last user is gone", self._target)
             return
@@ -189,7 +191,7 @@ class _Session:
         self._record_path = mount_registry.add(
             mount_registry.MountRecord(
                 minor=self._mount.minor,
-                target=self._target,
+                target=self._mount.mount_point,
                 pid=pid,
                 started=mount_registry.process_start(pid) or 0,
                 mounted_at=time.time(),
@@ -205,6 +207,19 @@ class _Session:
     def _log_statistics(self) -> None:
         counters = {} if self._statistics is None else self._statistics()
         log.info("counters: %s", " ".join(f"{name}={value}" for name, value in counters.items()) or "none")
+
+
+def _find_mount(target: str) -> mountinfo.Mount | None:
+    """The mount that was just made on ``target``, or whose /dev/fuse was handed over as ``/dev/fd/N``."""
+    if not target.startswith("/dev/fd/"):
+        top = mountinfo.top_mount(target)
+        return top if top is not None and top.is_union else None
+    try:
+        with open(f"/proc/self/fdinfo/{os.path.basename(target)}", encoding="ascii") as lines:
+            minor = next(int(line.split()[1]) for line in lines if line.startswith("fuse_connection:"))
+    except (OSError, StopIteration):  # before Linux 6.16
+        return None
+    return next((mount for mount in mountinfo.read_mounts() if mount.minor == minor and mount.major == 0), None)
 
 
 def _helper_command(action: str, point: str) -> list[str]:

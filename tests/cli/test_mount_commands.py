@@ -1,0 +1,332 @@
+"""``unionfs mount``, ``umount`` and ``mounts``: what people see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cli.programs import (
+    BIN,
+    assert_one_line,
+    layer_options,
+    listed,
+    listed_at,
+    mounted_under,
+    options_shown,
+    run,
+    server_of,
+    unionfs,
+    unionfs_mount,
+)
+from tests.support.mounts import is_mounted, is_running, servers_of, take_down, wait_until
+from tests.support.sandbox import Sandbox, needs_root
+
+pytest_plugins = ["tests.support.sandbox"]
+needs_root()
+
+
+@pytest.fixture
+def layers(box: Sandbox) -> Iterator[Sandbox]:
+    """A sandbox with two lower layers, unmounted when the test is over."""
+    box.lower().file("name", b"top")
+    box.lower().file("name", b"bottom").file("other", b"bottom")
+    yield box
+    while is_mounted(box.target):
+        take_down(box.target, servers_of(box.target))
+
+
+def mount(box: Sandbox, *words: str) -> int:
+    """Mount with ``words`` before the target; returns the server."""
+    lowers = [word for path in box.lowers for word in ("--lower", path)]
+    done = unionfs("mount", *lowers, *words, box.target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return server_of(box.target)
+
+
+def read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def write(path: str, text: str = "new") -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def test_mount_and_umount(layers: Sandbox) -> None:
+    pid = mount(layers, "--upper", str(layers.upper), "--work", str(layers.work))
+    assert (read(layers.at("name")), read(layers.at("other"))) == ("top", "bottom")
+    write(layers.at("new"))
+    done = unionfs("umount", layers.target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # It has waited: no server is left that could still hold or write something.
+    assert not is_running(pid)
+    assert not is_mounted(layers.target)
+    assert read(layers.in_upper("new")) == "new"
+
+
+def test_read_only_without_upper(layers: Sandbox) -> None:
+    mount(layers)
+    assert "ro" in options_shown(layers.target)
+    with pytest.raises(OSError, match="Read-only"):
+        write(layers.at("new"))
+
+
+def test_work_directory_is_made_beside_the_upper(layers: Sandbox) -> None:
+    mount(layers, "--upper", str(layers.upper))
+    write(layers.at("new"))
+    assert os.path.isdir(f"{layers.upper}.work")
+
+
+def test_work_directory_is_not_left_by_a_failure(layers: Sandbox) -> None:
+    done = unionfs("mount", "--lower", f"{layers.root}/none", "--upper", str(layers.upper), layers.target)
+    said = assert_one_line(done, "unionfs")
+    assert f"{layers.root}/none" in said
+    assert not os.path.exists(f"{layers.upper}.work")
+    assert mounted_under(layers.root) == []
+
+
+def test_every_flag_reaches_the_mount(layers: Sandbox) -> None:
+    flags = {
+        ("--uidmapping", "0:5:1"): "uidmapping=0\\:5\\:1",
+        ("--gidmapping", "0:6:1"): "gidmapping=0\\:6\\:1",
+        ("--static-nlink",): "static_nlink",
+        ("--noacl",): "noacl",
+        ("--noxattrs",): "noxattrs",
+        ("--volatile",): "volatile",
+        ("--no-fsync",): "fsync=0",
+        ("--no-writeback",): "writeback=0",
+        ("--timeout", "5"): "timeout=5",
+        ("--redirect-dir", "on"): "redirect_dir=on",
+        ("--metacopy", "on"): "metacopy=on",
+        ("--xino", "off"): "xino=off",
+        ("-o", "noexec"): "noexec",
+        ("--source", "name"): "name",
+    }
+    pid = mount(layers, "--upper", str(layers.upper), *(word for flag in flags for word in flag))
+    with open(f"/proc/{pid}/cmdline", encoding="utf-8") as file:
+        assert set(flags.values()) <= set(file.read().split("\0"))
+    info = os.stat(layers.target)
+    assert (info.st_uid, info.st_gid, info.st_nlink) == (5, 6, 1)
+    assert "noexec" in options_shown(layers.target)
+
+
+def test_other_flags_reach_the_mount(layers: Sandbox) -> None:
+    mount(layers, "--upper", str(layers.upper), "--squash-to-uid", "7", "--squash-to-gid", "8", "--read-only")
+    info = os.stat(layers.at("name"))
+    assert (info.st_uid, info.st_gid) == (7, 8)
+    assert "ro" in options_shown(layers.target)
+
+
+def test_names_with_special_characters(layers: Sandbox) -> None:
+    odd = layers.new_dir('a:b,c\\d"e[red]f')
+    write(f"{odd}/file")
+    done = unionfs("mount", "-l", odd, layers.target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(layers.target) == ["file"]
+    found = listed_at(layers.target)
+    assert found is not None
+    assert found["lowerdirs"] == [odd]
+    assert "[red]" in unionfs("mounts").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["mount"], "TARGET"),
+        (["mount", "/mnt"], "--lower"),
+        (["mount", "--lower", "/", "--work", "/w", "/mnt"], "--upper"),
+        (["mount", "--xino", "maybe", "--lower", "/", "/mnt"], "maybe"),
+        (["mount", "--nonsense", "/mnt"], "--nonsense"),
+        (["umount"], "TARGET"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_usage(words: list[str], name: str) -> None:
+    assert name in assert_one_line(unionfs(*words), "unionfs", 2)
+
+
+def test_mistake_in_a_value(layers: Sandbox) -> None:
+    done = unionfs("mount", "--lower", layers.lowers[0], "--timeout", "ten", layers.target)
+    assert "timeout=ten" in assert_one_line(done, "unionfs")
+
+
+def test_debug_shows_where(layers: Sandbox) -> None:
+    done = unionfs("--debug", "mount", "--lower", f"{layers.root}/none", layers.target)
+    assert done.returncode == 1
+    assert "open_tree" in done.stderr
+
+
+def test_foreground(layers: Sandbox) -> None:
+    words = ["mount", "--foreground", "--lower", layers.lowers[0], layers.target]
+    server = subprocess.Popen([f"{BIN}/unionfs", *words], stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: is_mounted(layers.target), 10)
+    assert server_of(layers.target) == server.pid
+    assert read(layers.at("name")) == "top"
+    server.send_signal(signal.SIGINT)
+    assert server.communicate(timeout=10)[1] == ""
+    assert server.returncode == 0
+
+
+def test_mounts(layers: Sandbox) -> None:
+    before = time.time()
+    pid = mount(layers, "--upper", str(layers.upper), "--work", str(layers.work), "--source", "somewhere")
+    found = listed_at(layers.target)
+    assert found is not None
+    assert before <= found.pop("mounted_at") <= time.time()
+    assert found.pop("minor") == os.minor(os.stat(layers.target).st_dev)
+    assert found.pop("started") > 0
+    assert found == {
+        "target": layers.target,
+        "state": "serving",
+        "pid": pid,
+        "source": "somewhere",
+        "lowerdirs": layers.lowers,
+        "datadirs": [],
+        "upperdir": layers.upper,
+        "workdir": layers.work,
+        "options": ["default_permissions", "allow_other", "suid", "noatime"],
+        "transport": "pyfuse3",
+    }
+    lines = unionfs("mounts").stdout.splitlines()
+    assert lines[0].split() == ["TARGET", "LAYERS", "UPPER", "PID", "STATE"]
+    first = next(at for at, line in enumerate(lines) if layers.target in line)
+    assert lines[first].split() == [layers.target, layers.lowers[0], layers.upper, str(pid), "serving"]
+    assert lines[first + 1].split() == [layers.lowers[1]]
+    unionfs("umount", layers.target)
+    assert listed_at(layers.target) is None
+
+
+def test_mounts_without_records(layers: Sandbox) -> None:
+    """A server that could not write its record is shown all the same."""
+    pid = mount(layers)
+    found = listed_at(layers.target)
+    assert found is not None
+    os.unlink(f"/run/unionfs/{found['minor']}.json")
+    found = listed_at(layers.target)
+    assert found is not None
+    assert (found["state"], found["pid"]) == ("unknown", None)
+    assert unionfs("umount", layers.target).returncode == 0
+    assert wait_until(lambda: not is_running(pid), 10)
+
+
+def test_leftover_record_is_removed() -> None:
+    os.makedirs("/run/unionfs", exist_ok=True)
+    path = "/run/unionfs/999999.json"
+    write(
+        path,
+        '{"minor": 999999, "target": "/gone", "pid": 1, "started": 1, "mounted_at": 1, "source": "", '
+        '"lowerdirs": [], "datadirs": [], "upperdir": null, "workdir": null, "options": [], "transport": ""}',
+    )
+    assert "/gone" not in [mount["target"] for mount in listed()]
+    assert not os.path.exists(path)
+
+
+def test_dead_server(layers: Sandbox) -> None:
+    pid = mount(layers)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not is_running(pid), 10)
+    found = listed_at(layers.target)
+    assert found is not None
+    assert found["state"] == "dead"
+    assert "dead" in unionfs("mounts").stdout
+    assert unionfs("umount", "--lazy", layers.target).returncode == 0
+    assert listed_at(layers.target) is None
+    mount(layers)
+
+
+def test_umount_of_a_busy_mount_says_who(layers: Sandbox) -> None:
+    pid = mount(layers)
+    with open(layers.at("name"), encoding="utf-8"):
+        said = assert_one_line(unionfs("umount", layers.target), "unionfs")
+        assert f"(pid {os.getpid()}, has {layers.target}/name open)" in said
+        assert "--lazy" in said
+        assert is_mounted(layers.target)
+        assert unionfs("umount", "--lazy", layers.target).returncode == 0
+        assert not is_mounted(layers.target)
+        assert is_running(pid)
+    assert wait_until(lambda: not is_running(pid), 10)
+
+
+def test_umount_says_who_works_or_runs_there(layers: Sandbox) -> None:
+    mount(layers)
+    user = subprocess.Popen(["sleep", "60"], cwd=layers.target)
+    try:
+        said = assert_one_line(unionfs("umount", layers.target), "unionfs")
+        assert f"sleep (pid {user.pid}, works in {layers.target})" in said
+    finally:
+        user.kill()
+        user.wait()
+
+
+def test_umount_says_what_is_mounted_inside(layers: Sandbox) -> None:
+    os.mkdir(f"{layers.lowers[0]}/inside")
+    mount(layers)
+    subprocess.run(["mount", "-t", "tmpfs", "none", layers.at("inside")], check=True)
+    try:
+        said = assert_one_line(unionfs("umount", layers.target), "unionfs")
+        assert f"{layers.target}/inside is mounted inside" in said
+    finally:
+        subprocess.run(["umount", layers.at("inside")], check=True)
+
+
+def test_umount_of_something_else(layers: Sandbox) -> None:
+    assert "nothing is mounted" in assert_one_line(unionfs("umount", layers.root), "unionfs")
+    assert "proc" in assert_one_line(unionfs("umount", "/proc"), "unionfs")
+    assert os.path.exists("/proc/self")
+
+
+def test_umount_of_several_goes_on_after_a_failure(layers: Sandbox) -> None:
+    second = layers.new_dir("second")
+    pid = mount(layers)
+    assert unionfs_mount("-o", layer_options(layers), second).returncode == 0
+    done = unionfs("umount", layers.target, layers.root, second)
+    assert layers.root in assert_one_line(done, "unionfs")
+    assert mounted_under(layers.root) == []
+    assert not is_running(pid)
+
+
+def test_umount_through_a_link(layers: Sandbox) -> None:
+    mount(layers)
+    os.symlink("mnt", f"{layers.root}/link")
+    assert unionfs("umount", f"{layers.root}/link").returncode == 0
+    assert not is_mounted(layers.target)
+
+
+def test_umount_waits_for_the_last_writes(layers: Sandbox) -> None:
+    """A user that ends while the mount is unmounted lazily by signal is served before ``umount`` would return."""
+    pid = mount(layers, "--upper", str(layers.upper))
+    with open(layers.at("big"), "wb") as file:
+        file.write(os.urandom(8 << 20))
+    gone = threading.Event()
+    watcher = threading.Thread(target=lambda: (wait_until(lambda: not is_running(pid), 20), gone.set()))
+    watcher.start()
+    assert unionfs("umount", layers.target).returncode == 0
+    assert not is_running(pid)
+    watcher.join()
+    assert os.path.getsize(layers.in_upper("big")) == 8 << 20
+
+
+def test_no_mounts_are_said_to_be_none() -> None:
+    done = run(["unshare", "-m", "sh", "-c", f"mount -t tmpfs none /run; {BIN}/unionfs mounts"])
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_reader_that_goes_away() -> None:
+    done = run(["sh", "-c", f"{BIN}/unionfs mounts --help | true; {BIN}/unionfs mounts | true"])
+    assert done.stderr == ""
+
+
+def test_help_and_version() -> None:
+    assert unionfs("--version").stdout.startswith("unionfs: version ")
+    for words in ([], ["mount"], ["umount"], ["mounts"]):
+        done = unionfs(*words, "--help")
+        assert done.returncode == 0
+        assert "Usage: unionfs" in done.stdout
