@@ -20,6 +20,7 @@ from unionfs.drivers.contract import (
     Capabilities,
     CapabilityDriver,
     CreateOptions,
+    DiffGetterDriver,
     FileGetCloser,
     ListingDriver,
     ProtoDriver,
@@ -131,7 +132,9 @@ class NaiveDiffDriver(NaiveDiff):
         self._proto.cleanup()
 
     def diff_getter(self, layer_id: str) -> FileGetCloser:
-        """See :meth:`DiffGetterDriver.diff_getter`: through a mount, until it is closed."""
+        """See :meth:`DiffGetterDriver.diff_getter`: through a mount unless the driver has better means."""
+        if isinstance(self._proto, DiffGetterDriver):
+            return self._proto.diff_getter(layer_id)
         root = self._proto.get(layer_id)
         try:
             return TreeFiles(root, lambda: self._proto.put(layer_id))

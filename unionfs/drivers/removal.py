@@ -24,11 +24,13 @@ _TRIES = 50
 _PAUSE_S = 0.1
 
 
-def retire(directory: str, name: str) -> None:
-    """Delete ``directory/name``, renaming it first; also what an earlier try left. Absent is fine.
+def set_aside(directory: str, name: str) -> str:
+    """Rename ``directory/name`` out of the way and return its new path, for :func:`delete`. Absent is fine.
+
+    What an earlier try left under the new name is deleted first.
 
     Raises:
-        LayerBusyError: something in it cannot be unmounted or keeps being filled; try again, the name is free already.
+        LayerBusyError: see :func:`delete`.
         DriverError: the file system refuses.
     """
     path = os.path.join(directory, name)
@@ -38,13 +40,13 @@ def retire(directory: str, name: str) -> None:
     try:
         os.rename(path, trash)
     except FileNotFoundError:
-        return
+        pass
     except OSError as error:
         raise DriverError(
             f"cannot remove layer {name}: {path}: {error.strerror}{_mounted_at(path)}; "
             "unmount what is mounted there and try again"
         ) from error
-    delete(trash)
+    return trash
 
 
 def sweep(directory: str) -> list[str]:

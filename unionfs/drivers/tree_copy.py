@@ -60,7 +60,7 @@ class _TreeCopy:
                 os.close(fd)
 
     def _directory(self, rel: bytes, todo: list[bytes]) -> os.stat_result:
-        """Copy the entries of the directory ``rel``, which exists already; those that are directories go to ``todo``."""
+        """Copy the entries of the directory ``rel``, which exists; those that are directories go to ``todo``."""
         with contextlib.ExitStack() as stack:
             source = self._source.open_dir(rel)
             stack.callback(os.close, source)

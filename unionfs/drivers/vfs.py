@@ -79,7 +79,7 @@ class VfsDriver:
         """See :meth:`ProtoDriver.remove`."""
         check_layer_id(layer_id, "remove")
         with self._locks.hold(layer_id):
-            removal.retire(self._dirs, layer_id)
+            removal.delete(removal.set_aside(self._dirs, layer_id))
 
     def get(self, layer_id: str, mount_label: str = "") -> str:
         """See :meth:`ProtoDriver.get`. The tree is always there, so nothing is mounted or counted."""
@@ -131,13 +131,18 @@ class VfsDriver:
                 if options is not None:
                     label_directory(path, options.mount_label)
                 if original is not None:
-                    try:
-                        copy_tree(original, path)
-                    except OSError as error:
-                        raise DriverError(
-                            f"cannot copy layer {parent} to {layer_id}: {error.filename or original}: {error.strerror}; "
-                            "the copy was deleted"
-                        ) from error
+                    self._copy(original, path, layer_id)
+
+    @staticmethod
+    def _copy(original: str, path: str, layer_id: str) -> None:
+        try:
+            copy_tree(original, path)
+        except OSError as error:
+            where = os.fsdecode(error.filename or original)
+            raise DriverError(
+                f"cannot create layer {layer_id} as a copy of {original}: {where}: {error.strerror}; "
+                "the copy was deleted, try again"
+            ) from error
 
     def _need_quota(self) -> None:
         raise QuotaNotSupportedError(
