@@ -35,7 +35,7 @@ def test_rename_of_a_merged_directory(box: Sandbox) -> None:
         assert_same(snapshot(box.at("moved")), before)
     # The directory alone is in the upper, not its content.
     assert upper_entries(box.in_upper()) == {"d": "whiteout", "moved": "dir"}
-    assert os.getxattr(box.in_upper("moved"), REDIRECT) == b"d"
+    assert os.getxattr(box.in_upper("moved"), REDIRECT) in (b"d", b"/d")
     box.assert_kernel_agrees()
 
 

@@ -109,8 +109,8 @@ def test_too_small_a_buffer_is_erange(box_with_file: Sandbox) -> None:
         assert libc.getxattr(path, b"user.x", buffer, 5) == 5
         assert libc.getxattr(path, b"user.x", buffer, 4) == -1
         assert ctypes.get_errno() == errno.ERANGE
-        size = libc.listxattr(path, buffer, 0)
-        assert size == len(b"user.low\0user.x\0")
+        size = sum(len(name) + 1 for name in os.listxattr(path))
+        assert libc.listxattr(path, buffer, 0) == libc.listxattr(path, buffer, size) == size
         assert libc.listxattr(path, buffer, size - 1) == -1
         assert ctypes.get_errno() == errno.ERANGE
 
@@ -194,5 +194,5 @@ def test_our_mount_as_lower_of_the_kernels_overlay(box: Sandbox) -> None:
 def test_noxattrs_refuses_them(box_with_file: Sandbox) -> None:
     box = box_with_file
     with box.mount("noxattrs"):
-        assert error_of(os.setxattr, box.at("f"), "user.x", b"1") == "EOPNOTSUPP"
+        assert error_of(os.setxattr, box.at("f"), "user.x", b"1") == errno.errorcode[errno.EOPNOTSUPP]
         os.chmod(box.at("f"), 0o600)

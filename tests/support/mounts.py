@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,10 @@ BUSY_S = 5.0
 # pytest-timeout interrupts the test with a signal, which a process waiting for a dead-locked FUSE server does
 # not act on. The watchdog kills such a server shortly before, and the waiting call ends with ENOTCONN.
 WATCHDOG_S = 270.0
+
+
+# How the mount table writes spaces, tabs, newlines and backslashes.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 class MountFailedError(Exception):
@@ -83,8 +88,7 @@ def is_mounted(target: str) -> bool:
     wanted = os.path.realpath(target)
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
         for line in f:
-            shown = line.split()[4]
-            if shown.encode().decode("unicode_escape") == wanted:
+            if _OCTAL.sub(lambda m: chr(int(m[1], 8)), line.split(" ")[4]) == wanted:
                 return True
     return False
 
