@@ -1,0 +1,113 @@
+"""Mounts by a user who is not root: through fusermount3, and as root of an own user namespace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cli.programs import BIN, Done, layer_options, run
+from tests.support.mounts import servers_of, wait_until
+from tests.support.sandbox import Sandbox, needs_root
+
+pytest_plugins = ["tests.support.sandbox"]
+needs_root()
+
+USER = 65534
+
+
+@pytest.fixture
+def layers(box: Sandbox) -> Iterator[Sandbox]:
+    """A sandbox whose upper, work directory and target belong to the user."""
+    box.lower().file("name", b"text", owner=(USER, USER)).file("secret", b"text", mode=0o600)
+    for path in (str(box.upper), str(box.work), box.target, box.new_dir("run")):
+        os.chown(path, USER, USER)
+    yield box
+    # What a failed test leaves is mounted in a namespace that only its server keeps.
+    for pid in servers_of(box.target):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: servers_of(box.target) == (), 10)
+
+
+def as_user(box: Sandbox, script: str, namespace: str = "") -> Done:
+    """Run ``script`` as the user, who may open /dev/fuse, in a mount namespace of its own."""
+    node = f"{box.root}/fuse"
+    os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(10, 229))
+    os.chmod(node, 0o666)
+    become = f"setpriv --reuid {USER} --regid {USER} --clear-groups --inh-caps=-all {namespace}"
+    outer = f'mount --bind {node} /dev/fuse && exec {become} sh -ec "$1"'
+    words = ["unshare", "-m", "--propagation", "private", "sh", "-c", outer, "sh", script]
+    return run(words, env={"XDG_RUNTIME_DIR": f"{box.root}/run", "PATH": f"{BIN}:{os.environ['PATH']}"})
+
+
+def test_user(layers: Sandbox) -> None:
+    done = as_user(
+        layers,
+        f"unionfs-mount -o {layer_options(layers)} {layers.target}; ls {layers.target}; "
+        f"echo new > {layers.target}/name; "
+        f"cat {layers.target}/secret 2>/dev/null || echo refused; "
+        f"unionfs mounts --json > {layers.root}/run/json; grep {layers.target} /proc/self/mountinfo; "
+        f"unionfs umount {layers.target}; cat {layers.upper}/name",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *names, refused, table, new = done.stdout.splitlines()
+    assert (names, refused, new) == (["name", "secret"], "refused", "new")
+    assert " nosuid,nodev," in table.replace("rw,", " ", 1)
+    assert f"user_id={USER}" in table
+    assert "allow_other" not in table
+    with open(f"{layers.root}/run/json", encoding="utf-8") as file:
+        (found,) = [mount for mount in json.load(file) if mount["target"] == layers.target]
+    assert found["state"] == "serving"
+    # umount has waited for its end, and the record went with it.
+    assert servers_of(layers.target) == ()
+    assert os.listdir(f"{layers.root}/run/unionfs") == []
+
+
+def test_user_without_a_place_for_records(layers: Sandbox) -> None:
+    done = as_user(
+        layers,
+        f"unset XDG_RUNTIME_DIR; unionfs-mount -o {layer_options(layers)} {layers.target}; "
+        f"ls {layers.target}; fusermount3 -u {layers.target}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["name", "secret"]
+    assert wait_until(lambda: servers_of(layers.target) == (), 10)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_signal_unmounts_through_fusermount(layers: Sandbox, busy: bool) -> None:
+    done = as_user(
+        layers,
+        f"unionfs-mount -o {layer_options(layers)} {layers.target}; "
+        + (f"exec 7> {layers.target}/held; echo held >&7; " if busy else "")
+        + "kill $(cat $XDG_RUNTIME_DIR/unionfs/*.json | grep -o '\"pid\": [0-9]*' | grep -o '[0-9]*$'); "
+        f"n=0; while grep -q {layers.target} /proc/self/mountinfo && test $n -lt 100; "
+        "do sleep 0.1; n=$((n+1)); done; "
+        f"! grep {layers.target} /proc/self/mountinfo; " + ("echo later >&7; exec 7>&-" if busy else ""),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert wait_until(lambda: servers_of(layers.target) == (), 10)
+    if busy:
+        with open(layers.in_upper("held"), encoding="utf-8") as file:
+            assert file.read() == "held\nlater\n"
+
+
+def test_root_of_a_user_namespace(layers: Sandbox) -> None:
+    """As rootless podman runs the program: effective user id 0, and none of root's rights outside."""
+    done = as_user(
+        layers,
+        f"unionfs-mount -o {layer_options(layers)} {layers.target}; ls -ln {layers.target}/name | cut -d' ' -f3; "
+        f"rm {layers.target}/name; mkdir {layers.target}/d; grep {layers.target} /proc/self/mountinfo; "
+        f"umount {layers.target}",
+        namespace="unshare -Urm",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    owner, table = done.stdout.splitlines()
+    assert owner == "0"
+    assert "allow_other" in table
+    assert wait_until(lambda: servers_of(layers.target) == (), 10)
+    assert sorted(os.listdir(layers.in_upper())) != ["d"], "the removed file is not marked"
