@@ -124,16 +124,12 @@ class UnionTree:
         layer = self._upper.layer if self._upper is not None else self._lower.layers[0]
         return os.statvfs(b"/proc/self/fd/%d" % layer.fd)
 
-    def sync_upper(self, inode: Inode) -> None:
-        """fsync(2) of the upper directory of ``inode``; nothing to do for a lower one."""
+    def open_upper_directory(self, inode: Inode) -> int:
+        """A descriptor of the upper directory of ``inode``, for fsync(2); the caller closes it. -1 without one."""
         if not inode.upper or inode.orphan:
-            return
+            return -1
         path, _ = self.view.proc_path(inode)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def statistics(self) -> dict[str, int]:
         """Counters for a person who asks a running server how it is."""

@@ -1,0 +1,237 @@
+"""What each request of the kernel means for the tree, in terms of no transport.
+
+The tree belongs to the thread that runs trio. Requests that only look something up are plain methods; those that may
+take long (copying data, fsync, reading what is not in the page cache) are coroutines that give the slow part to a
+worker thread together with the descriptors it needs, so that other requests go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import trio
+
+from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.changes import Caller, check_new_name
+from unionfs.fuse_ops.copy_up import CopyUpJob
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.metadata import AttributeChange
+from unionfs.fuse_ops.open_files import OpenDir, OpenFile
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
+from unionfs.fuse_ops.tree import UnionTree
+
+_INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
+
+
+class UnionRequests:
+    """The requests of one mount, with the files and directories that clients have open."""
+
+    def __init__(self, tree: UnionTree, options: MountOptions) -> None:
+        self.tree = tree
+        self.options = options
+        self.sync = options.fsync and not options.volatile
+        self.files: dict[int, OpenFile] = {}
+        self.directories: dict[int, OpenDir] = {}
+        self._next_handle = 1
+        self._copying: dict[Inode, trio.Event] = {}
+
+    # -- inodes -----------------------------------------------------------------------------------------------
+
+    def inode(self, ino: int) -> Inode:
+        """The inode that the kernel knows as ``ino``; ESTALE for a number that it should not know."""
+        try:
+            return self.tree.inodes[ino]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel gives back ``count`` references to ``ino``."""
+        try:
+            inode = self.tree.inodes[ino]
+        except KeyError:
+            return
+        self.tree.forget(inode, count)
+
+    def remembered(self, inode: Inode) -> Attributes:
+        """Attributes for an answer that makes the kernel remember ``inode``, which counts as a reference."""
+        attributes = self.tree.attributes(inode)
+        inode.lookups += 1
+        return attributes
+
+    # -- copy-up ----------------------------------------------------------------------------------------------
+
+    async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
+        """Copy ``inode`` up without holding up other requests; one copy at a time for each inode."""
+        copy_up = self.tree.copy_up
+        while copy_up.needs(inode, data=data):
+            going_on = self._copying.get(inode)
+            if going_on is not None:
+                await going_on.wait()
+                continue
+            job = copy_up.begin(inode, data=data, size=size)
+            if job is None:
+                return
+            if job.size > _INLINE_COPY_BYTES or job.sync:
+                await self._run_job(inode, job)
+                continue
+            try:
+                job.run()
+            except BaseException:
+                copy_up.abort(job)
+                raise
+            copy_up.finish(job)
+
+    async def _run_job(self, inode: Inode, job: CopyUpJob) -> None:
+        copy_up = self.tree.copy_up
+        self._copying[inode] = done = trio.Event()
+        inode.lookups += 1  # it must not be forgotten while the copy is made
+        try:
+            await trio.to_thread.run_sync(job.run)
+        except BaseException:
+            copy_up.abort(job)
+            raise
+        else:
+            copy_up.finish(job)
+        finally:
+            del self._copying[inode]
+            done.set()
+            self.tree.forget(inode, 1)
+
+    # -- changes that may have to copy data first -------------------------------------------------------------
+
+    async def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        await self.copy_up(inode, data=False)
+        self.tree.link(inode, directory, name)
+
+    async def rename(
+        self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int, caller: Caller
+    ) -> None:
+        check_new_name(new_name)
+        moved = [self.tree.lookup(old_dir, old_name)]
+        if flags & RENAME_EXCHANGE:
+            moved.append(self.tree.lookup(new_dir, new_name))
+        for inode in moved:
+            if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
+                await self.copy_up(inode, data=False)
+        self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+
+    async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
+        attributes = self.tree.attributes(inode)
+        if change.only_mtime and change.mtime_ns == attributes.mtime_ns:
+            # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of
+            # a lower file, say. There is nothing to do, and above all nothing to copy up.
+            return attributes
+        if not change.kills_privileges:
+            await self.copy_up(inode, data=change.size is not None, size=change.size)
+        self.tree.set_attributes(inode, change, caller)
+        return self.tree.attributes(inode)
+
+    async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+        await self.copy_up(inode, data=False)
+        self.tree.set_xattr(inode, name, value, flags)
+
+    async def remove_xattr(self, inode: Inode, name: bytes) -> None:
+        self.tree.get_xattr(inode, name)  # ENODATA before anything is copied up
+        await self.copy_up(inode, data=False)
+        self.tree.remove_xattr(inode, name)
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def add_file(self, file: OpenFile) -> int:
+        """The handle by which the kernel will name an open file."""
+        handle = self._next_handle
+        self._next_handle += 1
+        self.files[handle] = file
+        return handle
+
+    async def open(self, inode: Inode, flags: int, caller: Caller) -> OpenFile:
+        truncate = bool(flags & os.O_TRUNC)
+        if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
+            await self.copy_up(inode, size=0 if truncate else None)
+        file = self.tree.open(inode, flags)
+        if truncate and caller.uid != 0:
+            self.tree.clear_privileges(inode)
+        return file
+
+    def read_cached(self, handle: int, offset: int, size: int) -> bytes | bytearray | None:
+        """Up to ``size`` bytes if they are in the page cache (or past the end); None if the disk must be waited for."""
+        fd = self.files[handle].fd
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            return None
+        if count < size:
+            if offset + count < os.fstat(fd).st_size:
+                return None
+            del buffer[count:]
+        return buffer
+
+    async def read(self, handle: int, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes, waiting for the disk in a thread."""
+        return await trio.to_thread.run_sync(os.pread, self.files[handle].fd, size, offset)
+
+    def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
+        """Write all of ``data``; a short count only when the disk is full half-way."""
+        fd = self.files[handle].fd
+        written = os.pwrite(fd, data, offset)
+        while written < len(data):
+            more = os.pwrite(fd, memoryview(data)[written:], offset + written)
+            if more == 0:
+                break
+            written += more
+        return written
+
+    async def fsync(self, handle: int, *, data_only: bool) -> None:
+        file = self.files[handle]
+        if file.inode.upper:
+            await trio.to_thread.run_sync(os.fdatasync if data_only else os.fsync, file.fd)
+
+    def release(self, handle: int) -> None:
+        self.tree.close_file(self.files.pop(handle))
+
+    # -- directories ------------------------------------------------------------------------------------------
+
+    def open_directory(self, inode: Inode) -> int:
+        """The handle of a directory opened for listing."""
+        handle = self._next_handle
+        self._next_handle += 1
+        inode.lookups += 1  # an open directory is in use, also when the kernel forgets its name
+        self.directories[handle] = OpenDir(inode)
+        return handle
+
+    def names(self, handle: int, offset: int) -> tuple[Inode, list[bytes]]:
+        """The directory and its names as they were when it was rewound last, which offset 0 does."""
+        directory = self.directories[handle]
+        if directory.names is None or offset == 0:
+            directory.names = self.tree.names(directory.inode)
+        return directory.inode, directory.names
+
+    def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
+        """An entry of a listing; None if it was removed since."""
+        try:
+            inode = self.tree.find(directory, name)
+            return None if inode is None else (inode, self.tree.attributes(inode))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return None
+            raise
+
+    def release_directory(self, handle: int) -> None:
+        self.tree.forget(self.directories.pop(handle).inode, 1)
+
+    async def sync_directory(self, handle: int) -> None:
+        fd = self.tree.open_upper_directory(self.directories[handle].inode)
+        if fd < 0:
+            return
+        try:
+            await trio.to_thread.run_sync(os.fsync, fd)
+        finally:
+            os.close(fd)
