@@ -6,6 +6,7 @@ the command line is known to be right, and nothing that only people need at all.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
@@ -102,12 +103,16 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
     in_background = False
 
     def serve() -> int:
-        # Here and not at the top: these take most of the start-up time.
+        # Here and not at the top: these take most of the start-up time, and what they make stays for good, so
+        # looking for garbage among it is time lost, now and later.
+        gc.disable()
         from unionfs.cli import logs
         from unionfs.fuse_ops.operations import UnionOperations
         from unionfs.fuse_ops.session import run_session
         from unionfs.fuse_ops.stack import open_tree
 
+        gc.freeze()
+        gc.enable()
         logs.to_stderr(options.debug)
 
         def become_daemon() -> None:
