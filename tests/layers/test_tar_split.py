@@ -213,6 +213,11 @@ CONFLICTS: dict[str, tuple[list[Member], list[bytes], int]] = {
         [b"y/l", b"y/l/a", b"x/b"],
         2,
     ),
+    "the symlink goes": (
+        [member("d/"), symlink("l", "d"), member("l/a", "1"), member("l/"), member("l/b", "2")],
+        [b"d/", b"l", b"l/b"],
+        2,
+    ),
     "hard link over a file": ([member("a", "1"), member("b", "22"), hard_link("a", "b")], [b"b", b"a"], 2),
     "hard link stays": ([member("a", "1"), hard_link("b", "a"), member("a", "22")], [b"b", b"a"], 2),
     "aufs": ([member(".wh..wh.plnk/1.2", "stashed"), hard_link("h", ".wh..wh.plnk/1.2")], [b"h"], 1),

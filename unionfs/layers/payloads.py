@@ -20,7 +20,7 @@ _MAX_LINKS = 40  # as many as the kernel follows in one path
 
 
 class _Node:
-    __slots__ = ("children", "has_payload", "index", "left_out", "link")
+    __slots__ = ("children", "has_payload", "index", "left_out", "link", "through")
 
     def __init__(self) -> None:
         self.index = -1  # of the last entry with this name; -1: only a directory on the way
@@ -28,6 +28,7 @@ class _Node:
         self.has_payload = False
         self.children: dict[bytes, _Node] = {}
         self.link: bytes | None = None
+        self.through: list[int] = []  # entries with contents whose names lead through this link
 
 
 class PayloadTracker:
@@ -44,7 +45,7 @@ class PayloadTracker:
     def __init__(self, lost: frozenset[int] = frozenset()) -> None:
         self._lost = lost
         self._root = _Node()
-        self._last: tuple[list[bytes], _Node] = ([], self._root)
+        self._last: tuple[list[bytes], _Node, list[_Node]] = ([], self._root, [])
         self.late: set[int] = set()
 
     def must_embed(self, index: int, entry: TarEntry) -> bool:
@@ -64,9 +65,9 @@ class PayloadTracker:
         if hidden:
             self._whiteout(parts)
         if not parts:
-            node = self._root
+            node, links = self._root, list[_Node]()
         else:
-            parent = self._directory(parts[:-1])
+            parent, links = self._directory(parts[:-1])
             node = parent.children.setdefault(parts[-1], _Node())
         if index in self._lost:
             self._become(node, entry)
@@ -88,24 +89,28 @@ class PayloadTracker:
             node.index, node.has_payload = -1, False
             return True
         node.index, node.has_payload = index, sized
+        if sized:
+            for link in links:
+                link.through.append(index)
         return False
 
     def _become(self, node: _Node, entry: TarEntry) -> None:
         if entry.kind != DIRECTORY and node.children:
             self._lose(node)
+        self._unlink(node)
         node.link = entry.linkname if entry.kind == SYMLINK else None
-        self._last = ([], self._root)
+        self._last = ([], self._root, [])
 
     def _whiteout(self, parts: list[bytes]) -> None:
         base = parts[-1]
         if base == OPAQUE_MARKER or base.startswith(WHITEOUT_META_PREFIX) or not base.startswith(WHITEOUT_PREFIX):
             return  # an opaque marker removes nothing that came from this stream
-        parent = self._directory(parts[:-1])
+        parent, _ = self._directory(parts[:-1])
         node = parent.children.pop(base[len(WHITEOUT_PREFIX) :], None)
         if node is not None:
             self._note(node)
             self._lose(node)
-            self._last = ([], self._root)
+            self._last = ([], self._root, [])
 
     def _lose(self, node: _Node) -> None:
         """Everything beneath ``node`` is removed."""
@@ -116,19 +121,23 @@ class PayloadTracker:
     def _note(self, node: _Node) -> None:
         if node.index >= 0 and node.has_payload:
             self.late.add(node.index)
+        self._unlink(node)
 
-    def _directory(self, parts: list[bytes]) -> _Node:
-        """The node of the directory that ``parts`` lead to, links followed; made where it is missing."""
-        if parts == self._last[0]:
-            return self._last[1]
-        node = self._follow(parts)
-        self._last = (parts, node)
-        return node
+    def _unlink(self, node: _Node) -> None:
+        """If it is a link, it goes: the contents reached through it may stay, but their names lead nowhere."""
+        self.late.update(node.through)
+        node.through = []
 
-    def _follow(self, parts: list[bytes]) -> _Node:
+    def _directory(self, parts: list[bytes]) -> tuple[_Node, list[_Node]]:
+        """The directory that ``parts`` lead to, made where it is missing, and the links on the way."""
+        if parts != self._last[0]:
+            self._last = (parts, *self._follow(parts))
+        return self._last[1:]
+
+    def _follow(self, parts: list[bytes]) -> tuple[_Node, list[_Node]]:
         todo = parts[::-1]
         way: list[_Node] = [self._root]
-        links = 0
+        links: list[_Node] = []
         while todo:
             part = todo.pop()
             if part in (b"", b"."):
@@ -138,8 +147,8 @@ class PayloadTracker:
                     way.pop()
                 continue
             node = way[-1].children.setdefault(part, _Node())
-            if node.link is not None and links < _MAX_LINKS:
-                links += 1
+            if node.link is not None and len(links) < _MAX_LINKS:
+                links.append(node)
                 if node.link.startswith(b"/"):
                     del way[1:]
                 todo.extend(node.link.split(b"/")[::-1])
@@ -149,7 +158,7 @@ class PayloadTracker:
                 self._note(node)
                 node.index, node.has_payload = -1, False
             way.append(node)
-        return way[-1]
+        return way[-1], links
 
 
 def _descendants(node: _Node) -> Iterator[_Node]:
