@@ -99,7 +99,7 @@ def test_empty_directory_is_the_empty_layer(root: Path) -> None:
         (TarEntry(b"d/" * 20 + b"x" * 90), b""),  # fits ustar's prefix and name
         (TarEntry(b"p" * 101), b"111 path=" + b"p" * 101 + b"\n"),
         (TarEntry(b"\xc3\xa9"), b"11 path=\xc3\xa9\n"),
-        (TarEntry(b"\xff"), b"10 path=\xff\n"),
+        (TarEntry(b"\xff"), b"9 path=\xff\n"),
         (TarEntry(b"a", uid=0o10000000), b"15 uid=2097152\n"),
         (TarEntry(b"a", mtime_ns=-1), b"12 mtime=-1\n"),
         (TarEntry(b"a", size=1 << 33), b"19 size=8589934592\n"),

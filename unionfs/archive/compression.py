@@ -27,8 +27,8 @@ _PIECE_BYTES = 1 << 18
 _MAGIC_BYTES = 6
 # ``zstd --long=27`` and ``xz -9`` fit; more would let an archive take the machine's memory.
 _MAX_WINDOW_BYTES = 1 << 27
-# A block of 4 bytes can stand for 128 KiB, and a step's output comes at once: 32 MiB at the worst.
-_ZSTD_STEP_BYTES = 1 << 10
+# A block of 4 bytes can stand for 128 KiB, and a step's output comes at once: 16 MiB at the worst.
+_ZSTD_STEP_BYTES = 1 << 9
 _MAX_XZ_MEMORY_BYTES = 1 << 28
 
 

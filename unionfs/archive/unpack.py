@@ -464,16 +464,18 @@ class _Unpacker:
         """Owner, xattrs, mode and times of something that must not be opened for real."""
         handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent.fd)
         try:
-            mode = os.fstat(handle).st_mode
-            is_link = stat.S_ISLNK(mode)
-            if is_link:
+            info = os.fstat(handle)
+            if stat.S_ISLNK(info.st_mode):
                 # These have calls that do not follow; through /proc a link's handle would not do.
                 os.chown(name, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
                 self._set_xattrs(entry, entry_path(parent.fd, name))
                 os.utime(name, ns=_times(entry), dir_fd=parent.fd, follow_symlinks=False)
                 return
             path = b"/proc/self/fd/%d" % handle
-            os.chown(path, entry.uid, entry.gid)
+            # A further name of a file: chown(2) would take its capability away, which only the first name's
+            # entry need have.
+            if (info.st_uid, info.st_gid) != (entry.uid, entry.gid):
+                os.chown(path, entry.uid, entry.gid)
             self._set_xattrs(entry, path, follow=True)
             os.chmod(path, entry.mode)
             os.utime(path, ns=_times(entry))

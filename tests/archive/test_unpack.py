@@ -1,0 +1,516 @@
+"""Applying layers: whiteouts in each mode, replacements, attributes; moby's tests by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from tests.archive.tars import apply, archive, directory, entry, hard_link, symlink
+from tests.archive.trees import describe, opaque, whiteout, write
+from unionfs.archive.changes import changes_of_trees
+from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.pack import PackOptions, pack_changes, pack_tree
+from unionfs.archive.sizes import tree_size
+from unionfs.archive.stream import PieceStream
+from unionfs.archive.unpack import DevicePolicy, UnpackOptions, WhiteoutMode, unpack
+from unionfs.errors import ArchiveError
+
+OVERLAY = UnpackOptions(whiteouts=WhiteoutMode.OVERLAY)
+KEEP = UnpackOptions(whiteouts=WhiteoutMode.KEEP)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    root.mkdir()
+    return root
+
+
+def tree(root: Path) -> list[str]:
+    found = []
+    for base, dirs, files in os.walk(root):
+        for name in dirs:
+            found.append(os.path.relpath(os.path.join(base, name), root) + "/")
+        found += [os.path.relpath(os.path.join(base, name), root) for name in files]
+    return sorted(found)
+
+
+def files(*names: str) -> list[bytes]:
+    """Entries of these names; only plain files have contents."""
+    return [entry(name, b"" if "/.wh." in "/" + name or name.endswith("/") else b"contents") for name in names]
+
+
+def test_apply_layer_whiteouts(root: Path) -> None:
+    """TestApplyLayerWhiteouts: four layers, the tree after each."""
+    layers = [
+        (
+            ["base/", ".baz", "bar/", "bar/bax", "bar/bay/", "foo"],
+            [".baz", "bar/", "bar/bax", "bar/bay/", "base/", "foo"],
+        ),
+        ([".bay", ".wh..baz", "foo2"], [".bay", "bar/", "bar/bax", "bar/bay/", "base/", "foo", "foo2"]),
+        (
+            ["bar/", "bar/.wh..wh..opq", "bar/new", ".wh.foo2"],
+            [".bay", "bar/", "bar/new", "base/", "foo"],
+        ),
+        ([".wh..wh..opq", "only"], ["only"]),
+    ]
+    for names, expected in layers:
+        apply(root, *files(*names))
+        assert tree(root) == expected
+
+
+def test_opaque_keeps_what_this_archive_made_before_it(root: Path) -> None:
+    write(root / "d/old")
+    write(root / "d/sub/old")
+    write(root / "d/sub2/old")
+    apply(root, *files("d/new", "d/sub/", "d/sub/new", "d/sub2/implied/new", "d/.wh..wh..opq", "d/later"))
+    assert tree(root) == [
+        "d/",
+        "d/later",
+        "d/new",
+        "d/sub/",
+        "d/sub/new",
+        "d/sub2/",
+        "d/sub2/implied/",
+        "d/sub2/implied/new",
+    ]
+
+
+def test_opaque_through_a_symlinked_name(root: Path) -> None:
+    write(root / "usr/lib/old")
+    os.symlink("usr/lib", root / "lib")
+    apply(root, entry("lib/new"), entry("usr/lib/.wh..wh..opq"))
+    assert tree(root) == ["lib/", "usr/", "usr/lib/", "usr/lib/new"]
+
+
+def test_whiteout_removes_trees_and_not_what_links_lead_to(root: Path) -> None:
+    write(root / "keep/file")
+    write(root / "gone/deep/file")
+    os.symlink("../keep", root / "gone/link")
+    os.symlink("keep", root / "link")
+    apply(root, entry(".wh.gone"), entry(".wh.link"), entry(".wh.never-was"))
+    assert tree(root) == ["keep/", "keep/file"]
+
+
+def test_whiteout_of_a_tree_deeper_than_any_limit(root: Path) -> None:
+    fd = os.open(root, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("dddd", dir_fd=fd)
+        inner = os.open("dddd", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    apply(root, entry(".wh.dddd"))
+    assert tree(root) == []
+
+
+def test_overlay_tar_untar(tmp_path: Path, root: Path) -> None:
+    """TestOverlayTarUntar: opaque directories and a whiteout there and back, modes and xattr included."""
+    opaque(root / "d1")
+    (root / "d1").chmod(0o700)
+    write(root / "d1/f1", "x")
+    opaque(root / "d2")
+    (root / "d2").chmod(0o750)
+    whiteout(root / "d3/f1")
+    target = tmp_path / "target"
+    target.mkdir()
+    stream = PieceStream(pack_tree(str(root), PackOptions(convert_whiteouts=True)))
+    unpack(stream, str(target), OVERLAY)
+    assert describe(target) == describe(root)
+    assert describe(target)[b"d3/f1"]["rdev"] == 0
+
+
+def test_overlay_tar_aufs_untar(tmp_path: Path, root: Path) -> None:
+    """TestOverlayTarAUFSUntar"""
+    opaque(root / "d1")
+    (root / "d1").chmod(0o700)
+    whiteout(root / "d3/f1")
+    target = tmp_path / "target"
+    target.mkdir()
+    unpack(PieceStream(pack_tree(str(root), PackOptions(convert_whiteouts=True))), str(target), KEEP)
+    assert tree(target) == ["d1/", "d1/.wh..wh..opq", "d3/", "d3/.wh.f1"]
+    assert stat.S_IMODE((target / "d1/.wh..wh..opq").stat().st_mode) == 0o700
+    assert stat.S_IMODE((target / "d3/.wh.f1").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh...", "d/.wh.", "d/.wh..", "d/.wh...", ".wh.x/y"])
+@pytest.mark.parametrize("mode", [WhiteoutMode.DELETE, WhiteoutMode.OVERLAY])
+def test_overlay_untar_invalid_whiteout_names(root: Path, name: str, mode: WhiteoutMode) -> None:
+    """TestOverlayUntarInvalidWhiteoutNames, in both formats."""
+    write(root / "keep")
+    with pytest.raises(ArchiveError, match="invalid whiteout entry"):
+        apply(root, entry(name), options=UnpackOptions(whiteouts=mode))
+    assert "keep" in tree(root)
+
+
+def test_opaque_xattr_of_a_user_namespace(root: Path) -> None:
+    apply(root, entry("d/.wh..wh..opq"), options=UnpackOptions(whiteouts=WhiteoutMode.OVERLAY, user_xattrs=True))
+    assert os.getxattr(root / "d", "user.overlay.opaque") == b"y"
+
+
+def test_overlay_directory_after_its_own_whiteout_hides_what_is_below(root: Path) -> None:
+    apply(
+        root, entry(".wh.a"), directory("a"), entry(".wh.b"), entry("b/f"), entry("c"), directory("c"), options=OVERLAY
+    )
+    for name in "abc":
+        assert os.getxattr(root / name, "trusted.overlay.opaque") == b"y"
+    assert tree(root) == ["a/", "b/", "b/f", "c/"]
+
+
+def test_overlays_own_xattrs_in_an_archive_are_dropped(root: Path) -> None:
+    xattrs = {
+        "trusted.overlay.redirect": b"/etc",
+        "trusted.overlay.metacopy": b"",
+        "user.overlay.opaque": b"y",
+        "user.fuseoverlayfs.opaque": b"y",
+        "user.kept": b"1",
+    }
+    apply(root, entry("f", xattrs=xattrs), directory("d", xattrs=xattrs), options=OVERLAY)
+    assert os.listxattr(root / "f") == ["user.kept"]
+    assert os.listxattr(root / "d") == ["user.kept"]
+
+
+def test_aufs_leftovers_are_skipped_and_its_hard_links_satisfied(root: Path) -> None:
+    apply(
+        root,
+        directory(".wh..wh.plnk"),
+        entry(".wh..wh.plnk/1.2", b"shared"),
+        entry(".wh..wh.aufs"),
+        directory(".wh..wh.orph"),
+        hard_link("a", ".wh..wh.plnk/1.2"),
+        hard_link("b", "/.wh..wh.plnk/1.2"),
+    )
+    assert tree(root) == ["a", "b"]
+    assert (root / "a").read_bytes() == (root / "b").read_bytes() == b"shared"
+    with pytest.raises(ArchiveError, match="invalid aufs hardlink"):
+        apply(root, hard_link("c", ".wh..wh.plnk/9.9"))
+
+
+def test_apply_layer(tmp_path: Path) -> None:
+    """TestApplyLayer: the changes of a tree, applied to the original, leave no difference."""
+    from tests.archive.test_changes_of_trees import copy, mutate, sample
+
+    old = sample(tmp_path / "old")
+    new = copy(old, tmp_path / "new")
+    mutate(new)
+    layer = PieceStream(pack_changes(changes_of_trees(str(new), str(old))))
+    unpack(layer, str(old), UnpackOptions())
+    assert list(changes_of_trees(str(new), str(old))) == []
+
+
+def test_last_of_a_name_wins_whatever_its_type(root: Path) -> None:
+    kinds = {
+        "file": lambda n: entry(n, b"data"),
+        "dir": directory,
+        "link": lambda n: symlink(n, "somewhere"),
+        "fifo": lambda n: entry(n, kind=b"6"),
+    }
+    for first, make_first in kinds.items():
+        for second, make_second in kinds.items():
+            name = f"{first}-{second}"
+            apply(root, make_first(name), make_second(name))
+            mode = (root / name).lstat().st_mode
+            expected = {"file": stat.S_ISREG, "dir": stat.S_ISDIR, "link": stat.S_ISLNK, "fifo": stat.S_ISFIFO}
+            assert expected[second](mode), name
+
+
+def test_directory_over_directory_keeps_contents_and_takes_attributes(root: Path) -> None:
+    write(root / "d/old")
+    apply(root, directory("d", mode=0o700, uid=5))
+    assert tree(root) == ["d/", "d/old"]
+    assert stat.S_IMODE((root / "d").stat().st_mode) == 0o700
+    assert (root / "d").stat().st_uid == 5
+
+
+def test_replaced_file_is_not_written_through_its_other_name(root: Path) -> None:
+    write(root / "a", "precious")
+    os.link(root / "a", root / "b")
+    apply(root, entry("b", b"new"))
+    assert (root / "a").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_implied_directory_permissions(root: Path, umask: int) -> None:
+    """TestImpliedDirectoryPermissions, TestUntarParentPathPermissions"""
+    before = os.umask(umask)
+    try:
+        apply(root, entry("implied/deep/file", mode=0o666), directory("given", mode=0o1777))
+    finally:
+        os.umask(before)
+    modes = {name: oct(stat.S_IMODE((root / name).stat().st_mode)) for name in ("implied", "implied/deep", "given")}
+    assert modes == {"implied": "0o755", "implied/deep": "0o755", "given": "0o1777"}
+    assert stat.S_IMODE((root / "implied/deep/file").stat().st_mode) == 0o666
+
+
+def test_implied_parents_belong_to_the_mapped_root(root: Path) -> None:
+    mapping = IdMapping([IdRange(0, 100000, 65536)], [IdRange(0, 200000, 65536)])
+    apply(root, entry("d/f", uid=5, gid=6), options=UnpackOptions(to_host=mapping.to_host))
+    assert ((root / "d").stat().st_uid, (root / "d").stat().st_gid) == (100000, 200000)
+    assert ((root / "d/f").stat().st_uid, (root / "d/f").stat().st_gid) == (100005, 200006)
+    with pytest.raises(ArchiveError, match=r"g: container ID 70000 cannot be mapped to a host ID"):
+        apply(root, entry("g", uid=70000), options=UnpackOptions(to_host=mapping.to_host))
+
+
+def test_unpack_layer_creates_implied_directories_through_lower_layer_symlink(root: Path) -> None:
+    """TestUnpackLayerCreatesImpliedDirectoriesThroughLowerLayerSymlink"""
+    (root / "usr/lib").mkdir(parents=True)
+    os.symlink("usr/lib", root / "lib")
+    os.symlink("/usr", root / "absolute")
+    apply(root, entry("lib/systemd/system/x.service"), entry("absolute/share/y"))
+    assert (root / "usr/lib/systemd/system/x.service").is_file()
+    assert (root / "usr/share/y").is_file()
+    assert (root / "lib").is_symlink()
+
+
+def test_symlink_to_nowhere_as_a_parent(root: Path) -> None:
+    os.symlink("nowhere", root / "link")
+    with pytest.raises(ArchiveError, match=r"link: is a symlink to nowhere"):
+        apply(root, entry("link/f"))
+
+
+def test_file_as_a_parent(root: Path) -> None:
+    write(root / "f")
+    with pytest.raises(ArchiveError, match=r"f is not a directory"):
+        apply(root, entry("f/g"))
+
+
+def test_times(root: Path) -> None:
+    s = 10**9
+    apply(
+        root,
+        directory("d", mtime_ns=1000 * s),
+        entry("d/f", mtime_ns=2000 * s),
+        entry("negative", mtime_ns=-5 * s),
+        entry("huge", mtime_ns=(1 << 62) * s),
+        symlink("link", "x"),
+        directory("d/inner", mtime_ns=3000 * s),
+        entry("d/inner/f"),
+    )
+    times = {name: (root / name).lstat().st_mtime_ns // s for name in tree(root)}
+    assert times == {"d/": 1000, "d/f": 2000, "negative": 0, "huge": 0, "link": 0, "d/inner/": 3000, "d/inner/f": 0}
+
+
+def test_time_of_a_directory_that_was_replaced_is_not_set_on_what_replaced_it(root: Path) -> None:
+    write(root / "elsewhere/f")
+    apply(root, directory("d", mtime_ns=1000 * 10**9), symlink("d", "elsewhere"))
+    assert (root / "elsewhere").stat().st_mtime > 10**6
+
+
+def test_pax_times_keep_their_nanoseconds(root: Path) -> None:
+    import tarfile
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as made:
+        info = tarfile.TarInfo("f")
+        info.pax_headers = {"mtime": "1500000000.123456789", "atime": "1600000000.987654321"}
+        made.addfile(info)
+    buffer.seek(0)
+    unpack(buffer, str(root))
+    info_ = (root / "f").stat()
+    assert (info_.st_mtime_ns, info_.st_atime_ns) == (1500000000123456789, 1600000000987654321)
+
+
+def test_setuid_survives_the_change_of_owner(root: Path) -> None:
+    apply(root, entry("su", b"x", mode=0o4755, uid=1000, gid=1000))
+    assert stat.S_IMODE((root / "su").stat().st_mode) == 0o4755
+
+
+def test_capability_survives(root: Path) -> None:
+    capability = bytes.fromhex("0100000200200000000000000000000000000000")
+    apply(root, entry("ping", b"x", uid=7, xattrs={"security.capability": capability}))
+    assert os.getxattr(root / "ping", "security.capability") == capability
+
+
+def test_hard_links(root: Path) -> None:
+    apply(root, entry("a", b"x"), hard_link("d/b", "a"), hard_link("c", "/d/../a"), hard_link("a", "a"))
+    assert len({(root / name).stat().st_ino for name in ("a", "d/b", "c")}) == 1
+
+
+def test_untar_hardlink_to_symlink(root: Path) -> None:
+    """TestUntarHardlinkToSymlink"""
+    apply(root, symlink("link", "target"), hard_link("also", "link"))
+    assert os.readlink(root / "also") == "target"
+    assert (root / "also").lstat().st_nlink == 2
+
+
+def test_hard_link_to_nothing_and_to_a_directory(root: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"b: the hard link's target missing is not there"):
+        apply(root, hard_link("b", "missing"))
+    with pytest.raises(ArchiveError, match=r"b: is a hard link to the directory d"):
+        apply(root, directory("d"), hard_link("b", "d"))
+
+
+def test_devices(root: Path) -> None:
+    made = (
+        entry("char", kind=b"3", major=300, minor=70000, mode=0o600),
+        entry("block", kind=b"4", major=8, minor=1),
+        entry("fifo", kind=b"6", mode=0o622),
+    )
+    apply(root, *made)
+    assert (root / "char").stat().st_rdev == os.makedev(300, 70000)
+    assert stat.S_ISBLK((root / "block").stat().st_mode)
+    assert stat.S_IMODE((root / "fifo").stat().st_mode) == 0o622
+    other = root / "other"
+    assert apply(other, *made, options=UnpackOptions(devices=DevicePolicy.SKIP)).skipped == 2
+    assert tree(other) == ["fifo"]
+    with pytest.raises(ArchiveError, match=r"char: is a device, which is not allowed"):
+        apply(other, *made, options=UnpackOptions(devices=DevicePolicy.REFUSE))
+
+
+@pytest.mark.parametrize(("major", "minor"), [(4096, 0), (0, 1 << 20)])
+def test_handle_tar_type_block_char_fifo_device_range(root: Path, major: int, minor: int) -> None:
+    """TestHandleTarTypeBlockCharFifoDeviceRange"""
+    with pytest.raises(ArchiveError, match=rf"dev: device number {major}:{minor} is out of"):
+        apply(root, entry("dev", kind=b"3", major=major, minor=minor))
+
+
+def test_xattr_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    with pytest.raises(ArchiveError, match=r"f: cannot set the xattr user\.note"):
+        apply(tmp_path / "strict", entry("f", xattrs={"user.note": b"1"}))
+    apply(tmp_path / "lenient", entry("f", xattrs={"user.note": b"1"}), options=UnpackOptions(best_effort_xattrs=True))
+    assert tree(tmp_path / "lenient") == ["f"]
+    with pytest.raises(ArchiveError, match="cannot mark the directory opaque"):
+        apply(
+            tmp_path / "opaque",
+            entry("d/.wh..wh..opq"),
+            options=UnpackOptions(whiteouts=WhiteoutMode.OVERLAY, best_effort_xattrs=True),
+        )
+
+
+def test_global_headers_are_passed_over(root: Path) -> None:
+    """TestXGlobalNoParent, TestTypeXGlobalHeaderDoesNotFail"""
+    apply(root, entry("no/such/parent/pax_global_header", b"18 comment=hello!\n", kind=b"g"), entry("f"))
+    assert tree(root) == ["f"]
+
+
+def test_unknown_type(root: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"odd: unhandled tar header type Z"):
+        apply(root, entry("odd", kind=b"Z"))
+
+
+def test_root_entry(root: Path) -> None:
+    root.chmod(0o700)
+    apply(root, directory(".", mode=0o755))
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    apply(root, directory(".", mode=0o751, mtime_ns=10**12), entry("f"), options=UnpackOptions(include_root=True))
+    assert stat.S_IMODE(root.stat().st_mode) == 0o751
+    assert root.stat().st_mtime == 1000
+
+
+def test_result_counts_what_the_headers_say(root: Path) -> None:
+    result = apply(root, entry("a", b"12345"), entry("a", b"123"), hard_link("b", "a"), directory("d"))
+    assert (result.entries, result.size) == (4, 8)
+    assert tree_size(str(root)) == 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [
+        ([], 0),
+        ([("f", 0)], 0),
+        ([("f", 5)], 5),
+        ([("d/", 0)], 0),
+        ([("f", 6), ("d/", 0)], 6),
+        ([("f", 6), ("d/g", 6)], 12),
+    ],
+)
+def test_tree_size(root: Path, layout: list[tuple[str, int]], size: int) -> None:
+    """moby's directory TestSize...: empty, empty file, file, nested directory, file and nested."""
+    for name, length in layout:
+        if name.endswith("/"):
+            (root / name).mkdir()
+        else:
+            write(root / name, b"x" * length)
+    assert tree_size(str(root)) == size
+
+
+def test_tree_size_of_nothing(tmp_path: Path) -> None:
+    """TestSizeNonExistingDirectory"""
+    with pytest.raises(ArchiveError, match="nowhere"):
+        tree_size(str(tmp_path / "nowhere"))
+
+
+def test_stream_is_read_to_its_end(root: Path) -> None:
+    stream = io.BytesIO(archive(entry("f")) + b"trailing" * 10000)
+    unpack(stream, str(root))
+    assert stream.read() == b""
+
+
+class Slow:
+    """Gives one byte at a time, as a slow sender might."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, size: int) -> bytes:
+        piece, self.data = self.data[:1], self.data[1:]
+        return piece
+
+
+def test_chroot_apply_empty_archive_from_slow_reader(root: Path) -> None:
+    """TestChrootApplyEmptyArchiveFromSlowReader"""
+    assert unpack(Slow(archive()), str(root)).entries == 0
+    assert unpack(Slow(archive(entry("f", b"x" * 600))), str(root)).size == 600
+
+
+def test_chroot_apply_dot_dot_file(root: Path) -> None:
+    """TestChrootApplyDotDotFile: two dots at the start of a name are just a name."""
+    apply(root, entry("..gitme", b""), entry("d/..data/x"))
+    assert tree(root) == ["..gitme", "d/", "d/..data/", "d/..data/x"]
+
+
+def test_non_utf8_and_long_names(root: Path) -> None:
+    name = b"\xff\xfe/" + b"d" * 250 + b"/" + b"n" * 255
+    apply(root, entry(name, b"x"))
+    with open(os.fsencode(root) + b"/" + name, "rb") as file:
+        assert file.read() == b"x"
+
+
+def test_memory_does_not_grow_with_the_contents(root: Path) -> None:
+    class Zeros:
+        def __init__(self, head: bytes, size: int) -> None:
+            self.head, self.left = head, size
+
+        def read(self, size: int) -> bytes:
+            if self.head:
+                piece, self.head = self.head[:size], self.head[size:]
+                return piece
+            piece = bytes(min(size, self.left))
+            self.left -= len(piece)
+            return piece
+
+    from unionfs.archive.tar_format import TarEntry, encode_entry
+
+    big = 200 << 20
+    tracemalloc.start()
+    try:
+        unpack(Zeros(encode_entry(TarEntry(b"big", size=big)), big), str(root))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert (root / "big").stat().st_size == big
+
+
+def test_no_descriptor_is_left_open(root: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    made = [entry(f"d{i}/e/f{i}") for i in range(100)]
+    apply(root, *made, *[entry(f".wh.d{i}") for i in range(100)], *made, symlink("d5/e", "x"), entry("d6/e/new"))
+    with pytest.raises(ArchiveError):
+        apply(root, *made, entry("d7/e/f7/not-a-directory/x"))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_missing_target(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"nowhere.*existing directory"):
+        unpack(io.BytesIO(b""), str(tmp_path / "nowhere"))
