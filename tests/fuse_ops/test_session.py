@@ -68,6 +68,15 @@ SERVER = """if True:
         async def statfs(self, ctx):
             return pyfuse3.StatvfsData()
 
+    if mode == "early signal":
+        mount = pyfuse3.init
+
+        def mount_and_signal(*args):
+            mount(*args)
+            os.kill(os.getpid(), 15)
+
+        pyfuse3.init = mount_and_signal
+
     options = MountOptions(lowerdirs=("/",), debug=False)
     print("start", flush=True)
     try:
@@ -126,6 +135,15 @@ def test_ready_means_that_a_request_is_answered(box: Sandbox) -> None:
     assert stat.S_ISDIR(os.stat(box.target).st_mode)
     server.process.terminate()
     assert server.rest()[-1] == "returned"
+
+
+def test_signal_right_after_the_mount(box: Sandbox) -> None:
+    """Before anybody listens for signals, its default would leave a dead mount."""
+    server = Server("early signal", box.target)
+    said = server.rest()
+    assert server.process.returncode == 0
+    assert said[-1] == "returned" or "raised MountError" in said[-1]
+    assert not is_mounted(box.target)
 
 
 def test_second_signal_ends_a_sync_that_hangs(box: Sandbox) -> None:

@@ -147,10 +147,8 @@ def unmount_target(target: str, *, lazy: bool) -> None:
     if top is None or not top.is_union:
         what = "nothing is mounted there" if top is None else f"a {top.fs_type} is mounted there"
         raise MountError(f"{target} is not a union mount, {what}; see them with: unionfs mounts")
-    record = next(
-        (s.record for s in mount_registry.read_all() if s.record is not None and s.record.minor == top.minor), None
-    )
-    server = None if record is None or not mount_registry.is_alive(record) else _open_process(record.pid)
+    record = mount_registry.find(top.minor)
+    server = None if record is None else _open_process(record.pid)
     try:
         if lazy and server is not None:
             try:

@@ -96,6 +96,13 @@ def remove(path: str, pid: int) -> None:
         _unlink(path)
 
 
+def find(minor: int) -> MountRecord | None:
+    """The record of the mount with this device minor, if its server lives."""
+    name = f"{minor}.json"
+    records = (_read(path) for path in _files() if os.path.basename(path) == name)
+    return next((record for record in records if record is not None and is_alive(record)), None)
+
+
 def read_all() -> list[MountStatus]:
     """Every union mount that exists, sorted by target; files of those that are gone are deleted."""
     ours: dict[int, list[Mount]] = {}

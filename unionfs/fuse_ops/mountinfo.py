@@ -6,8 +6,9 @@ import os
 import re
 from typing import NamedTuple
 
+OUR_TYPE = "fuse.unionfs"
 # The second is what mount.fuse3 shows when it mounts by itself, with drop_privileges.
-_OUR_TYPES = frozenset({"fuse.unionfs", "fuse.unionfs-mount"})
+_OUR_TYPES = frozenset({OUR_TYPE, "fuse.unionfs-mount"})
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 

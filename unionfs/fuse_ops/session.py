@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # How long requests in progress may take to stop after the second signal.
 _GRACE_S = 5
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_session(
@@ -41,11 +42,16 @@ def run_session(
     at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to be.
     """
     session = _Session(operations, options, target, ready, statistics)
-    _mount(operations, options, target)
+    # From the mount until somebody listens, a signal has to wait: its default is to die and leave a dead mount.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
-        session.run()
+        _mount(operations, options, target)
+        try:
+            session.run()
+        finally:
+            session.finish()
     finally:
-        session.finish()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING_SIGNALS)
 
 
 class _Session:
@@ -115,7 +121,8 @@ class _Session:
     async def _handle_signals(
         self, nursery: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        with trio.open_signal_receiver(*_ENDING_SIGNALS, signal.SIGUSR1) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING_SIGNALS)
             task_status.started()
             ending = False
             async for number in signals:
