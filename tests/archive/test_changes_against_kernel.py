@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.archive.trees import describe
 from unionfs.archive.changes import Change, ChangeKind, changes_of_trees, changes_of_upper
+from unionfs.archive.pack import PackOptions, pack_changes, pack_tree
+from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting overlayfs needs root")
 
@@ -109,6 +114,7 @@ def test_upper_written_by_the_kernel(tmp_path: Path, options: str, seed: int) ->
                 if str(change) in extra:
                     assert change.kind is ChangeKind.MODIFY
                     assert really_differs(change, tmp_path, ours)
+            check_layer_archive(tmp_path, upper, ours, lowers, converts="redirect_dir=off" in options)
         lowers.insert(0, upper)
 
 
@@ -122,23 +128,57 @@ def really_differs(change: Change, base: Path, ours: list[Change]) -> bool:
     return new.read_bytes() != old.read_bytes() or new.lstat().st_mtime_ns != old.lstat().st_mtime_ns
 
 
+def shown(root: Path) -> dict[bytes, Any]:
+    """A tree as far as a layer carries it: links to names in other layers, and times of directories, it does not."""
+    tree = describe(root, xattrs=False)
+    for node in tree.values():
+        node.pop("link", None)
+        if node["mode"].startswith("0o40"):
+            node.pop("mtime")
+    return tree
+
+
+def check_layer_archive(base: Path, upper: Path, changes: list[Change], lowers: list[Path], *, converts: bool) -> None:
+    """The archive of the changes makes the new tree of the old one, in both ways of applying it."""
+    layer = b"".join(pack_changes(changes))
+    assert layer == b"".join(pack_changes(changes_of_upper(str(upper), [str(lower) for lower in lowers])))
+    expected = shown(base / "new")
+    copy = base / "copy"
+    subprocess.run(["cp", "-a", base / "old", copy], check=True)
+    unpack(io.BytesIO(layer), str(copy))
+    assert shown(copy) == expected
+    shutil.rmtree(copy)
+
+    bare = [layer]
+    if converts:
+        bare.append(b"".join(pack_tree(str(upper), PackOptions(convert_whiteouts=True))))
+    for data in bare:
+        rebuilt = base / "rebuilt"
+        rebuilt.mkdir()
+        unpack(io.BytesIO(data), str(rebuilt), UnpackOptions(whiteouts=WhiteoutMode.OVERLAY))
+        with overlay(base / "mounted", [rebuilt, *lowers], None, None, "redirect_dir=on,metacopy=on"):
+            assert shown(base / "mounted") == expected
+        shutil.rmtree(rebuilt)
+
+
 def check_places(changes: list[Change], merged: Path) -> None:
     """The places named in a change list hold what the mounted tree shows."""
     for change in changes:
-        shown = merged / os.fsdecode(change.path[1:])
+        visible = merged / os.fsdecode(change.path[1:])
         if change.kind is ChangeKind.DELETE:
-            assert not os.path.lexists(shown)
+            assert not os.path.lexists(visible)
             continue
         assert change.stat is not None
-        info = os.lstat(shown)
-        if not shown.is_dir():
+        info = os.lstat(visible)
+        if not visible.is_dir():
             assert (info.st_mode, info.st_size, info.st_mtime_ns) == (
                 change.stat.st_mode,
                 change.stat.st_size,
                 change.stat.st_mtime_ns,
             )
-        if shown.is_file() and not shown.is_symlink():
+        if visible.is_file() and not visible.is_symlink():
             assert change.data is not None
             assert (
-                shown.read_bytes() == (Path(os.fsdecode(change.data.root)) / os.fsdecode(change.data.rel)).read_bytes()
+                visible.read_bytes()
+                == (Path(os.fsdecode(change.data.root)) / os.fsdecode(change.data.rel)).read_bytes()
             )

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +142,36 @@ def _names(data: bytes) -> list[bytes]:
     from unionfs.archive.tar_reader import TarReader
 
     return [entry.name for entry in TarReader(io.BytesIO(data))]
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_tar_files(tmp_path: Path, links: bool) -> None:
+    """TestTarFiles, TestTarUntar: 1000 files, with and without links."""
+    root, target = tmp_path / "root", tmp_path / "target"
+    root.mkdir()
+    target.mkdir()
+    for i in range(1000):
+        (root / f"file-{i}").write_bytes(b"fooo")
+        if links:
+            os.link(root / f"file-{i}", root / f"hard-{i}")
+            os.symlink(f"file-{i}", root / f"symlink-{i}")
+    data = b"".join(pack_tree(str(root)))
+    unpack(io.BytesIO(data), str(target))
+    assert describe(target) == describe(root)
+
+
+def test_tar_untar_with_xattr(tmp_path: Path) -> None:
+    """TestTarUntarWithXattr: the capability of one file, and nobody else's."""
+    root, target = tmp_path / "root", tmp_path / "target"
+    root.mkdir()
+    target.mkdir()
+    for name in ("1", "2", "3"):
+        (root / name).write_bytes(b"hello")
+    capability = bytes.fromhex("0100000200200000000000000000000000000000")
+    os.setxattr(root / "2", "security.capability", capability)
+    unpack(io.BytesIO(b"".join(pack_tree(str(root)))), str(target))
+    assert {name: os.listxattr(target / name) for name in "123"} == {"1": [], "2": ["security.capability"], "3": []}
+    assert os.getxattr(target / "2", "security.capability") == capability
 
 
 def test_real_tree(tmp_path: Path) -> None:

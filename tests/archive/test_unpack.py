@@ -441,6 +441,17 @@ def test_tree_size_of_nothing(tmp_path: Path) -> None:
         tree_size(str(tmp_path / "nowhere"))
 
 
+def test_failing_source_is_told_apart_from_a_failing_target(root: Path) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise ConnectionResetError(104, "Connection reset by peer")
+            return super().read(1024)
+
+    with pytest.raises(ArchiveError, match=r"archive cannot be read \(at byte 1024\): Connection reset"):
+        unpack(Failing(entry("f", b"x" * 5000)), str(root))
+
+
 def test_stream_is_read_to_its_end(root: Path) -> None:
     stream = io.BytesIO(archive(entry("f")) + b"trailing" * 10000)
     unpack(stream, str(root))

@@ -63,7 +63,14 @@ class _Source:
     def up_to(self, size: int) -> bytes:
         """Between 1 and ``size`` bytes; none at the end of the stream."""
         if self._at == len(self._buffer):
-            self._buffer = self._stream.read(_PIECE_BYTES) or b""
+            try:
+                self._buffer = self._stream.read(_PIECE_BYTES) or b""
+            except OSError as error:
+                # Told apart from what goes wrong where the entries are put.
+                raise ArchiveError(
+                    f"the archive cannot be read (at byte {self.offset}): {error.strerror or error}; "
+                    "check where it comes from and try again"
+                ) from error
             self._at = 0
         piece = self._buffer[self._at : self._at + size]
         self._at += len(piece)

@@ -233,7 +233,7 @@ class _Unpacker:
                 f"{entry.shown_name()}: the hard link's target {show(entry.linkname)} is not there; "
                 "apply the layer over the one that has it"
             )
-        return ArchiveError(f"{entry.shown_name()}: cannot be unpacked: {error.strerror}; {advice}")
+        return ArchiveError(f"{entry.shown_name()}: cannot be unpacked: {error.strerror or error}; {advice}")
 
     # One entry
 
