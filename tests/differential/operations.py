@@ -29,6 +29,9 @@ class Side:
     name: str
     root: str
     began_ns: int
+    new_times_only: bool = False
+    """All times count as those of this run. For metacopies: opening one for writing gives it a new time in the
+    kernel, although nothing is written yet."""
     handles: dict[int, int] = field(default_factory=dict)
 
     def at(self, path: str) -> str:
@@ -37,7 +40,7 @@ class Side:
 
     def when(self, ns: int) -> int:
         """A time as both sides must show it: those of this run are all the same."""
-        return ns if ns < self.began_ns else -1
+        return ns if ns < self.began_ns and not self.new_times_only else -1
 
     def handle(self, slot: int) -> int:
         """An open file; EBADF when the slot is empty."""
@@ -169,11 +172,16 @@ class Overwrite(Op):
 
 @dataclass(frozen=True, slots=True)
 class Truncate(Op):
+    """truncate(2); to the size that the file has already, in two steps, see ``docs/differences.md``."""
+
     path: str
     size: int
 
     def do(self, side: Side) -> Answer:
-        os.truncate(side.at(self.path), self.size)
+        path = side.at(self.path)
+        if os.stat(path).st_size == self.size:
+            os.truncate(path, self.size + 1)
+        os.truncate(path, self.size)
         return ()
 
 
@@ -196,7 +204,13 @@ class Rename(Op):
     flags: int = 0
 
     def do(self, side: Side) -> Answer:
-        renameat2(side.at(self.src), side.at(self.dst), self.flags)
+        try:
+            renameat2(side.at(self.src), side.at(self.dst), self.flags)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                # The kernel has prepared the directory by then, which gives its parent a new time; we have not.
+                os.utime(side.at(os.path.dirname(self.src) or "."), ns=(0, 0))
+            raise
         return ()
 
 
@@ -416,11 +430,16 @@ class OpenStat(Op):
 
 @dataclass(frozen=True, slots=True)
 class OpenTruncate(Op):
+    """ftruncate(2), as :class:`Truncate`."""
+
     slot: int
     size: int
 
     def do(self, side: Side) -> Answer:
-        os.ftruncate(side.handle(self.slot), self.size)
+        fd = side.handle(self.slot)
+        if os.fstat(fd).st_size == self.size:
+            os.ftruncate(fd, self.size + 1)
+        os.ftruncate(fd, self.size)
         return ()
 
 

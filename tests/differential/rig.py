@@ -73,8 +73,9 @@ class Rig:
                 os.makedirs(os.path.join(root, name, part))
         # File systems stamp with a coarse clock that may lie some milliseconds back.
         began_ns = time.time_ns() - 1_000_000_000
-        self.ours = Side("ours", os.path.join(root, "ours", "mnt"), began_ns)
-        self.theirs = Side("kernel", os.path.join(root, "theirs", "mnt"), began_ns)
+        timeless = "metacopy=on" in setting.options
+        self.ours = Side("ours", os.path.join(root, "ours", "mnt"), began_ns, timeless)
+        self.theirs = Side("kernel", os.path.join(root, "theirs", "mnt"), began_ns, timeless)
         self._mounts = contextlib.ExitStack()
 
     def _part(self, name: str, part: str) -> str:

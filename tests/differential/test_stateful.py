@@ -10,11 +10,12 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from tests.differential import operations as op
@@ -312,11 +313,21 @@ def run(setting: Setting, examples: int) -> None:
     try:
         run_state_machine_as_test(Machine, settings=config)
     except MismatchError as failure:
-        smallest = minimize(setting, failure)
-        pytest.fail(f"{setting.name}: {smallest.what}\nreplay with:\n{op_script(smallest)}", pytrace=False)
+        report(setting, failure)
+    except FlakyFailure as failures:  # did not fail again when hypothesis repeated it: a race
+        for failure in failures.exceptions:
+            if isinstance(failure, MismatchError):
+                report(setting, failure)
+        raise
     seconds = time.monotonic() - began
     print(f"{setting.name}: {Machine.steps} operations compared in {seconds:.0f} s")
     assert Machine.steps > 10 * (EXAMPLES or examples), "the machine hardly did anything"
+
+
+def report(setting: Setting, failure: MismatchError) -> NoReturn:
+    """Fail with the shortest list of operations found."""
+    smallest = minimize(setting, failure)
+    pytest.fail(f"{setting.name}: {smallest.what}\nreplay with:\n{op_script(smallest)}", pytrace=False)
 
 
 def op_script(failure: MismatchError) -> str:
