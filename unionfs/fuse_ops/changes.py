@@ -62,6 +62,35 @@ class NamespaceChanges:
             raise
         return inode, OpenFile(inode, opened[0], writable=True)
 
+    def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
+        self._copy_up.require_writable()
+        if self._view.ownership.overrides:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        parent = os.stat(directory_fd)
+        path = b"/proc/self/fd/%d" % directory_fd
+        open_flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | (flags & os.O_EXCL)
+        fd = os.open(path, open_flags, stat.S_IMODE(mode))
+        try:
+            uid, gid = self._view.ownership.stored(caller.uid, caller.gid)
+            if parent.st_mode & stat.S_ISGID:
+                gid = parent.st_gid
+            st = os.fstat(fd)
+            if (st.st_uid, st.st_gid) != (uid, gid) and not self._view.ownership.squashed:
+                os.chown(fd, uid, gid)
+                if mode & _SPECIAL_BITS:
+                    os.chmod(fd, stat.S_IMODE(st.st_mode) | mode & _SPECIAL_BITS)
+            orphan_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
+        except BaseException:
+            os.close(fd)
+            raise
+        numbers = self._view.inodes.numbers
+        inode = self._view.inodes.new(stat.S_IFREG, numbers.of((st.st_dev, st.st_ino)))
+        inode.upper = True
+        inode.orphan_fd = orphan_fd
+        return inode, OpenFile(inode, fd, writable=True)
+
     def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
         """Make a directory."""
 
@@ -121,19 +150,21 @@ class NamespaceChanges:
         check_new_name(name)
         if self._view.find(directory, name) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
-        if directory.orphan or (inode.orphan and inode.hold is None):
+        unnamed = inode.orphan and inode.hold is None
+        if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._copy_up.ensure(inode, data=False)
         directory_fd = self._copy_up.ensure_directory(directory)
-        source_fd, source = self._view.upper_at(inode)
+        source, follow = self._view.proc_path(inode)
         if inode.hold is None and inode.key is None:
-            st = os.stat(source, dir_fd=source_fd, follow_symlinks=False)
+            st = self._view.real_stat(inode)
             self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
+        # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
         if self._is_free(directory, directory_fd, name):
-            os.link(source, name, src_dir_fd=source_fd, dst_dir_fd=directory_fd, follow_symlinks=False)
+            os.link(source, name, dst_dir_fd=directory_fd, follow_symlinks=follow)
         else:
             temp = upper.temp_name()
-            os.link(source, temp, src_dir_fd=source_fd, dst_dir_fd=upper.work_fd, follow_symlinks=False)
+            os.link(source, temp, dst_dir_fd=upper.work_fd, follow_symlinks=follow)
             upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
         if inode.nlink is not None:
             inode.nlink += 1

@@ -50,7 +50,7 @@ class MetadataChanges:
         self._view = view
         self._copy_up = copy_up
         # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
-        self._kernel_keeps_time = view.options.writeback
+        self.kernel_keeps_time = view.options.writeback
 
     # -- attributes -------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
-            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self._kernel_keeps_time)
+            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self.kernel_keeps_time)
             if caller.uid != 0:
                 self.clear_privileges(inode)
         if change.uid is not None or change.gid is not None:

@@ -58,6 +58,8 @@ class MountOptions:
     xino: str = "auto"
     userxattr: bool = False
     writeback: bool = True
+    passthrough: bool = True
+    transport: str = "auto"
     read_only: bool = False
     debug: bool = False
     source: str = "unionfs"

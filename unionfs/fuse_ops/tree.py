@@ -45,7 +45,7 @@ class UnionTree:
         self.view = MergedView(lower, upper, cache, options, xattrs)
         self.copy_up = CopyUp(self.view)
         changes = NamespaceChanges(self.view, self.copy_up)
-        metadata = MetadataChanges(self.view, self.copy_up)
+        self._metadata = metadata = MetadataChanges(self.view, self.copy_up)
 
         self.root = self.view.root
         self.inodes = self.view.inodes
@@ -55,6 +55,7 @@ class UnionTree:
         self.attributes = self.view.attributes
         self.readlink = self.view.readlink
         self.create = changes.create
+        self.create_unnamed = changes.create_unnamed
         self.mkdir = changes.mkdir
         self.mknod = changes.mknod
         self.symlink = changes.symlink
@@ -68,6 +69,10 @@ class UnionTree:
         self.list_xattrs = metadata.list_xattrs
         self.set_xattr = metadata.set_xattr
         self.remove_xattr = metadata.remove_xattr
+
+    def use_writeback_cache(self, used: bool) -> None:
+        """Say whether the kernel keeps modification times by itself, as it does with its writeback cache."""
+        self._metadata.kernel_keeps_time = used
 
     @property
     def read_only(self) -> bool:

@@ -1,0 +1,682 @@
+"""The transport that reads /dev/fuse itself: what pyfuse3 cannot express, with less time per request.
+
+One task reads requests and answers most of them on the spot; those that have to wait for something become tasks of
+their own. After a request the reader looks again for a moment before it goes to sleep: programs send their requests
+one after the other, and waking up takes longer than answering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import trio
+
+from unionfs.fuse_ops import backing_calls
+from unionfs.fuse_ops import protocol as p
+from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
+from unionfs.fuse_ops.inodes import ROOT_INO, Inode
+from unionfs.fuse_ops.metadata import AttributeChange
+from unionfs.fuse_ops.open_files import OpenFile
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.passthrough import Passthrough
+from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
+from unionfs.fuse_ops.requests import UnionRequests
+from unionfs.fuse_ops.tree import UnionTree
+
+log = logging.getLogger(__name__)
+
+_MAX_WRITE: Final = 1 << 20  # bytes; the kernel's limit is 256 pages
+_BUFFER_SIZE: Final = _MAX_WRITE + 4096
+_LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
+_TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
+_TIMEOUT_MAX: Final = 2**63 - 1
+_NO_REPLY: Final = b""
+
+Answer = bytes | Coroutine[Any, Any, bytes]
+
+
+class Request:
+    """One request: who sent it, about which inode, and its arguments."""
+
+    __slots__ = ("body", "gid", "node", "pid", "uid", "unique")
+
+    def __init__(self, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes | memoryview) -> None:
+        self.unique = unique
+        self.node = node
+        self.uid = uid
+        self.gid = gid
+        self.pid = pid
+        self.body = body
+
+    def name(self, offset: int = 0) -> bytes:
+        """The zero-terminated name at ``offset`` of the arguments."""
+        body = self.body
+        return bytes(body[offset : bytes(body).index(b"\0", offset)])
+
+
+class DirectTransport:
+    """Serves a tree on an open /dev/fuse descriptor until the mount is gone."""
+
+    def __init__(self, tree: UnionTree, options: MountOptions, fuse_fd: int) -> None:
+        self._tree = tree
+        self._options = options
+        self._requests = UnionRequests(tree, options)
+        self._fd = fuse_fd
+        self._passthrough: Passthrough | None = None
+        self._accepted: Callable[[], None] = lambda: None
+        self._waiting = 0  # requests that are tasks of their own
+        seconds = min(options.timeout_s, 1e18)
+        self._valid_s = int(seconds)
+        self._valid_ns = int((seconds - self._valid_s) * 1e9)
+        self._keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
+        self._handlers: dict[int, Callable[[Request], Answer]] = defaultdict(lambda: self._unknown)
+        for code, handler in self._table().items():
+            self._handlers[code] = handler
+
+    def _table(self) -> dict[Opcode, Callable[[Request], Answer]]:
+        table: dict[Opcode, Callable[[Request], Answer]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: self._setattr,
+            Opcode.STATX: self._statx,
+            Opcode.READLINK: self._readlink,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename2,
+            Opcode.LINK: self._link,
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.RELEASE: self._release,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.COPY_FILE_RANGE: self._copy_file_range,
+            Opcode.IOCTL: self._ioctl,
+            Opcode.STATFS: self._statfs,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.INIT: self._init,
+            Opcode.INTERRUPT: lambda request: _NO_REPLY,  # what is going on ends by itself, soon
+            Opcode.DESTROY: self._empty,
+        }
+        # What has no handler is answered with ENOSYS, after which the kernel does not ask again: FLUSH (nothing is
+        # buffered here), ACCESS (default_permissions), and these where the options say so.
+        if self._requests.sync:
+            table |= {Opcode.FSYNC: self._fsync, Opcode.FSYNCDIR: self._fsyncdir}
+        if self._options.xattrs:
+            table |= {
+                Opcode.GETXATTR: self._getxattr,
+                Opcode.LISTXATTR: self._listxattr,
+                Opcode.SETXATTR: self._setxattr,
+                Opcode.REMOVEXATTR: self._removexattr,
+            }
+        return table
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    async def serve(self, accepted: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
+        self._accepted = accepted
+        os.set_blocking(self._fd, False)
+        buffer = bytearray(_BUFFER_SIZE)
+        async with trio.open_nursery() as nursery:
+            while await self._turn(buffer, nursery):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+    async def _turn(self, buffer: bytearray, nursery: trio.Nursery) -> bool:
+        """Serve for a while; false when the mount is gone."""
+        fd, view = self._fd, memoryview(buffer)
+        now = time.perf_counter
+        until = now() + _TURN_S
+        last = 0.0
+        while True:
+            try:
+                size = os.readv(fd, [buffer])
+            except BlockingIOError:
+                # Others may be waiting for this thread; if not, the next request is probably on its way.
+                if self._waiting or now() - last > _LOOK_AGAIN_S:
+                    await trio.lowlevel.wait_readable(fd)
+                    return True
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return False
+                if error.errno in (errno.EINTR, errno.ENOENT):  # a request that was taken back
+                    continue
+                raise
+            self._dispatch(view[:size], nursery)
+            last = now()
+            if last > until:
+                return True
+
+    def _dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
+        _, code, unique, node, uid, gid, pid, _, _ = p.IN_HEADER.unpack_from(message)
+        body: bytes | memoryview = message[p.IN_HEADER.size :]
+        if code != Opcode.WRITE:
+            body = bytes(body)  # the buffer is used again
+        request = Request(unique, node, uid, gid, pid, body)
+        try:
+            answer = self._handlers[code](request)
+            if not isinstance(answer, bytes):
+                self._waiting += 1
+                nursery.start_soon(self._wait_for, request, code, answer)
+                return
+        except Exception as error:
+            answer = self._failure(request, code, error)
+        self._reply(answer)
+
+    async def _wait_for(self, request: Request, code: int, answer: Coroutine[Any, Any, bytes]) -> None:
+        try:
+            reply = await answer
+        except Exception as error:
+            reply = self._failure(request, code, error)
+        finally:
+            self._waiting -= 1
+        self._reply(reply)
+
+    def _failure(self, request: Request, code: int, error: Exception) -> bytes:
+        number = errno.EIO
+        if isinstance(error, OSError) and error.errno:
+            number = error.errno
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s of %#x: %s", code, request.node, error)
+        else:
+            log.error("request %d of %#x failed; the program gets EIO", code, request.node, exc_info=error)
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size, -number, request.unique)
+
+    def _reply(self, answer: bytes) -> None:
+        if not answer:
+            return
+        try:
+            os.write(self._fd, answer)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the program was killed, or the mount is gone
+                log.warning("the kernel does not take an answer: %s", error)
+
+    # -- answers ----------------------------------------------------------------------------------------------
+
+    def _unknown(self, request: Request) -> bytes:
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOSYS, request.unique)
+
+    def _empty(self, request: Request) -> bytes:
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size, 0, request.unique)
+
+    @staticmethod
+    def _data(request: Request, data: bytes | bytearray) -> bytes:
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size + len(data), 0, request.unique) + data
+
+    @staticmethod
+    def _attr(a: Attributes) -> tuple[int, ...]:
+        atime, atime_ns = divmod(a.atime_ns, 1_000_000_000)
+        mtime, mtime_ns = divmod(a.mtime_ns, 1_000_000_000)
+        ctime, ctime_ns = divmod(a.ctime_ns, 1_000_000_000)
+        wrap = 0xFFFF_FFFF_FFFF_FFFF  # times before 1970 are negative; the field is not, but the kernel reads it so
+        return (
+            a.ino,
+            a.size,
+            a.blocks,
+            atime & wrap,
+            mtime & wrap,
+            ctime & wrap,
+            atime_ns,
+            mtime_ns,
+            ctime_ns,
+            a.mode,
+            a.nlink,
+            a.uid,
+            a.gid,
+            _encode_device(a.rdev),
+            a.blksize,
+            0,
+        )
+
+    def _entry(self, request: Request, inode: Inode) -> bytes:
+        attributes = self._requests.remembered(inode)
+        s, ns = self._valid_s, self._valid_ns
+        return p.ENTRY_REPLY.pack(
+            p.ENTRY_REPLY.size, 0, request.unique, inode.ino, 0, s, s, ns, ns, *self._attr(attributes)
+        )
+
+    def _attr_reply(self, request: Request, attributes: Attributes) -> bytes:
+        return p.ATTR_REPLY.pack(
+            p.ATTR_REPLY.size, 0, request.unique, self._valid_s, self._valid_ns, 0, *self._attr(attributes)
+        )
+
+    # -- session ----------------------------------------------------------------------------------------------
+
+    def _init(self, request: Request) -> bytes:
+        major, minor, readahead, flags, flags2 = p.INIT_IN.unpack_from(request.body)
+        if major != p.MAJOR or minor < 36:
+            raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
+        offered = flags | flags2 << 32
+        options = self._options
+        wanted = (
+            Init.ASYNC_READ
+            | Init.ATOMIC_O_TRUNC
+            | Init.BIG_WRITES
+            | Init.DONT_MASK
+            | Init.IOCTL_DIR
+            | Init.DO_READDIRPLUS
+            | Init.ASYNC_DIO
+            | Init.PARALLEL_DIROPS
+            | Init.MAX_PAGES
+            | Init.CACHE_SYMLINKS
+            | Init.EXPLICIT_INVAL_DATA
+            | Init.SETXATTR_EXT
+            | Init.INIT_EXT
+        )
+        if options.acl and options.xattrs:
+            wanted |= Init.POSIX_ACL
+        # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
+        if options.passthrough and offered & Init.PASSTHROUGH and backing_calls.may_pass_through():
+            wanted |= Init.PASSTHROUGH | Init.HANDLE_KILLPRIV_V2
+            self._passthrough = Passthrough(self._fd, read_only=self._tree.read_only)
+        elif options.writeback and not self._tree.read_only:
+            wanted |= Init.WRITEBACK_CACHE
+        self._tree.use_writeback_cache(bool(wanted & Init.WRITEBACK_CACHE))
+        agreed = int(wanted) & offered
+        reply = p.INIT_REPLY.pack(
+            p.INIT_REPLY.size,
+            0,
+            request.unique,
+            p.MAJOR,
+            min(minor, p.MINOR),
+            readahead,
+            agreed & 0xFFFF_FFFF,
+            64,  # requests that the kernel sends ahead, such as readahead
+            48,
+            _MAX_WRITE,
+            1,  # ns: granularity of times
+            _MAX_WRITE // 4096,
+            0,
+            agreed >> 32,
+            1 if self._passthrough is not None else 0,  # how deep a stack of file systems may be on top of it
+            0,
+            *(0,) * 11,
+        )
+        self._accepted()
+        return reply
+
+    def _statfs(self, request: Request) -> bytes:
+        st = self._tree.statfs()
+        return p.STATFS_REPLY.pack(
+            p.STATFS_REPLY.size,
+            0,
+            request.unique,
+            st.f_blocks,
+            st.f_bfree,
+            st.f_bavail,
+            st.f_files,
+            st.f_ffree,
+            st.f_bsize,
+            st.f_namemax,
+            st.f_frsize,
+            0,
+            *(0,) * 6,
+        )
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    def _inode(self, request: Request) -> Inode:
+        return self._requests.inode(request.node)
+
+    def _lookup(self, request: Request) -> bytes:
+        body = request.body
+        assert isinstance(body, bytes)
+        inode = self._tree.find(self._inode(request), body[: body.index(0)])
+        if inode is None:  # a miss for the kernel to remember
+            return p.ENTRY_REPLY.pack(
+                p.ENTRY_REPLY.size, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0, *(0,) * 16
+            )
+        return self._entry(request, inode)
+
+    def _forget(self, request: Request) -> bytes:
+        self._forget_one(request.node, p.U64.unpack_from(request.body)[0])
+        return _NO_REPLY
+
+    def _batch_forget(self, request: Request) -> bytes:
+        count, _ = p.BATCH_FORGET_IN.unpack_from(request.body)
+        end = p.BATCH_FORGET_IN.size + count * p.FORGET_ONE.size
+        for node, references in p.FORGET_ONE.iter_unpack(request.body[p.BATCH_FORGET_IN.size : end]):
+            self._forget_one(node, references)
+        return _NO_REPLY
+
+    def _forget_one(self, node: int, references: int) -> None:
+        try:
+            self._requests.forget(node, references)
+        except Exception:
+            log.exception("forget of %#x failed", node)  # there is nobody to tell
+
+    def _mknod(self, request: Request) -> bytes:
+        mode, device, umask, _ = p.MKNOD_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        name = request.name(p.MKNOD_IN.size)
+        return self._entry(request, self._tree.mknod(directory, name, mode, _decode_device(device), request))
+
+    def _mkdir(self, request: Request) -> bytes:
+        mode, umask = p.MKDIR_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        return self._entry(request, self._tree.mkdir(directory, request.name(p.MKDIR_IN.size), mode, request))
+
+    def _masked(self, directory: Inode, mode: int, umask: int) -> int:
+        """``mode`` as POSIX has it: a default ACL takes the place of the umask."""
+        if umask and self._options.acl and self._options.xattrs:
+            try:
+                self._tree.get_xattr(directory, ACL_NAMES[1])
+            except OSError:
+                pass
+            else:
+                return mode
+        return mode & ~umask
+
+    def _symlink(self, request: Request) -> bytes:
+        name = request.name()
+        target = request.name(len(name) + 1)
+        return self._entry(request, self._tree.symlink(self._inode(request), name, target, request))
+
+    def _unlink(self, request: Request) -> bytes:
+        self._tree.unlink(self._inode(request), request.name())
+        return self._empty(request)
+
+    def _rmdir(self, request: Request) -> bytes:
+        self._tree.rmdir(self._inode(request), request.name())
+        return self._empty(request)
+
+    def _rename(self, request: Request) -> Answer:
+        return self._do_rename(request, p.U64.unpack_from(request.body)[0], p.U64.size, 0)
+
+    def _rename2(self, request: Request) -> Answer:
+        directory, flags, _ = p.RENAME2_IN.unpack_from(request.body)
+        return self._do_rename(request, directory, p.RENAME2_IN.size, flags)
+
+    async def _do_rename(self, request: Request, new_node: int, offset: int, flags: int) -> bytes:
+        old = request.name(offset)
+        new = request.name(offset + len(old) + 1)
+        await self._requests.rename(self._inode(request), old, self._requests.inode(new_node), new, flags, request)
+        return self._empty(request)
+
+    async def _link(self, request: Request) -> bytes:
+        inode = self._requests.inode(p.U64.unpack_from(request.body)[0])
+        await self._requests.link(inode, self._inode(request), request.name(p.U64.size))
+        return self._entry(request, inode)
+
+    def _readlink(self, request: Request) -> bytes:
+        return self._data(request, self._tree.readlink(self._inode(request)))
+
+    # -- attributes -------------------------------------------------------------------------------------------
+
+    def _getattr(self, request: Request) -> bytes:
+        return self._attr_reply(request, self._tree.attributes(self._inode(request)))
+
+    def _setattr(self, request: Request) -> Answer:
+        (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = p.SETATTR_IN.unpack_from(
+            request.body
+        )
+        now = time.time_ns() if valid & (SetAttr.ATIME_NOW | SetAttr.MTIME_NOW) else 0
+        change = AttributeChange()
+        if valid & SetAttr.MODE:
+            change.mode = mode
+        if valid & SetAttr.UID:
+            change.uid = uid
+        if valid & SetAttr.GID:
+            change.gid = gid
+        if valid & SetAttr.SIZE:
+            change.size = size
+        if valid & SetAttr.ATIME:
+            change.atime_ns = now if valid & SetAttr.ATIME_NOW else _time_ns(atime, atime_ns)
+        if valid & SetAttr.MTIME:
+            change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
+        return self._set_attributes(request, change, kill=bool(valid & SetAttr.KILL_SUIDGID))
+
+    async def _set_attributes(self, request: Request, change: AttributeChange, *, kill: bool) -> bytes:
+        inode = self._inode(request)
+        attributes = await self._requests.set_attributes(inode, change, request)
+        if kill:
+            self._tree.clear_privileges(inode)
+            attributes = self._tree.attributes(inode)
+        return self._attr_reply(request, attributes)
+
+    def _statx(self, request: Request) -> bytes:
+        inode = self._inode(request)
+        attributes = self._tree.attributes(inode)
+        path, follow = self._tree.view.proc_path(inode)
+        stx = backing_calls.statx(path, follow=follow)
+        s, ns = self._valid_s, self._valid_ns
+        data = backing_calls.statx_with(stx, attributes)
+        return p.STATX_REPLY.pack(p.STATX_REPLY.size + len(data), 0, request.unique, s, ns, 0, 0, 0) + data
+
+    # -- extended attributes ----------------------------------------------------------------------------------
+
+    def _getxattr(self, request: Request) -> bytes:
+        size, _ = p.GETXATTR_IN.unpack_from(request.body)
+        value = self._tree.get_xattr(self._inode(request), request.name(p.GETXATTR_IN.size))
+        return self._sized(request, value, size)
+
+    def _listxattr(self, request: Request) -> bytes:
+        size, _ = p.GETXATTR_IN.unpack_from(request.body)
+        names = self._tree.list_xattrs(self._inode(request), request)
+        return self._sized(request, b"".join(name + b"\0" for name in names), size)
+
+    def _sized(self, request: Request, value: bytes, size: int) -> bytes:
+        if size == 0:
+            return p.XATTR_SIZE_REPLY.pack(p.XATTR_SIZE_REPLY.size, 0, request.unique, len(value), 0)
+        if len(value) > size:
+            raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+        return self._data(request, value)
+
+    async def _setxattr(self, request: Request) -> bytes:
+        size, flags, extra, _ = p.SETXATTR_IN.unpack_from(request.body)
+        name = request.name(p.SETXATTR_IN.size)
+        start = p.SETXATTR_IN.size + len(name) + 1
+        inode = self._inode(request)
+        await self._requests.set_xattr(inode, name, bytes(request.body[start : start + size]), flags)
+        if extra & 1:  # FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the group
+            mode = stat.S_IMODE(self._tree.attributes(inode).mode)
+            if mode & stat.S_ISGID:
+                self._tree.set_attributes(inode, AttributeChange(mode=mode & ~stat.S_ISGID), request)
+        return self._empty(request)
+
+    async def _removexattr(self, request: Request) -> bytes:
+        await self._requests.remove_xattr(self._inode(request), request.name())
+        return self._empty(request)
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def _opened(self, file: OpenFile) -> tuple[int, int, int]:
+        """Handle, flags and backing id for the answer to an open."""
+        flags, backing = self._keep_cache, 0
+        if self._passthrough is not None:
+            flags, backing = self._passthrough.open(file)
+        return self._requests.add_file(file), flags, backing
+
+    def _open(self, request: Request) -> Answer:
+        flags, open_flags = p.OPEN_IN.unpack_from(request.body)
+        inode = self._inode(request)
+        if inode.upper or flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+            return self._open_reply(request, self._tree.open(inode, flags), open_flags)
+        return self._copy_and_open(request, inode, flags, open_flags)
+
+    async def _copy_and_open(self, request: Request, inode: Inode, flags: int, open_flags: int) -> bytes:
+        return self._open_reply(request, await self._requests.open(inode, flags, request), open_flags)
+
+    def _open_reply(self, request: Request, file: OpenFile, open_flags: int) -> bytes:
+        if open_flags & p.OPEN_KILL_SUIDGID:
+            self._tree.clear_privileges(file.inode)
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
+
+    def _create(self, request: Request) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        inode, file = self._tree.create(directory, request.name(p.CREATE_IN.size), mode, flags, request)
+        return self._created(request, inode, file)
+
+    def _tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        inode, file = self._tree.create_unnamed(directory, mode, flags, request)
+        return self._created(request, inode, file)
+
+    def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
+        attributes = self._requests.remembered(inode)
+        s, ns = self._valid_s, self._valid_ns
+        entry = (inode.ino, 0, s, s, ns, ns, *self._attr(attributes))
+        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
+
+    def _read(self, request: Request) -> Answer:
+        handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        data = self._requests.read_cached(handle, offset, size)
+        if data is None:
+            return self._read_disk(request, handle, offset, size)
+        return self._data(request, data)
+
+    async def _read_disk(self, request: Request, handle: int, offset: int, size: int) -> bytes:
+        return self._data(request, await self._requests.read(handle, offset, size))
+
+    def _write(self, request: Request) -> bytes:
+        handle, offset, size, write_flags, _, _, _ = p.WRITE_IN.unpack_from(request.body)
+        data = memoryview(request.body)[p.WRITE_IN.size : p.WRITE_IN.size + size]
+        written = self._requests.write(handle, offset, data)
+        if write_flags & p.WRITE_KILL_SUIDGID:
+            self._tree.clear_privileges(self._requests.files[handle].inode)
+        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, written, 0)
+
+    def _release(self, request: Request) -> bytes:
+        handle = p.U64.unpack_from(request.body)[0]
+        if self._passthrough is not None:
+            self._passthrough.release(self._requests.files[handle])
+        self._requests.release(handle)
+        return self._empty(request)
+
+    async def _fsync(self, request: Request) -> bytes:
+        handle, flags, _ = p.FSYNC_IN.unpack_from(request.body)
+        await self._requests.fsync(handle, data_only=bool(flags & p.FSYNC_FDATASYNC))
+        return self._empty(request)
+
+    async def _fallocate(self, request: Request) -> bytes:
+        handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
+        fd = self._requests.files[handle].fd
+        await trio.to_thread.run_sync(backing_calls.fallocate, fd, mode, offset, length)
+        return self._empty(request)
+
+    def _lseek(self, request: Request) -> bytes:
+        handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        found = os.lseek(self._requests.files[handle].fd, offset, whence)
+        return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
+
+    async def _copy_file_range(self, request: Request) -> bytes:
+        source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
+        fds = self._requests.files[source].fd, self._requests.files[target].fd
+        copied = await trio.to_thread.run_sync(
+            os.copy_file_range, *fds, min(length, 1 << 30), source_offset, target_offset
+        )
+        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+
+    async def _ioctl(self, request: Request) -> bytes:
+        _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)
+        data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
+        inode = self._inode(request)
+        if backing_calls.changes_inode(command):
+            await self._requests.copy_up(inode, data=False)
+        path, _ = self._tree.view.proc_path(inode)
+        answer = backing_calls.inode_ioctl(path, command, data, out_size)
+        header = p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0)
+        return header + answer
+
+    # -- directories ------------------------------------------------------------------------------------------
+
+    def _opendir(self, request: Request) -> bytes:
+        handle = self._requests.open_directory(self._inode(request))
+        flags = int(Open.CACHE_DIR | Open.KEEP_CACHE) if self._keep_cache else 0
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, flags, 0)
+
+    def _readdir(self, request: Request) -> bytes:
+        return self._list(request, plus=False)
+
+    def _readdirplus(self, request: Request) -> bytes:
+        return self._list(request, plus=True)
+
+    def _list(self, request: Request, *, plus: bool) -> bytes:
+        handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        directory, names = self._requests.names(handle, offset)
+        answer = bytearray(p.OUT_HEADER.size)
+        room = size + len(answer)
+        header = p.ENTRY.size if plus else 0
+        for position in range(offset, len(names) + 2):
+            name = names[position - 2] if position > 1 else (b".", b"..")[position]
+            length = -(-(p.DIRENT.size + len(name)) // 8) * 8
+            if len(answer) + header + length > room:
+                break
+            if position < 2:
+                inode = directory if position == 0 else directory.parent or directory
+                attributes = self._tree.attributes(inode)
+            else:
+                child = self._requests.child(directory, name)
+                if child is None:
+                    continue
+                inode, attributes = child
+            if plus:
+                s, ns = self._valid_s, self._valid_ns
+                # The kernel does not take "." and ".." as looked up.
+                node = inode.ino if position > 1 else 0
+                answer += p.ENTRY.pack(node, 0, s, s, ns, ns, *self._attr(attributes))
+                if position > 1:
+                    inode.lookups += 1
+            answer += p.DIRENT.pack(attributes.ino, position + 1, len(name), stat.S_IFMT(attributes.mode) >> 12)
+            answer += name.ljust(length - p.DIRENT.size, b"\0")
+        p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, request.unique)
+        return bytes(answer)
+
+    def _releasedir(self, request: Request) -> bytes:
+        self._requests.release_directory(p.U64.unpack_from(request.body)[0])
+        return self._empty(request)
+
+    async def _fsyncdir(self, request: Request) -> bytes:
+        await self._requests.sync_directory(p.FSYNC_IN.unpack_from(request.body)[0])
+        return self._empty(request)
+
+    def close(self) -> None:
+        """Give the connection up; what still waits for an answer gets ENOTCONN."""
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+def _time_ns(seconds: int, nanoseconds: int) -> int:
+    return (seconds - (1 << 64) if seconds >> 63 else seconds) * 1_000_000_000 + nanoseconds
+
+
+def _encode_device(device: int) -> int:
+    """A device number in the kernel's 32 bit form (new_encode_dev)."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
+
+
+def _decode_device(device: int) -> int:
+    return os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | (device >> 12 & 0xFFF00))
+
+
+assert ROOT_INO == 1

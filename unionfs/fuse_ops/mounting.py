@@ -1,0 +1,102 @@
+"""Mounting /dev/fuse without libfuse: mount(2) for root, fusermount3 for everybody else.
+
+Source: mount.fuse(8), fuse(4); what fusermount3 expects is in util/fusermount.c of libfuse: it sends the descriptor
+of /dev/fuse over the socket that the variable _FUSE_COMMFD names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterable
+from typing import Final
+
+from unionfs.errors import MountError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# sys/mount.h
+_FLAGS: Final = {
+    "ro": (1, True),
+    "rw": (1, False),
+    "nosuid": (2, True),
+    "suid": (2, False),
+    "nodev": (4, True),
+    "dev": (4, False),
+    "noexec": (8, True),
+    "exec": (8, False),
+    "sync": (16, True),
+    "async": (16, False),
+    "dirsync": (128, True),
+    "noatime": (1024, True),
+    "atime": (1024, False),
+    "nodiratime": (2048, True),
+    "diratime": (2048, False),
+}
+_NOSUID_NODEV: Final = 2 | 4
+_KERNEL_WORDS: Final = re.compile(r"default_permissions|allow_other|max_read=\d+|blksize=\d+")
+
+
+def mount(target: str, words: Iterable[str], source: str) -> int:
+    """Mount a FUSE file system of the type ``fuse.unionfs`` on ``target`` and return its /dev/fuse.
+
+    ``words`` are mount options of the kernel and of fusermount3; others are left out. Raises :class:`MountError`.
+    """
+    if os.geteuid() == 0:
+        return _mount_as_root(target, words, source)
+    return _mount_as_user(target, words, source)
+
+
+def _mount_as_root(target: str, words: Iterable[str], source: str) -> int:
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        step = "load the kernel module with: modprobe fuse" if isinstance(error, FileNotFoundError) else "give access"
+        raise MountError(f"cannot mount on {target}: /dev/fuse: {error.strerror}; {step}") from None
+    flags = _NOSUID_NODEV
+    data = [f"fd={fd}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
+    for word in words:
+        if word in _FLAGS:
+            bit, on = _FLAGS[word]
+            flags = flags | bit if on else flags & ~bit
+        elif _KERNEL_WORDS.fullmatch(word):
+            data.append(word)
+    result = _libc.mount(
+        os.fsencode(source), os.fsencode(target), b"fuse.unionfs", ctypes.c_ulong(flags), ",".join(data).encode()
+    )
+    if result < 0:
+        reason = os.strerror(ctypes.get_errno())
+        os.close(fd)
+        raise MountError(f"cannot mount on {target}: {reason}; see the kernel log (dmesg)")
+    return fd
+
+
+def _mount_as_user(target: str, words: Iterable[str], source: str) -> int:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    escaped = re.sub(r"[\\,]", r"\\\g<0>", source)
+    kept = [w for w in words if w in _FLAGS or _KERNEL_WORDS.fullmatch(w) or w == "allow_root"]
+    options = ",".join([*kept, f"fsname={escaped}", "subtype=unionfs"])
+    with ours, theirs:
+        try:
+            result = subprocess.run(
+                ["fusermount3", "-o", options, "--", target],
+                env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise MountError(f"cannot mount on {target}: there is no fusermount3; install fuse3") from None
+        theirs.close()
+        if result.returncode == 0:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            if fds:
+                os.set_inheritable(fds[0], False)
+                return fds[0]
+        said = " ".join(result.stderr.split())
+        raise MountError(f"cannot mount on {target}: {said or 'fusermount3 gave no descriptor'}")
