@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Iterator
 
 from unionfs.archive.removal import remove_tree
 from unionfs.drivers.ids import CREATING, REMOVING
@@ -71,7 +72,7 @@ def delete(path: str) -> None:
     """
     # Without links, as the mount table shows it; the directory itself is never a link.
     path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    for tries_left in reversed(range(_TRIES)):
+    for tries_left in attempts():
         _detach_below(path)
         try:
             _remove(path)
@@ -84,7 +85,14 @@ def delete(path: str) -> None:
                 raise LayerBusyError(
                     f"cannot delete {path}: {error.strerror}{used_by(path)}; end what uses it and try again"
                 ) from error
-        time.sleep(_PAUSE_S)
+
+
+def attempts() -> Iterator[int]:
+    """The tries for something that may be busy, as how many are left; it pauses between them, five seconds in all."""
+    for left in reversed(range(_TRIES)):
+        yield left
+        if left:
+            time.sleep(_PAUSE_S)
 
 
 def used_by(path: str) -> str:

@@ -1,0 +1,151 @@
+"""Mounting through the union file system's own program, one server process for each mount.
+
+The server is a daemon: it outlives the process that asked for it, as containers do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from unionfs.drivers.labels import mount_context
+from unionfs.drivers.layered import Stack
+from unionfs.errors import MountError
+from unionfs.fuse_ops import mount_registry, mountinfo, unmount
+from unionfs.fuse_ops.options import escape_value, format_layers
+
+_log = logging.getLogger(__name__)
+
+# A server that is unmounted has nothing left to do but to write back; one that does not end is stuck.
+_END_S = 30.0
+_SETTLE_S = 2.0
+_POLL_S = 0.005
+
+
+class _Server(NamedTuple):
+    pid: int
+    started: int
+    minor: int
+
+
+class FuseMounter:
+    """A :class:`unionfs.drivers.layered.Mounter` that runs ``unionfs-mount``.
+
+    Args:
+        options: further words for ``-o``.
+    """
+
+    def __init__(self, options: tuple[str, ...] = ()) -> None:
+        self._options = options
+
+    def mount(self, stack: Stack) -> None:
+        """See :meth:`Mounter.mount`."""
+        words = ["lowerdir=" + format_layers(stack.lowers)]
+        if stack.upper is not None and stack.work is not None:
+            words += ["upperdir=" + escape_value(stack.upper), "workdir=" + escape_value(stack.work)]
+        context = mount_context(stack.mount_label)
+        if context is not None:
+            words.append(f'context="{context}"')
+        if stack.size_bytes:
+            words.append(f"quota={stack.size_bytes}")
+        words += self._options
+        # -P: nothing is to be imported from whatever directory we are started in.
+        command = [sys.executable, "-P", "-m", "unionfs.cli.mount_program", "-o", ",".join(words), stack.target]
+        done = subprocess.run(
+            command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True
+        )
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        if done.returncode != 0:
+            raise MountError(said.removeprefix("unionfs-mount: ") or f"cannot mount {stack.target}: see the system log")
+        if said:
+            _log.warning("%s: %s", stack.target, said)
+
+    def unmount(self, target: str, *, lazy: bool) -> None:
+        """See :meth:`Mounter.unmount`."""
+        server = _server_of(target)
+        ended = _open_process(server)
+        try:
+            unmount.unmount(target, lazy=lazy)
+            if server is not None and ended is not None and not lazy:
+                _wait(target, server, ended)
+        finally:
+            if ended is not None:
+                os.close(ended)
+
+    def settle(self, target: str) -> None:
+        """See :meth:`Mounter.settle`."""
+        point = mountinfo.top_mount(target)
+        unmount.sync_mount(target)
+        # Before Linux 6.16, syncfs(2) on FUSE does not wait for the writes that it has started; the kernel counts them.
+        if point is not None:
+            _wait_for_requests(point.minor)
+
+
+def _wait(target: str, server: _Server, ended: int) -> None:
+    if _has_ended(ended, _END_S):
+        return
+    _log.error("%s: its server (process %d) did not end after the unmount; it is killed", target, server.pid)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(ended, signal.SIGKILL)
+    _has_ended(ended, _END_S)
+
+
+def _has_ended(pidfd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _server_of(target: str) -> _Server | None:
+    """The process that serves the mount at ``target``, as it said of itself; None if it did not or is another mount."""
+    mount = mountinfo.top_mount(target)
+    if mount is None or not mount.is_union:
+        return None
+    for directory in [*mount_registry.run_directories(), "/run/unionfs"]:
+        try:
+            with open(f"{directory}/{mount.minor}.json", encoding="utf-8", errors="surrogateescape") as file:
+                record = json.load(file)
+            server = _Server(int(record["pid"]), int(record["started"]), mount.minor)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if mount_registry.process_start(server.pid) == server.started:
+            return server
+    return None
+
+
+def _open_process(server: _Server | None) -> int | None:
+    """A descriptor that tells the end of the process, whoever its parent is."""
+    if server is None:
+        return None
+    try:
+        pidfd = os.pidfd_open(server.pid)
+    except OSError as error:
+        if error.errno not in (errno.ESRCH, errno.ENOSYS, errno.EINVAL):
+            raise
+        return None
+    if mount_registry.process_start(server.pid) != server.started:
+        os.close(pidfd)  # the number was given to another process meanwhile
+        return None
+    return pidfd
+
+
+def _wait_for_requests(minor: int) -> None:
+    """Wait until the server has answered what it was asked, for a short time: it may be asked all the while."""
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        try:
+            with open(f"/sys/fs/fuse/connections/{minor}/waiting", encoding="ascii") as file:
+                if int(file.read()) == 0:
+                    return
+        except (OSError, ValueError):
+            return  # the control file system is not mounted
+        time.sleep(_POLL_S)

@@ -1,0 +1,171 @@
+"""Size limits of layers by XFS project quota.
+
+A directory gets a project id that everything made in it inherits, and the file system limits what the project holds.
+The ids are chosen as Docker does (spec section 1.12): the home's own plus one is the first, and one more than the
+largest found is the next. Sources: ioctl_xfs_fsgetxattr(2), quotactl(2), linux/fs.h, linux/dqblk_xfs.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import Iterator
+
+from unionfs.archive.unpack import in_user_namespace
+from unionfs.drivers.fs_magic import FsMagic, fs_magic
+from unionfs.errors import DriverError, QuotaNotSupportedError
+
+BLOCK_DEVICE_NAME = "backingFsBlockDev"
+
+# struct fsxattr: flags, extent size, number of extents, project id, copy-on-write extent size, padding.
+_FSXATTR = struct.Struct("=IIIII8x")
+_FSGETXATTR = 0x801C581F
+_FSSETXATTR = 0x401C5820
+_FLAG_PROJINHERIT = 0x200
+
+_PRJQUOTA = 2
+_Q_XSETQLIM = 0x5804
+_Q_XGETQUOTA = 0x5803
+# struct fs_disk_quota: version, flags, field mask, id, then block and inode limits and counts, timers, padding.
+_DISK_QUOTA = struct.Struct("=bbHIQQQQQQ56x")
+_FIELD_BLOCK_SOFT, _FIELD_BLOCK_HARD = 1 << 2, 1 << 3
+_FLAG_PROJECT = 2
+_BLOCK_BYTES = 512
+
+
+class ProjectQuota:
+    """Limits for the directories of one home.
+
+    Args:
+        home: the driver's home.
+        directories: where the layers' directories are, ``home`` itself unless given.
+
+    Raises:
+        QuotaNotSupportedError: the file system has no project quotas, or we may not set them.
+    """
+
+    def __init__(self, home: str, directories: str | None = None) -> None:
+        self._home = home
+        self._directories = directories or home
+        self._lock = threading.Lock()
+        if in_user_namespace():
+            raise QuotaNotSupportedError(f"{home}: quotas cannot be set in a user namespace; leave out size")
+        if fs_magic(home) != FsMagic.XFS:
+            raise self._unsupported("is not on xfs")
+        try:
+            self._node = self._make_node()
+            self._first = project_of(home) + 1
+            # Limit 0 is none: this only asks whether limits can be set at all.
+            self._limit(self._first, 0)
+        except OSError as error:
+            raise self._unsupported(f"has no project quotas ({error.strerror})") from error
+        self._next = max([self._first, *(number + 1 for number in self._used())])
+
+    def apply(self, directory: str, size_bytes: int) -> None:
+        """Limit what ``directory``, still empty, may ever hold to ``size_bytes``.
+
+        Raises:
+            DriverError: the file system refuses.
+        """
+        with self._lock:
+            number = self._next
+            self._next += 1
+        try:
+            set_project(directory, number)
+            self._limit(number, size_bytes)
+        except OSError as error:
+            raise DriverError(
+                f"cannot limit {directory} to {size_bytes} bytes: {error.strerror}; check the quotas of the file system"
+            ) from error
+
+    def limit_of(self, directory: str) -> int:
+        """The limit of ``directory`` in bytes; 0 for none."""
+        number = project_of(directory)
+        if not number:
+            return 0
+        buffer = ctypes.create_string_buffer(_DISK_QUOTA.size)
+        try:
+            self._quotactl(_Q_XGETQUOTA, number, buffer)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                return 0
+            raise
+        return int(_DISK_QUOTA.unpack(buffer.raw)[4]) * _BLOCK_BYTES
+
+    def _limit(self, number: int, size_bytes: int) -> None:
+        # At least one block, since 0 would mean none.
+        blocks = max(1, size_bytes // _BLOCK_BYTES) if size_bytes else 0
+        fields = _FIELD_BLOCK_SOFT | _FIELD_BLOCK_HARD
+        self._quotactl(
+            _Q_XSETQLIM,
+            number,
+            ctypes.create_string_buffer(
+                _DISK_QUOTA.pack(1, _FLAG_PROJECT, fields, number, blocks, blocks, 0, 0, 0, 0), _DISK_QUOTA.size
+            ),
+        )
+
+    def _quotactl(self, command: int, number: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+        operation = ctypes.c_int(command << 8 | _PRJQUOTA)
+        if _libc.quotactl(operation, os.fsencode(self._node), ctypes.c_int(number), buffer) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), self._node)
+
+    def _make_node(self) -> str:
+        """quotactl(2) wants the device; there may be no node for it where we run."""
+        path = os.path.join(self._home, BLOCK_DEVICE_NAME)
+        device = os.stat(self._home).st_dev
+        try:
+            info = os.lstat(path)
+            if stat.S_ISBLK(info.st_mode) and info.st_rdev == device:
+                return path
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        os.mknod(path, stat.S_IFBLK | 0o600, device)
+        return path
+
+    def _used(self) -> Iterator[int]:
+        """The project ids of the directories in the home and one level below."""
+        for top in {self._home, self._directories}:
+            with os.scandir(top) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        yield project_of(entry.path)
+
+    def _unsupported(self, why: str) -> QuotaNotSupportedError:
+        return QuotaNotSupportedError(
+            f"{self._home} {why}, so no size can be enforced; "
+            "put it on an xfs file system mounted with pquota, or leave out size"
+        )
+
+
+def project_of(path: str) -> int:
+    """The project id of a file or directory."""
+    return int(_get_attributes(path)[3])
+
+
+def set_project(directory: str, number: int) -> None:
+    """Give ``directory`` the project id ``number``, which what is made in it inherits."""
+    flags, extent_size, extents, _, cow_extent_size = _get_attributes(directory)
+    packed = _FSXATTR.pack(flags | _FLAG_PROJINHERIT, extent_size, extents, number, cow_extent_size)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _FSSETXATTR, packed)
+    finally:
+        os.close(fd)
+
+
+def _get_attributes(path: str) -> tuple[int, ...]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _FSXATTR.unpack(fcntl.ioctl(fd, _FSGETXATTR, bytes(_FSXATTR.size)))
+    finally:
+        os.close(fd)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)

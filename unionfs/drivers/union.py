@@ -1,0 +1,105 @@
+"""The ``unionfs`` driver: our own file system over overlay2's home layout. It is the default.
+
+Any kernel with FUSE will do, renaming directories works, and there is no limit from the size of a page.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+
+from unionfs.archive.idmapping import IdMapping
+from unionfs.archive.unpack import in_user_namespace
+from unionfs.drivers.fs_magic import fs_magic, fs_name
+from unionfs.drivers.fuse_server import FuseMounter
+from unionfs.drivers.ids import CREATING
+from unionfs.drivers.layered import LayeredDriver
+from unionfs.drivers.limits import union_limits
+from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
+from unionfs.drivers.storage_options import parse_options, parse_size
+from unionfs.errors import IncompatibleFilesystemError, OptionError, PrerequisitesError
+
+_OPTIONS = ("unionfs.size", "unionfs.redirect_dir", "unionfs.max_depth")
+_REDIRECTS = ("on", "follow", "nofollow", "off")
+
+
+def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> UnionDriver:
+    """Make the driver with its home at ``root`` (an :data:`unionfs.drivers.contract.InitFunc`).
+
+    Options: ``unionfs.size`` (limit for container layers without one of their own); ``unionfs.redirect_dir=off``
+    (renaming a directory of a parent fails with EXDEV as in Docker's overlay2, so that Docker finds nothing in the home
+    that it does not handle); ``unionfs.max_depth`` (parents that a layer may have, 128 unless given).
+
+    Raises:
+        PrerequisitesError: there is no ``/dev/fuse``, or we may not use it.
+        IncompatibleFilesystemError: the file system of ``root`` takes no whiteouts or no extended attributes.
+    """
+    given = parse_options(options, _OPTIONS, "unionfs")
+    redirect = given.get("unionfs.redirect_dir", "on")
+    if redirect not in _REDIRECTS:
+        raise OptionError(f"unionfs: option unionfs.redirect_dir={redirect}: write one of {', '.join(_REDIRECTS)}")
+    depth = given.get("unionfs.max_depth", str(DEFAULT_MAX_DEPTH))
+    if not depth.isdecimal() or int(depth) == 0:
+        raise OptionError(f"unionfs: option unionfs.max_depth={depth}: write a number of layers")
+    _check_fuse()
+    layers = OverlayHome(root, id_mapping, int(depth))
+    _check_filesystem(layers.root)
+    return UnionDriver(layers, id_mapping, redirect, parse_size(given.get("unionfs.size", "0")))
+
+
+class UnionDriver(LayeredDriver):
+    """See :func:`init`."""
+
+    def __init__(self, layers: OverlayHome, id_mapping: IdMapping, redirect_dir: str, default_size_bytes: int) -> None:
+        limits = union_limits(layers.root)
+        if default_size_bytes:
+            limits.check()
+        super().__init__(
+            "unionfs",
+            layers,
+            FuseMounter((f"redirect_dir={redirect_dir}",)),
+            limits,
+            id_mapping,
+            default_size_bytes=default_size_bytes,
+        )
+        self._redirect_dir = redirect_dir
+
+    def status(self) -> list[tuple[str, str]]:
+        """See :meth:`ProtoDriver.status`."""
+        return [
+            ("Backing Filesystem", fs_name(fs_magic(self._layers.root))),
+            ("Native Overlay Diff", "true"),
+            ("Redirect dir", self._redirect_dir),
+        ]
+
+
+def _check_fuse() -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        step = "load the kernel module with: modprobe fuse"
+        if error.errno in (errno.EPERM, errno.EACCES):
+            step = "give this user access, for example with: chmod 666 /dev/fuse"
+        raise PrerequisitesError(f"/dev/fuse: {error.strerror}; {step}") from error
+
+
+def _check_filesystem(root: str) -> None:
+    """Try what a layer needs, rather than know every file system by name."""
+    where = tempfile.mkdtemp(prefix="check-unionfs-support", suffix=CREATING, dir=root)
+    try:
+        prefix = "user" if in_user_namespace() or os.geteuid() != 0 else "trusted"
+        os.setxattr(where, f"{prefix}.overlay.opaque", b"y")
+        os.mknod(where + "/whiteout", stat.S_IFCHR, 0)
+    except OSError as error:
+        raise IncompatibleFilesystemError(
+            f"{root}: its file system ({fs_name(fs_magic(root))}) cannot hold layers ({error.strerror}); "
+            "use ext4, xfs, btrfs or tmpfs"
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(where + "/whiteout")
+        os.rmdir(where)
