@@ -98,6 +98,28 @@ def test_opaque_directory_deletes_what_it_does_not_hold(upper: Path, lower: Path
     assert listed(upper, lower) == ["C /usr", "C /usr/bin", "D /usr/bin/ls", "A /usr/bin/new"]
 
 
+def test_xattrs_of_another_name_space_are_ordinary_ones(upper: Path, lower: Path) -> None:
+    """An overlay by root passes user.overlay.* through, and whatever a container sets there."""
+    write(upper / "usr/bin/new", "x")
+    os.setxattr(upper / "usr/bin", "user.overlay.opaque", b"y")
+    changes = changes_of_upper(str(upper), [str(lower)], prefixes=["trusted.overlay."])
+    assert [str(c) for c in changes] == ["C /usr", "C /usr/bin", "A /usr/bin/new"]
+    os.unlink(upper / "usr/bin/new")
+    changes = changes_of_upper(str(upper), [str(lower)], prefixes=["trusted.overlay."])
+    assert [str(c) for c in changes] == ["C /usr", "C /usr/bin"]
+
+
+def test_opaque_root_counts_on_request_only(upper: Path, lower: Path) -> None:
+    os.setxattr(upper, "trusted.overlay.opaque", b"y")
+    assert listed(upper, lower) == []
+    assert [str(c) for c in changes_of_upper(str(upper), [str(lower)], opaque_root=True)] == ["D /etc", "D /usr"]
+
+
+def test_opaque_marker_at_the_root(upper: Path, lower: Path) -> None:
+    write(upper / ".wh..wh..opq")
+    assert listed(upper, lower) == ["D /etc", "D /usr"]
+
+
 def test_xattr_whiteout_counts_only_in_a_directory_marked_x(upper: Path, lower: Path) -> None:
     opaque(upper / "etc", b"x")
     write(upper / "etc/passwd")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.archive.trees import describe
@@ -40,8 +40,6 @@ ATTRIBUTES = st.fixed_dictionaries(
 )
 TREES = st.lists(st.tuples(PATHS, NODES, ATTRIBUTES), max_size=12)
 Tree = list[tuple[bytes, dict[str, Any], dict[str, Any]]]
-
-PROFILE = settings(max_examples=int(os.environ.get("UNIONFS_ARCHIVE_EXAMPLES", "60")), deadline=None)
 
 
 def build(root: bytes, tree: Tree) -> None:
@@ -91,7 +89,6 @@ def make(full: bytes, root: bytes, node: dict[str, Any]) -> None:
 ALL = PackOptions(xattrs=XattrSelection.ALL)
 
 
-@PROFILE
 @given(tree=TREES)
 def test_tree(tree: Tree) -> None:
     with tempfile.TemporaryDirectory() as base:
@@ -105,7 +102,6 @@ def test_tree(tree: Tree) -> None:
         assert list(changes_of_trees(target, root, all_xattrs=True)) == []
 
 
-@PROFILE
 @given(old=TREES, new=TREES)
 def test_changes_applied_to_the_old_tree_give_the_new_one(old: Tree, new: Tree) -> None:
     with tempfile.TemporaryDirectory() as base:
@@ -119,7 +115,6 @@ def test_changes_applied_to_the_old_tree_give_the_new_one(old: Tree, new: Tree) 
         assert list(changes_of_trees(target, after, all_xattrs=True)) == []
 
 
-@PROFILE
 @given(old=TREES, new=TREES)
 def test_layer_directory_made_from_an_archive_makes_the_same_changes(old: Tree, new: Tree) -> None:
     with tempfile.TemporaryDirectory() as base:

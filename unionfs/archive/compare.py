@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from unionfs.archive.overlay_view import (
-    FUSE_OVERLAYFS_PREFIX,
-    OVERLAY_XATTR_PREFIXES,
+    ALL_PREFIXES,
     Node,
     Place,
     entry_path,
@@ -38,6 +37,8 @@ def naive_same(all_xattrs: bool) -> Same:
         all_xattrs: compare user, trusted and ACL xattrs too, instead of ``security.capability`` only.
     """
 
+    everything = ALL_PREFIXES if all_xattrs else None
+
     def same(new: Node, old: Node) -> bool:
         a, b = new.stat, old.stat
         if not _same_metadata(a, b):
@@ -46,29 +47,36 @@ def naive_same(all_xattrs: bool) -> Same:
             return False
         if stat.S_ISLNK(a.st_mode) and _target(new) != _target(old):
             return False
-        return _xattrs(new, all_xattrs) == _xattrs(old, all_xattrs)
+        return _xattrs(new, everything) == _xattrs(old, everything)
 
     return same
 
 
-def exact_same(new: Node, old: Node) -> bool:
+def exact_same(prefixes: Sequence[str]) -> Same:
     """The comparison for an entry of an upper directory with what it covers.
 
     Nanosecond mtimes, all xattrs that belong to the entry, symlink targets, and at last the contents, so that an
     edit that keeps size and mtime is seen, and a file that was copied up but never changed is not listed.
+
+    Args:
+        prefixes: the xattr name spaces that are the overlay's own.
     """
-    a, b = new.stat, old.stat
-    if not _same_metadata(a, b):
-        return False
-    if not stat.S_ISDIR(a.st_mode) and (a.st_size != b.st_size or a.st_mtime_ns != b.st_mtime_ns):
-        return False
-    if _xattrs(new, True) != _xattrs(old, True):
-        return False
-    if stat.S_ISLNK(a.st_mode):
-        return _target(new) == _target(old)
-    if stat.S_ISREG(a.st_mode):
-        return _same_contents(new, old)
-    return True
+
+    def same(new: Node, old: Node) -> bool:
+        a, b = new.stat, old.stat
+        if not _same_metadata(a, b):
+            return False
+        if not stat.S_ISDIR(a.st_mode) and (a.st_size != b.st_size or a.st_mtime_ns != b.st_mtime_ns):
+            return False
+        if _xattrs(new, prefixes) != _xattrs(old, prefixes):
+            return False
+        if stat.S_ISLNK(a.st_mode):
+            return _target(new) == _target(old)
+        if stat.S_ISREG(a.st_mode):
+            return _same_contents(new, old)
+        return True
+
+    return same
 
 
 def _same_metadata(a: os.stat_result, b: os.stat_result) -> bool:
@@ -97,26 +105,27 @@ def _target(node: Node) -> bytes:
         os.close(fd)
 
 
-def _xattrs(node: Node, everything: bool) -> dict[str, bytes]:
+def _xattrs(node: Node, prefixes: Sequence[str] | None) -> dict[str, bytes]:
+    """All xattrs but those of an overlay with these prefixes; None: the capability only."""
     fd, name = _parent_fd(node.place)
     try:
         path = entry_path(fd, name)
-        if everything:
-            return comparable_xattrs(path)
+        if prefixes is not None:
+            return comparable_xattrs(path, prefixes)
         value = get_xattr(path, CAPABILITY_XATTR)
         return {} if value is None else {CAPABILITY_XATTR: value}
     finally:
         os.close(fd)
 
 
-def comparable_xattrs(path: bytes | int) -> dict[str, bytes]:
+def comparable_xattrs(path: bytes | int, prefixes: Sequence[str] = ALL_PREFIXES) -> dict[str, bytes]:
     """The xattrs that belong to an entry itself: overlay's own left out, those of a nested overlay unescaped.
 
     ``security.*`` other than the capability is the host's policy (SELinux labels, IMA), not the entry's.
     """
     found: dict[str, bytes] = {}
     for name in list_xattrs(path):
-        shown = _shown_name(name)
+        shown = _shown_name(name, prefixes)
         if shown is None:
             continue
         value = get_xattr(path, name)
@@ -125,12 +134,12 @@ def comparable_xattrs(path: bytes | int) -> dict[str, bytes]:
     return found
 
 
-def _shown_name(name: str) -> str | None:
+def _shown_name(name: str, prefixes: Sequence[str]) -> str | None:
     if name == CAPABILITY_XATTR:
         return name
-    if not name.startswith(_COMPARED_NAMESPACES) or name.startswith(FUSE_OVERLAYFS_PREFIX):
+    if not name.startswith(_COMPARED_NAMESPACES):
         return None
-    for prefix in OVERLAY_XATTR_PREFIXES:
+    for prefix in prefixes:
         if name.startswith(prefix):
             short = name[len(prefix) :]
             return prefix + short[len("overlay.") :] if short.startswith("overlay.") else None

@@ -28,8 +28,10 @@ WHITEOUT_PREFIX = b".wh."
 WHITEOUT_META_PREFIX = b".wh..wh."
 OPAQUE_MARKER = b".wh..wh..opq"
 
-OVERLAY_XATTR_PREFIXES = ("trusted.overlay.", "user.overlay.")
+TRUSTED_PREFIX = "trusted.overlay."
+USER_PREFIX = "user.overlay."
 FUSE_OVERLAYFS_PREFIX = "user.fuseoverlayfs."
+ALL_PREFIXES = (TRUSTED_PREFIX, USER_PREFIX, FUSE_OVERLAYFS_PREFIX)
 
 # There is nothing at the name; ENAMETOOLONG: such a name cannot exist on the file system.
 _ABSENT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
@@ -179,10 +181,22 @@ class MergedView:
     Args:
         layers: the layer directories, top first.
         data_only: layers that only absolute redirects of metadata-only copies reach (``::`` in ``lowerdir``).
+        prefixes: the xattr name spaces that are the overlay's own; xattrs in others are the entries'.
+        opaque_root: an opaque xattr on a layer's root hides the layers below. The kernel never takes a root for
+            opaque, whatever its xattr says (checked on 6.18).
     """
 
-    def __init__(self, layers: Sequence[RootedDir], data_only: Sequence[RootedDir] = ()) -> None:
+    def __init__(
+        self,
+        layers: Sequence[RootedDir],
+        data_only: Sequence[RootedDir] = (),
+        *,
+        prefixes: Sequence[str] = ALL_PREFIXES,
+        opaque_root: bool = False,
+    ) -> None:
         self.layers = tuple(layers)
+        self.prefixes = tuple(prefixes)
+        self._opaque_root = opaque_root
         self._data_only = tuple(data_only)
         self._index = {layer: i for i, layer in enumerate(self.layers)}
 
@@ -190,9 +204,10 @@ class MergedView:
         places = []
         for layer in self.layers:
             places.append(Place(layer, b""))
-            # The kernel never takes a layer's root for opaque, whatever its xattr says (checked on 6.18): the
-            # root of an overlay is always merged. The marker file is AUFS', and there it counts.
+            # The marker file is AUFS', and there a root may be opaque.
             if _lstat(layer.fd, OPAQUE_MARKER) is not None:
+                break
+            if self._opaque_root and is_opaque(overlay_xattrs(layer.fd, self.prefixes)):
                 break
         stack = tuple(places)
         return Node(os.fstat(self.layers[0].fd), stack[0], stack[0], stack, stack)
@@ -208,7 +223,7 @@ class MergedView:
     def find_data(self, path: bytes) -> Place | None:
         """The regular file at the absolute ``path`` of a data-only layer."""
         for layer in self._data_only:
-            hit = probe_path(layer, path)
+            hit = probe_path(layer, path, self.prefixes)
             if hit.stat is not None and stat.S_ISREG(hit.stat.st_mode):
                 return hit.place
         return None
@@ -230,7 +245,7 @@ class OpenMerged:
             for place in stack:
                 fd = place.layer.open_dir(place.rel)
                 undo.callback(os.close, fd)
-                self._parts.append(_Part(place, fd, _opaque_value(fd) == b"x"))
+                self._parts.append(_Part(place, fd, _has_xattr_whiteouts(fd, view.prefixes)))
             self._close = undo.pop_all()
 
     def __enter__(self) -> OpenMerged:
@@ -265,13 +280,13 @@ class OpenMerged:
             if search.startswith(b"/"):
                 if below >= len(self._view.layers):
                     break
-                hit = probe_path(self._view.layers[below], search)
+                hit = probe_path(self._view.layers[below], search, self._view.prefixes)
                 below += 1
             else:
                 part = next(parts, None)
                 if part is None:
                     break
-                hit = _probe(part.place, part.fd, search, part.xattr_whiteouts)
+                hit = _probe(part.place, part.fd, search, part.xattr_whiteouts, self._view.prefixes)
                 below = self._view.index(part.place.layer) + 1
             if hit.stat is not None and hit.place is not None:
                 is_dir = stat.S_ISDIR(hit.stat.st_mode)
@@ -318,7 +333,7 @@ def _visible_names(dir_fd: int) -> set[bytes]:
     return names
 
 
-def _probe(parent: Place, dir_fd: int, name: bytes, xattr_whiteouts: bool) -> _Hit:
+def _probe(parent: Place, dir_fd: int, name: bytes, xattr_whiteouts: bool, prefixes: Sequence[str]) -> _Hit:
     """What the layer directory ``parent``, open as ``dir_fd``, says about ``name``."""
     if name.startswith(WHITEOUT_PREFIX):
         return _NOTHING
@@ -332,7 +347,7 @@ def _probe(parent: Place, dir_fd: int, name: bytes, xattr_whiteouts: bool) -> _H
         return _WHITEOUT if info.st_rdev == 0 else _Hit(False, info, place, True, None, False)
     if not stat.S_ISDIR(info.st_mode) and not stat.S_ISREG(info.st_mode):
         return _Hit(False, info, place, True, None, False)
-    xattrs = overlay_xattrs(entry_path(dir_fd, name))
+    xattrs = overlay_xattrs(entry_path(dir_fd, name), prefixes)
     redirect = xattrs.get("redirect")
     if redirect is not None and not _valid_redirect(redirect):
         redirect, hides = None, True
@@ -340,7 +355,7 @@ def _probe(parent: Place, dir_fd: int, name: bytes, xattr_whiteouts: bool) -> _H
         if xattr_whiteouts and info.st_size == 0 and "whiteout" in xattrs:
             return _WHITEOUT
         return _Hit(False, info, place, hides, redirect, "metacopy" in xattrs)
-    opaque = hides or xattrs.get("opaque", b"").startswith(b"y") or _has_marker(dir_fd, name)
+    opaque = hides or is_opaque(xattrs) or _has_marker(dir_fd, name)
     return _Hit(False, info, place, opaque, redirect, False)
 
 
@@ -359,7 +374,7 @@ def _has_marker(dir_fd: int, name: bytes) -> bool:
         raise
 
 
-def probe_path(layer: RootedDir, path: bytes) -> _Hit:
+def probe_path(layer: RootedDir, path: bytes, prefixes: Sequence[str]) -> _Hit:
     """What ``layer`` says about the absolute ``path``, obeying the redirects and opacity met on the way."""
     parts = split_path(path)
     redirect: bytes | None = None
@@ -374,7 +389,7 @@ def probe_path(layer: RootedDir, path: bytes) -> _Hit:
                 return _DEAD_END
             raise
         try:
-            hit = _probe(place, fd, name, _opaque_value(fd) == b"x")
+            hit = _probe(place, fd, name, _has_xattr_whiteouts(fd, prefixes), prefixes)
         finally:
             os.close(fd)
         if hit.place is None or hit.stat is None:
@@ -400,20 +415,23 @@ def _absolute(parts: Sequence[bytes]) -> bytes:
     return b"".join(b"/" + part for part in parts)
 
 
-def overlay_xattrs(path: bytes | int) -> dict[str, bytes]:
-    """Overlay's own xattrs of ``path`` (not followed) by their name without the prefix."""
+def overlay_xattrs(path: bytes | int, prefixes: Sequence[str] = ALL_PREFIXES) -> dict[str, bytes]:
+    """Overlay's own xattrs of ``path`` (not followed) by their name without the prefix; the first prefix counts."""
     found: dict[str, bytes] = {}
     for name in list_xattrs(path):
-        for prefix in OVERLAY_XATTR_PREFIXES:
+        for prefix in prefixes:
             short = name[len(prefix) :]
             # "overlay." again is an xattr of an overlay nested in this one, none of ours.
             if name.startswith(prefix) and not short.startswith("overlay."):
                 value = get_xattr(path, name)
                 if value is not None:
-                    found[short] = value
-        if name == FUSE_OVERLAYFS_PREFIX + "opaque":
-            found.setdefault("opaque", get_xattr(path, name) or b"")
+                    found.setdefault(short, value)
     return found
+
+
+def is_opaque(xattrs: dict[str, bytes]) -> bool:
+    """Whether a directory with these :func:`overlay_xattrs` hides what is below it."""
+    return xattrs.get("opaque", b"").startswith(b"y")
 
 
 def list_xattrs(path: bytes | int) -> list[str]:
@@ -440,9 +458,6 @@ def get_xattr(path: bytes | int, name: str) -> bytes | None:
         raise
 
 
-def _opaque_value(fd: int) -> bytes | None:
-    for prefix in OVERLAY_XATTR_PREFIXES:
-        value = get_xattr(fd, prefix + "opaque")
-        if value is not None:
-            return value
-    return None
+def _has_xattr_whiteouts(fd: int, prefixes: Sequence[str]) -> bool:
+    """Whether files in the open directory can be whiteouts by xattr, which is what the value ``x`` says."""
+    return any(get_xattr(fd, prefix + "opaque") == b"x" for prefix in prefixes)

@@ -21,7 +21,16 @@ from operator import attrgetter
 from unionfs.archive.changes import Change, ChangeKind, Origin
 from unionfs.archive.compare import CAPABILITY_XATTR, comparable_xattrs
 from unionfs.archive.idmapping import MapOwner
-from unionfs.archive.overlay_view import OPAQUE_MARKER, WHITEOUT_PREFIX, entry_path, get_xattr, join, overlay_xattrs
+from unionfs.archive.overlay_view import (
+    ALL_PREFIXES,
+    OPAQUE_MARKER,
+    WHITEOUT_PREFIX,
+    entry_path,
+    get_xattr,
+    is_opaque,
+    join,
+    overlay_xattrs,
+)
 from unionfs.archive.rooted import RootedDir, open_regular
 from unionfs.archive.tar_format import (
     BLOCK_DEVICE,
@@ -67,6 +76,8 @@ class PackOptions:
         to_container: maps the owner on disk to that in the archive; None: unchanged.
         owner: (uid, gid) for every entry instead of its own.
         xattrs: which extended attributes to write.
+        prefixes: the xattr name spaces that are the overlay's own, see
+            :func:`unionfs.archive.changes.changes_of_upper`.
     """
 
     convert_whiteouts: bool = False
@@ -74,6 +85,7 @@ class PackOptions:
     to_container: MapOwner | None = None
     owner: tuple[int, int] | None = None
     xattrs: XattrSelection = XattrSelection.CAPABILITY
+    prefixes: Sequence[str] = ALL_PREFIXES
 
 
 _DEFAULT = PackOptions()
@@ -183,7 +195,7 @@ class _Packer:
 
     def _xattrs(self, path: bytes) -> dict[str, bytes]:
         if self._options.xattrs is XattrSelection.ALL:
-            found = comparable_xattrs(path)
+            found = comparable_xattrs(path, self._options.prefixes)
         else:
             value = get_xattr(path, CAPABILITY_XATTR)
             found = {} if value is None else {CAPABILITY_XATTR: value}
@@ -340,7 +352,7 @@ class _TreePacker(_Packer):
         if entry is None:
             return
         if self._options.convert_whiteouts and entry.kind in (DIRECTORY, REGULAR):
-            overlay = overlay_xattrs(entry_path(dir_fd, base))
+            overlay = overlay_xattrs(entry_path(dir_fd, base), self._options.prefixes)
             if entry.kind == REGULAR and entry.size == 0 and "whiteout" in overlay:
                 yield self._whiteout(name, info)
                 return
@@ -375,7 +387,7 @@ class _TreePacker(_Packer):
 
     def _opaque_marker(self, dir_fd: int, base: bytes, name: bytes, entry: TarEntry) -> Iterator[bytes]:
         """The ``.wh..wh..opq`` entry that comes right after an opaque directory's own."""
-        if overlay_xattrs(entry_path(dir_fd, base)).get("opaque", b"").startswith(b"y"):
+        if is_opaque(overlay_xattrs(entry_path(dir_fd, base), self._options.prefixes)):
             yield encode_entry(
                 TarEntry(name=join(name, OPAQUE_MARKER), mode=entry.mode & 0o777, uid=entry.uid, gid=entry.gid)
             )

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 from unionfs.archive.idmapping import MapOwner
 from unionfs.archive.overlay_view import (
-    FUSE_OVERLAYFS_PREFIX,
+    ALL_PREFIXES,
     OPAQUE_MARKER,
-    OVERLAY_XATTR_PREFIXES,
+    TRUSTED_PREFIX,
+    USER_PREFIX,
     WHITEOUT_META_PREFIX,
     WHITEOUT_PREFIX,
     entry_path,
@@ -185,7 +186,7 @@ class _Unpacker:
         in_userns = in_user_namespace()
         self._in_userns = in_userns
         use_user = in_userns if options.user_xattrs is None else options.user_xattrs
-        self._opaque_xattr = OVERLAY_XATTR_PREFIXES[1 if use_user else 0] + "opaque"
+        self._opaque_xattr = (USER_PREFIX if use_user else TRUSTED_PREFIX) + "opaque"
         self._target = Target(
             root,
             self._parents_owner(),
@@ -485,7 +486,7 @@ class _Unpacker:
     def _set_xattrs(self, entry: TarEntry, path: bytes | int, follow: bool = False) -> None:
         for name, value in entry.xattrs.items():
             # Overlay's own would make the layer show, or reach, something else than the archive holds.
-            if name.startswith((*OVERLAY_XATTR_PREFIXES, FUSE_OVERLAYFS_PREFIX)) or "\0" in name:
+            if name.startswith(ALL_PREFIXES) or "\0" in name:
                 continue
             try:
                 if isinstance(path, int):
