@@ -16,7 +16,7 @@ from unionfs.archive.removal import remove_tree
 from unionfs.drivers.ids import CREATING, REMOVING
 from unionfs.errors import DriverError, LayerBusyError
 from unionfs.fuse_ops import mountinfo, unmount
-from unionfs.fuse_ops.mount_holders import holders, mounts_inside
+from unionfs.fuse_ops.mount_holders import Holder, holders, mounts_inside
 
 _log = logging.getLogger(__name__)
 
@@ -98,11 +98,26 @@ def attempts() -> Iterator[int]:
 def used_by(path: str) -> str:
     """Who uses something below ``path``, for the middle of a message; empty when nobody is found."""
     found = holders(path)
+    own = _own_file_below(path)
+    if own is not None:
+        found = [Holder(os.getpid(), "this process", f"has {own} open"), *found]
     if not found:
         return ""
     shown = "; ".join(f"process {who.pid} ({who.name}) {who.what}" for who in found[:3])
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f", because {shown}{more}"
+
+
+def _own_file_below(path: str) -> str | None:
+    """A file below ``path`` that this process has open itself, which ``holders`` does not look for."""
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            name = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if name == path or name.startswith(path + "/"):
+            return name
+    return None
 
 
 def _remove(path: str) -> None:
