@@ -19,6 +19,8 @@ DiffID = NewType("DiffID", str)
 ChainID = NewType("ChainID", str)
 """Written like a :data:`DiffID`: a layer with everything below it. ``""`` is the chain of no layers."""
 
+NO_CHAIN = ChainID("")
+
 ALGORITHM = "sha256"
 
 _HEX = re.compile(r"[a-f0-9]{64}")
@@ -57,7 +59,7 @@ def diff_id_of(contents: bytes) -> DiffID:
 
 def create_chain_id(diff_ids: Iterable[str]) -> ChainID:
     """The ChainID of the layers ``diff_ids``, base layer first; ``""`` for none."""
-    chain = ChainID("")
+    chain = NO_CHAIN
     for diff_id in diff_ids:
         chain = extend_chain(chain, DiffID(diff_id))
     return chain

@@ -1,0 +1,93 @@
+"""Every change that the layer store itself makes on disk, with the syncs that make it last.
+
+A directory entry is on stable storage only when its directory was synced, a file's contents when the file was; the
+functions here do both, so that what follows one of them may rely on it after a loss of power.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from contextlib import suppress
+
+from unionfs.archive.removal import remove_tree
+from unionfs.fuse_ops.syscalls import renameat2
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+
+
+def sync_dir(path: str) -> None:
+    """Bring the entries of the directory to stable storage."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def ensure_dir(path: str, mode: int) -> None:
+    """Make the directory and its parents where they are missing, so that they stay.
+
+    Raises:
+        OSError: something else has the name.
+    """
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        return
+    except FileNotFoundError:
+        ensure_dir(os.path.dirname(path), 0o711)
+        os.mkdir(path, mode)
+    os.chmod(path, mode)
+    sync_dir(os.path.dirname(path) or ".")
+
+
+def new_dir(parent: str, prefix: str) -> str:
+    """A new directory of a name that starts with ``prefix``, open to its owner only."""
+    return tempfile.mkdtemp(prefix=prefix, dir=parent)
+
+
+def write_file(path: str, contents: bytes) -> None:
+    """Write a file of mode 0644 and bring its contents to stable storage; the name needs a :func:`sync_dir`."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.fchmod(fd, 0o644)
+        view = memoryview(contents)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def move(old: str, new: str) -> None:
+    """Rename without replacing anything, and make that last. Both paths are on one file system.
+
+    Raises:
+        FileExistsError: ``new`` exists, an empty directory included.
+        OSError: the rename failed.
+    """
+    try:
+        renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from error
+        error.filename = new
+        raise
+    sync_dir(os.path.dirname(new))
+    if os.path.dirname(old) != os.path.dirname(new):
+        sync_dir(os.path.dirname(old))
+
+
+def delete(path: str) -> None:
+    """Delete a file, or a directory with all that is in it. Absent is fine."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(parent, os.fsencode(os.path.basename(path)))
+        finally:
+            os.close(parent)

@@ -1,0 +1,228 @@
+"""A layer's stream on its way in: decompressed, hashed, recorded and unpacked, all at the same time.
+
+One thread each reads and decompresses, hashes, and makes the tar-split record; the caller's unpacks. The heavy parts
+of all four run outside of Python's lock. At most a few MiB wait between them, whatever the layer's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from unionfs.archive.compression import open_archive
+from unionfs.archive.tar_reader import Readable
+from unionfs.errors import LayerStoreError
+from unionfs.layers.broadcast import Broadcast, StoppedError
+from unionfs.layers.disassemble import disassemble
+from unionfs.layers.identity import ALGORITHM, DiffID
+from unionfs.layers.metadata import TarSplitWriter
+
+_PIECE_BYTES = 1 << 19
+_DEPTH = 8
+
+Progress = Callable[[int], None]
+"""Called now and then with how many bytes of the uncompressed stream were read so far; on another thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """What came of a stream.
+
+    Attributes:
+        diff_id: the digest of all its bytes, uncompressed.
+        length: how many those are.
+        size: the layer's size in bytes, as the driver counted it.
+    """
+
+    diff_id: DiffID
+    length: int
+    size: int
+
+
+class ReplayableStream:
+    """A stream that can be read a second time: rewound if it can be, otherwise copied aside as it is read.
+
+    Args:
+        stream: read from its current position on; not closed.
+        spool: makes the temporary file for the copy, which is of the compressed bytes.
+    """
+
+    def __init__(self, stream: Readable, spool: Callable[[], BinaryIO]) -> None:
+        self._stream = stream
+        self._start = _position(stream)
+        self._copy = spool() if self._start is None else None
+
+    def read(self, size: int, /) -> bytes:
+        """See :class:`Readable`."""
+        piece = self._stream.read(size) or b""
+        if self._copy is not None and piece:
+            self._copy.write(piece)
+        return piece
+
+    def again(self) -> Readable:
+        """The stream from its beginning."""
+        if self._copy is not None:
+            self._copy.seek(0)
+            return self._copy
+        assert self._start is not None
+        self._stream.seek(self._start)  # type: ignore[attr-defined]
+        return self._stream
+
+    def close(self) -> None:
+        """Drop the copy."""
+        if self._copy is not None:
+            self._copy.close()
+
+
+def _position(stream: Readable) -> int | None:
+    """Where the stream stands, if it can be put back there."""
+    try:
+        if stream.seekable():  # type: ignore[attr-defined]
+            return int(stream.tell())  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        pass
+    return None
+
+
+def ingest(
+    stream: Readable,
+    apply: Callable[[Readable], int],
+    new_record: Callable[[], TarSplitWriter] | None,
+    spool: Callable[[], BinaryIO],
+    progress: Progress | None = None,
+) -> Ingested:
+    """Take in a layer.
+
+    Args:
+        stream: the archive, compressed or not; read to its end, not closed.
+        apply: unpacks the uncompressed stream it is given, and returns the layer's size in bytes.
+        new_record: opens the tar-split record, empty each time; None when none is needed.
+        spool: see :class:`ReplayableStream`.
+        progress: see :data:`Progress`.
+
+    Raises:
+        ArchiveError: the archive is damaged or hostile.
+        OSError: reading or writing failed.
+    """
+    replayable = ReplayableStream(stream, spool) if new_record is not None else None
+    try:
+        run = _Run(replayable or stream, apply, new_record, progress)
+        result = run.run()
+        if run.lost:
+            # A later entry replaced the contents of an earlier one, which the record must hold then.
+            assert replayable is not None
+            assert new_record is not None
+            _record_again(replayable.again(), new_record, run.lost, result.diff_id)
+        return result
+    finally:
+        if replayable is not None:
+            replayable.close()
+
+
+def _record_again(
+    stream: Readable, new_record: Callable[[], TarSplitWriter], lost: frozenset[int], diff_id: DiffID
+) -> None:
+    _, plain = open_archive(stream)
+    hashing = _Hashing(plain)
+    record = new_record()
+    try:
+        found = disassemble(hashing, record.write, embed=lost)
+    finally:
+        record.close()
+    if found.lost or hashing.diff_id() != diff_id:
+        raise LayerStoreError("the layer's stream gave other bytes when it was read again; register it from a copy")
+
+
+class _Hashing:
+    """A stream that knows the digest of what was read from it."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._stream = stream
+        self._digest = hashlib.sha256()
+
+    def read(self, size: int, /) -> bytes:
+        piece = self._stream.read(size) or b""
+        self._digest.update(piece)
+        return piece
+
+    def diff_id(self) -> DiffID:
+        return DiffID(f"{ALGORITHM}:{self._digest.hexdigest()}")
+
+
+class _Run:
+    """The threads of one layer, and the first error of any of them."""
+
+    def __init__(
+        self,
+        stream: Readable,
+        apply: Callable[[Readable], int],
+        new_record: Callable[[], TarSplitWriter] | None,
+        progress: Progress | None,
+    ) -> None:
+        self._stream = stream
+        self._apply = apply
+        self._new_record = new_record
+        self._progress = progress
+        self._pieces = Broadcast(2 if new_record is None else 3, _DEPTH)
+        self._errors: list[BaseException] = []
+        self._digest = hashlib.sha256()
+        self._length = 0
+        self.lost: frozenset[int] = frozenset()
+
+    def run(self) -> Ingested:
+        tasks = [self._read, self._hash, *([self._split] if self._new_record is not None else [])]
+        threads = [threading.Thread(target=self._guard, args=(task,), name=f"layer{task.__name__}") for task in tasks]
+        size = 0
+        reader = self._pieces.readers[0]
+        for thread in threads:
+            thread.start()
+        try:
+            size = self._apply(reader)
+            # The digest covers what follows the archive too, should the driver leave that unread.
+            while reader.read(_PIECE_BYTES):
+                pass
+        except BaseException as error:
+            self._failed(error)
+        finally:
+            reader.close()
+            for thread in threads:
+                thread.join()
+        if self._errors:
+            raise self._errors[0]
+        return Ingested(DiffID(f"{ALGORITHM}:{self._digest.hexdigest()}"), self._length, size)
+
+    def _guard(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        if not isinstance(error, StoppedError) and all(error is not known for known in self._errors):
+            self._errors.append(error)
+        self._pieces.stop()
+
+    def _read(self) -> None:
+        _, plain = open_archive(self._stream)
+        while piece := plain.read1(_PIECE_BYTES):
+            self._pieces.put(piece)
+        self._pieces.finish()
+
+    def _hash(self) -> None:
+        reader = self._pieces.readers[1]
+        while piece := reader.read(_PIECE_BYTES):
+            self._digest.update(piece)
+            self._length += len(piece)
+            if self._progress is not None:
+                self._progress(self._length)
+
+    def _split(self) -> None:
+        assert self._new_record is not None
+        record = self._new_record()
+        try:
+            self.lost = disassemble(self._pieces.readers[2], record.write).lost
+        finally:
+            record.close()

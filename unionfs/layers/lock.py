@@ -1,0 +1,51 @@
+"""One process at a time uses a layer store.
+
+The counts of who uses which layer live in memory, so two processes would remove each other's layers. The lock is the
+kernel's (flock(2)): it ends with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+
+from unionfs.errors import StoreLockedError
+
+
+class StoreLock:
+    """Holds the lock until :meth:`release`.
+
+    Args:
+        path: the lock's file; created where it is missing, and never deleted: who waits on a deleted file waits on
+            nothing.
+
+    Raises:
+        StoreLockedError: another process, or this one, holds it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            self.release()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            if holder == str(os.getpid()):
+                who = "this process"
+            raise StoreLockedError(
+                f"the layer store {os.path.dirname(path)} is in use by {who}; close it there, or wait for it to end"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def release(self) -> None:
+        """Let others in; releasing twice is harmless."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1

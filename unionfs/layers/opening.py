@@ -1,0 +1,116 @@
+"""Opening a layer store by its root directory.
+
+The layout below the root is Docker's: ``DRIVER/`` is the driver's home, ``image/DRIVER/layerdb/`` the records.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from unionfs.archive.idmapping import IdMapping
+from unionfs.drivers.registry import Registry, default_registry
+from unionfs.errors import LayerStoreError
+from unionfs.layers import disk
+from unionfs.layers.file_metadata import FileMetadataStore
+from unionfs.layers.lock import StoreLock
+from unionfs.layers.store import LayerStore
+
+ROOT_VARIABLE = "UNIONFS_ROOT"
+
+
+def default_root() -> str:
+    """Where the layers of this user are: ``$UNIONFS_ROOT``, else ``/var/lib/unionfs`` or below the home directory."""
+    if root := os.environ.get(ROOT_VARIABLE):
+        return os.path.abspath(root)
+    if os.geteuid() == 0:
+        return "/var/lib/unionfs"
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return os.path.join(data, "unionfs")
+
+
+def open_store(
+    root: str | os.PathLike[str] | None = None,
+    driver: str = "",
+    options: Sequence[str] = (),
+    *,
+    id_mapping: IdMapping | None = None,
+    registry: Registry | None = None,
+    recover: bool = True,
+) -> LayerStore:
+    """Open the layer store at ``root``, or make one there.
+
+    Args:
+        root: the directory, which may be Docker's data root while Docker is stopped; None for :func:`default_root`.
+        driver: ``unionfs``, ``overlay2``, ``vfs`` or another; empty: the one that was used there, else the best one
+            that works on this host.
+        options: ``key=value`` texts for the driver.
+        id_mapping: the owners' mapping; None for none.
+        registry: the drivers to choose from; None for ours and those of installed packages.
+        recover: see :class:`LayerStore`.
+
+    Raises:
+        StoreLockedError: another process has it open.
+        NotSupportedError: the driver cannot work here, or none does.
+        DriverError: several drivers were used there, name one.
+        LayerStoreError: the directory cannot be made or used.
+    """
+    where = os.path.abspath(default_root() if root is None else root)
+    drivers = registry or default_registry()
+    with _alone(where):
+        name = driver or _used_before(where, drivers)
+        lock = None
+        try:
+            if name:
+                records = _records(where, name)
+                lock = StoreLock(os.path.join(records.root, "lock"))
+                made = drivers.get_driver(name, where, options, id_mapping)
+            else:
+                made = drivers.new(where, "", options, id_mapping)
+                records = _records(where, made.name)
+                lock = StoreLock(os.path.join(records.root, "lock"))
+            return LayerStore(made, records, lock, recover=recover)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+
+def _records(root: str, driver: str) -> FileMetadataStore:
+    try:
+        return FileMetadataStore(os.path.join(root, "image", driver, "layerdb"))
+    except OSError as error:
+        raise _unusable(root, error) from error
+
+
+def _used_before(root: str, registry: Registry) -> str:
+    """The driver whose records are there; empty when that does not decide it."""
+    try:
+        found = [name for name in os.listdir(os.path.join(root, "image")) if registry.is_registered(name)]
+    except OSError:
+        return ""
+    return found[0] if len(found) == 1 else ""
+
+
+@contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """Nobody else opens a store there at the same moment, before it is known which lock is the store's."""
+    try:
+        disk.ensure_dir(root, 0o711)
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unusable(root, error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _unusable(root: str, error: OSError) -> LayerStoreError:
+    return LayerStoreError(
+        f"cannot use {root} for layers: {os.fsdecode(error.filename or root)}: {error.strerror}; "
+        f"give another directory (--root, or {ROOT_VARIABLE})"
+    )
