@@ -181,6 +181,7 @@ def test_mounts(layers: Sandbox) -> None:
     assert before <= found.pop("mounted_at") <= time.time()
     assert found.pop("minor") == os.minor(os.stat(layers.target).st_dev)
     assert found.pop("started") > 0
+    assert found.pop("transport").startswith(("pyfuse3", "direct"))
     assert found == {
         "target": layers.target,
         "state": "serving",
@@ -191,7 +192,6 @@ def test_mounts(layers: Sandbox) -> None:
         "upperdir": layers.upper,
         "workdir": layers.work,
         "options": ["default_permissions", "allow_other", "suid", "noatime"],
-        "transport": "pyfuse3",
     }
     lines = unionfs("mounts").stdout.splitlines()
     assert lines[0].split() == ["TARGET", "LAYERS", "UPPER", "PID", "STATE"]

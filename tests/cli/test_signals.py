@@ -29,7 +29,8 @@ DIRTY = os.urandom(64 * 1024)
 def mounted(box: Sandbox) -> Iterator[Sandbox]:
     """A mount whose end is the test's business."""
     box.lower().file("name", b"text").dir("dir")
-    done = unionfs_mount("-o", layer_options(box), box.target)
+    # Without passthrough: with it, written data is in the upper file at once, and there is none to lose.
+    done = unionfs_mount("-o", layer_options(box) + ",passthrough=0", box.target)
     assert done.returncode == 0, done.stderr
     pid = server_of(box.target)
     try:
@@ -264,4 +265,4 @@ def test_debug_tells_requests(box: Sandbox) -> None:
     server.terminate()
     _, err = server.communicate(timeout=END_S)
     assert server.returncode == 0
-    assert "LOOKUP" in err
+    assert "lookup" in err.lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import example, given
@@ -18,6 +19,14 @@ from unionfs.fuse_ops.options import (
     format_layers,
     parse_options,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_environment() -> Iterator[None]:
+    """Whole suites are run on one transport by this variable, which decides a default here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("UNIONFS_TRANSPORT", raising=False)
+        yield
 
 
 def parsed(*texts: str, privileged: bool = True) -> MountOptions:
@@ -112,7 +121,8 @@ def test_every_field_can_be_set_by_text() -> None:
         parsed(
             "lowerdir=/m::/d,upperdir=/u,workdir=/w,uidmapping=0:1:2,gidmapping=0:1:2,squash_to_uid=1,"
             "squash_to_gid=1,static_nlink,noacl,noxattrs,xattr_permissions=1,volatile,fsync=0,timeout=1,"
-            "redirect_dir=on,metacopy=on,xino=on,userxattr,writeback=0,rw,debug,fsname=n,context=c"
+            "redirect_dir=on,metacopy=on,xino=on,userxattr,writeback=0,rw,debug,fsname=n,context=c,"
+            "passthrough=0,transport=pyfuse3"
         )
     )
     plain = values(parsed("lowerdir=/l"))
