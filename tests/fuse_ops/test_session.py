@@ -21,6 +21,7 @@ SERVER = """if True:
     import errno, logging, os, stat, sys
     import pyfuse3, trio
     from unionfs.fuse_ops.options import MountOptions
+    from unionfs.fuse_ops.pyfuse3_transport import Pyfuse3Transport
     from unionfs.fuse_ops.session import run_session
 
     mode, target = sys.argv[1:]
@@ -80,7 +81,7 @@ SERVER = """if True:
     options = MountOptions(lowerdirs=("/",), debug=False)
     print("start", flush=True)
     try:
-        run_session(Wrong(), options, target, ready=lambda: print("ready", flush=True),
+        run_session(Pyfuse3Transport(Wrong(), options), options, target, ready=lambda: print("ready", flush=True),
                     statistics=lambda: {"nodes": 3, "handles": 0})
     except BaseExceptionGroup as group:
         print("raised", repr(group.exceptions[0]), flush=True)

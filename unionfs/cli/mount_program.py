@@ -107,9 +107,9 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
         # looking for garbage among it is time lost, now and later.
         gc.disable()
         from unionfs.cli import logs
-        from unionfs.fuse_ops.operations import UnionOperations
         from unionfs.fuse_ops.session import run_session
         from unionfs.fuse_ops.stack import open_tree
+        from unionfs.fuse_ops.transport import choose_transport
 
         gc.freeze()
         gc.enable()
@@ -131,7 +131,7 @@ def _serve(options: MountOptions, target: str, fds: Sequence[int], ready: Ready 
             for warning in tree.warnings:
                 _say(warning)
             run_session(
-                UnionOperations(tree, options),
+                choose_transport(tree, options),
                 options,
                 target,
                 ready=become_daemon,

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import stat
 import time
 from collections import defaultdict
@@ -19,13 +20,13 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.fuse_ops import backing_calls
+from unionfs.fuse_ops import backing_calls, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
 from unionfs.fuse_ops.inodes import ROOT_INO, Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
-from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.passthrough import Passthrough
 from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
 from unionfs.fuse_ops.requests import UnionRequests
@@ -63,13 +64,13 @@ class Request:
 
 
 class DirectTransport:
-    """Serves a tree on an open /dev/fuse descriptor until the mount is gone."""
+    """Serves a tree on a /dev/fuse of its own."""
 
-    def __init__(self, tree: UnionTree, options: MountOptions, fuse_fd: int) -> None:
+    def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self._tree = tree
         self._options = options
         self._requests = UnionRequests(tree, options)
-        self._fd = fuse_fd
+        self._fd = -1
         self._passthrough: Passthrough | None = None
         self._accepted: Callable[[], None] = lambda: None
         self._waiting = 0  # requests that are tasks of their own
@@ -130,12 +131,25 @@ class DirectTransport:
             }
         return table
 
+    @property
+    def name(self) -> str:
+        return "direct" if self._passthrough is None else "direct, passthrough"
+
+    def mount(self, target: str) -> None:
+        """Mount on ``target``, or take over the /dev/fuse of a mount made by mount.fuse3."""
+        handed_over = re.fullmatch(r"/dev/fd/(\d+)", target)
+        if handed_over:
+            self._fd = int(handed_over.group(1))
+            os.set_inheritable(self._fd, False)
+        else:
+            self._fd = mounting.mount(target, self._options.fuse_words or default_fuse_words(), self._options.source)
+        os.set_blocking(self._fd, False)
+
     # -- the loop ---------------------------------------------------------------------------------------------
 
     async def serve(self, accepted: Callable[[], None]) -> None:
         """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
         self._accepted = accepted
-        os.set_blocking(self._fd, False)
         buffer = bytearray(_BUFFER_SIZE)
         async with trio.open_nursery() as nursery:
             while await self._turn(buffer, nursery):
@@ -661,8 +675,10 @@ class DirectTransport:
 
     def close(self) -> None:
         """Give the connection up; what still waits for an answer gets ENOTCONN."""
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
 
 
 def _time_ns(seconds: int, nanoseconds: int) -> int:

@@ -222,11 +222,24 @@ class MetadataChanges:
         if name.startswith(b"user.fuseoverlayfs."):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         stored = self._stored_name(name)
+        if not inode.upper and flags:
+            self.check_xattr(inode, name, flags)
         self._copy_up.ensure(inode, data=False)
         if name in ACL_NAMES:
             value = self._view.ownership.map_acl(value, to_disk=True)
         path, follow = self._view.proc_path(inode)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+
+    def check_xattr(self, inode: Inode, name: bytes, flags: int) -> None:
+        """Raise what setting the attribute with ``flags`` would, so that nothing is copied up for it."""
+        try:
+            self.get_xattr(inode, name)
+        except OSError as error:
+            if error.errno != errno.ENODATA or flags & os.XATTR_REPLACE:
+                raise
+        else:
+            if flags & os.XATTR_CREATE:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
 
     def remove_xattr(self, inode: Inode, name: bytes) -> None:
         """Remove an attribute; ENODATA, and no copy-up, if there is none."""

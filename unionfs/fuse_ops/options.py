@@ -101,6 +101,8 @@ _SETTINGS = _ONCE | {
     "userxattr",
     "context",
     "writeback",
+    "passthrough",
+    "transport",
     "debug",
     "fsname",
 }
@@ -399,6 +401,8 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         xino=words.choice("xino", ("on", "off", "auto"), "auto"),
         userxattr=words.flag("userxattr"),
         writeback=words.flag("writeback", default=True),
+        passthrough=words.flag("passthrough", default=True),
+        transport=words.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
         read_only=read_only,
         debug=words.flag("debug"),
         source=source or words.text("fsname") or "unionfs",

@@ -130,6 +130,8 @@ class UnionRequests:
         return self.tree.attributes(inode)
 
     async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+        if flags and not inode.upper:
+            self.tree.check_xattr(inode, name, flags)
         await self.copy_up(inode, data=False)
         self.tree.set_xattr(inode, name, value, flags)
 

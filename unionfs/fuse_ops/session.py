@@ -1,24 +1,22 @@
-"""One FUSE session on pyfuse3: mount, serve until the last user is gone, unmount."""
+"""One FUSE session, on whichever transport: mount, serve until the last user is gone, unmount."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
-import pyfuse3
 import trio
 
 from unionfs.errors import MountError
 from unionfs.fuse_ops import mount_registry, mountinfo, unmount
-from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +26,24 @@ _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_session(
-    operations: pyfuse3.Operations,
+    transport: Transport,
     options: MountOptions,
     target: str,
     *,
     ready: Callable[[], None],
     statistics: Callable[[], Mapping[str, object]] | None = None,
 ) -> None:
-    """Mount ``operations`` on ``target`` and serve until the mount is gone.
+    """Mount through ``transport`` on ``target`` and serve until the mount is gone.
 
     ``target`` is an absolute path without symbolic links. ``ready`` is called once the kernel has accepted the
     session, when every access to the mount is answered. SIGTERM and SIGINT unmount; the second one ends the session
     at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to be.
     """
-    session = _Session(operations, options, target, ready, statistics)
+    session = _Session(transport, options, target, ready, statistics)
     # From the mount until somebody listens, a signal has to wait: its default is to die and leave a dead mount.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
-        _mount(operations, options, target)
+        transport.mount(target)
         try:
             session.run()
         finally:
@@ -57,12 +55,13 @@ def run_session(
 class _Session:
     def __init__(
         self,
-        operations: pyfuse3.Operations,
+        transport: Transport,
         options: MountOptions,
         target: str,
         ready: Callable[[], None],
         statistics: Callable[[], Mapping[str, object]] | None,
     ) -> None:
+        self._transport = transport
         self._options = options
         self._target = target
         self._ready = ready
@@ -72,15 +71,6 @@ class _Session:
         self._accepted = trio.Event()
         self._announced = False
         self._cancel_scope = trio.CancelScope()
-
-        # The kernel's INIT is answered as soon as this callback returns, before any task runs again.
-        initialize = operations.init
-
-        def init() -> None:
-            initialize()
-            self._accepted.set()
-
-        operations.init = init  # type: ignore[method-assign]
 
     def run(self) -> None:
         self._mount = _find_mount(self._target)
@@ -94,7 +84,7 @@ class _Session:
     def finish(self) -> None:
         """Release everything that may be left, after whatever kind of end."""
         # Closing /dev/fuse first makes the kernel fail what it still waits for, so that unmounting cannot hang.
-        pyfuse3.close(unmount=False)
+        self._transport.close()
         point = self._mount_point()
         if point is not None:
             try:
@@ -109,7 +99,8 @@ class _Session:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._handle_signals, nursery)
                 nursery.start_soon(self._announce)
-                await pyfuse3.main()
+                # The kernel's INIT is answered as soon as the callback returns, before any task runs again.
+                await self._transport.serve(self._accepted.set)
                 nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:
@@ -208,6 +199,7 @@ class _Session:
                 upperdir=options.upperdir,
                 workdir=options.workdir,
                 options=list(options.fuse_words),
+                transport=self._transport.name,
             )
         )
 
@@ -231,59 +223,3 @@ def _find_mount(target: str) -> mountinfo.Mount | None:
 
 def _helper_command(action: str, point: str) -> list[str]:
     return [sys.executable, "-I", "-S", unmount.__file__, action, point]
-
-
-def _mount(operations: pyfuse3.Operations, options: MountOptions, target: str) -> None:
-    words = {
-        *(options.fuse_words or default_fuse_words()),
-        f"fsname={_libfuse_value(options.source)}",
-        "subtype=unionfs",
-    }
-    if options.debug:
-        words.add("debug")
-    said: list[str] = []
-    try:
-        with _captured_stderr(said):
-            pyfuse3.init(operations, target, words)
-    except RuntimeError:
-        raise MountError(f"cannot mount on {target}: {_explained(' '.join(said))}") from None
-    if said:
-        print("\n".join(said), file=sys.stderr)
-
-
-def _libfuse_value(text: str) -> str:
-    """``text`` for libfuse's option parser; pyfuse3 hands on ASCII only, and this name is just for the eye."""
-    return re.sub(r"[\\,]", r"\\\g<0>", text.encode("ascii", "replace").decode())
-
-
-@contextmanager
-def _captured_stderr(lines: list[str]) -> Iterator[None]:
-    """Collect what libfuse and fusermount3 print: they do so by themselves, and in several lines."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with os.fdopen(os.memfd_create("libfuse"), "r+", errors="replace") as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            lines += [line.strip() for line in file if line.strip()]
-
-
-_NEXT_STEPS = (
-    # What libfuse, fusermount3 or the kernel says, and what a person can do about it.
-    ("user_allow_other", "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"),
-    ("device not found", "load the kernel module with: modprobe fuse"),
-    ("/dev/fuse", "give this user access, for example with: chmod 666 /dev/fuse"),
-    ("write access", "mount on a directory that this user owns"),
-    ("No such file or directory", "install fuse3, which has the program fusermount3"),
-    ("not permitted", "run as root, or install fuse3 for fusermount3"),
-    ("unknown option", "leave that option out"),
-)
-
-
-def _explained(said: str) -> str:
-    step = next((step for sign, step in _NEXT_STEPS if sign in said), "see the kernel log (dmesg)")
-    return f"{said or 'the kernel refused it'}; {step}"

@@ -68,6 +68,7 @@ class UnionTree:
         self.get_xattr = metadata.get_xattr
         self.list_xattrs = metadata.list_xattrs
         self.set_xattr = metadata.set_xattr
+        self.check_xattr = metadata.check_xattr
         self.remove_xattr = metadata.remove_xattr
 
     def use_writeback_cache(self, used: bool) -> None:

@@ -1,0 +1,96 @@
+"""The transport that works everywhere: pyfuse3, with what libfuse prints turned into one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pyfuse3
+
+from unionfs.errors import MountError
+from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+
+
+class Pyfuse3Transport:
+    """Serves ``operations`` through pyfuse3; there can be only one in a process."""
+
+    name = "pyfuse3"
+
+    def __init__(self, operations: pyfuse3.Operations, options: MountOptions) -> None:
+        self._operations = operations
+        self._options = options
+
+    def mount(self, target: str) -> None:
+        """Mount on ``target``; raises MountError with what libfuse said."""
+        options = self._options
+        words = {
+            *(options.fuse_words or default_fuse_words()),
+            f"fsname={_libfuse_value(options.source)}",
+            "subtype=unionfs",
+        }
+        if options.debug:
+            words.add("debug")
+        said: list[str] = []
+        try:
+            with _captured_stderr(said):
+                pyfuse3.init(self._operations, target, words)
+        except RuntimeError:
+            raise MountError(f"cannot mount on {target}: {_explained(' '.join(said))}") from None
+        if said:
+            print("\n".join(said), file=sys.stderr)
+
+    async def serve(self, accepted: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone."""
+        initialize = self._operations.init
+
+        def init() -> None:
+            initialize()
+            accepted()
+
+        self._operations.init = init  # type: ignore[method-assign]
+        await pyfuse3.main()
+
+    def close(self) -> None:
+        """Close /dev/fuse, leaving the mount to the session."""
+        pyfuse3.close(unmount=False)
+
+
+def _libfuse_value(text: str) -> str:
+    """``text`` for libfuse's option parser; pyfuse3 hands on ASCII only, and this name is just for the eye."""
+    return re.sub(r"[\\,]", r"\\\g<0>", text.encode("ascii", "replace").decode())
+
+
+@contextmanager
+def _captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect what libfuse and fusermount3 print: they do so by themselves, and in several lines."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with os.fdopen(os.memfd_create("libfuse"), "r+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines += [line.strip() for line in file if line.strip()]
+
+
+_NEXT_STEPS = (
+    # What libfuse, fusermount3 or the kernel says, and what a person can do about it.
+    ("user_allow_other", "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"),
+    ("device not found", "load the kernel module with: modprobe fuse"),
+    ("/dev/fuse", "give this user access, for example with: chmod 666 /dev/fuse"),
+    ("write access", "mount on a directory that this user owns"),
+    ("No such file or directory", "install fuse3, which has the program fusermount3"),
+    ("not permitted", "run as root, or install fuse3 for fusermount3"),
+    ("unknown option", "leave that option out"),
+)
+
+
+def _explained(said: str) -> str:
+    step = next((step for sign, step in _NEXT_STEPS if sign in said), "see the kernel log (dmesg)")
+    return f"{said or 'the kernel refused it'}; {step}"
