@@ -58,10 +58,14 @@ class ProjectQuota:
         if fs_magic(home) != FsMagic.XFS:
             raise self._unsupported("is not on xfs")
         try:
-            self._node = self._make_node()
             self._first = project_of(home) + 1
-            # Limit 0 is none: this only asks whether limits can be set at all.
-            self._limit(self._first, 0)
+            self._node = self._make_node()
+            try:
+                # Limit 0 is none: this only asks whether limits can be set at all.
+                self._limit(self._first, 0)
+            except OSError:
+                os.unlink(self._node)
+                raise
         except OSError as error:
             raise self._unsupported(f"has no project quotas ({error.strerror})") from error
         self._next = max([self._first, *(number + 1 for number in self._used())])

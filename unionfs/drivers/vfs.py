@@ -18,6 +18,7 @@ from unionfs.drivers.ids import check_layer_id, is_layer_id
 from unionfs.drivers.labels import label_directory
 from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.naive_diff import NaiveDiffDriver
+from unionfs.drivers.quota import ProjectQuota
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
 from unionfs.drivers.tree_copy import copy_tree
 from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
@@ -56,6 +57,12 @@ class VfsDriver:
         home.ensure_dir(self._dirs, 0o710, (os.geteuid(), self._owner[1]))
         removal.sweep(self._dirs)
         self._default_size = size_bytes
+        self._quota: ProjectQuota | None = None
+        self._no_quota = ""
+        try:
+            self._quota = ProjectQuota(self._root, self._dirs)
+        except QuotaNotSupportedError as error:
+            self._no_quota = str(error)
         if size_bytes:
             self._need_quota()
 
@@ -128,6 +135,8 @@ class VfsDriver:
         with self._locks.hold(layer_id):
             original = self._existing(parent, "create a layer on") if parent else None
             with home.new_dir(self._dirs, layer_id, 0o755, self._owner) as path:
+                if size_bytes:
+                    self._need_quota().apply(path, size_bytes)
                 if options is not None:
                     label_directory(path, options.mount_label)
                 if original is not None:
@@ -144,11 +153,10 @@ class VfsDriver:
                 "the copy was deleted, try again"
             ) from error
 
-    def _need_quota(self) -> None:
-        raise QuotaNotSupportedError(
-            f"vfs: a size limit needs project quotas and {self._root} has none; "
-            "use an xfs file system mounted with pquota, or leave out size"
-        )
+    def _need_quota(self) -> ProjectQuota:
+        if self._quota is None:
+            raise QuotaNotSupportedError(f"vfs: {self._no_quota}")
+        return self._quota
 
     def _existing(self, layer_id: str, doing: str) -> str:
         check_layer_id(layer_id, doing)
