@@ -8,6 +8,7 @@ from tests.differential.operations import (
     Chmod,
     Close,
     Create,
+    Link,
     Mkdir,
     Op,
     Open,
@@ -17,8 +18,10 @@ from tests.differential.operations import (
     Overwrite,
     Remount,
     RemoveTree,
+    RemoveXattr,
     Rename,
     Rmdir,
+    SetXattr,
     Stat,
     Unlink,
 )
@@ -80,6 +83,18 @@ PLAIN: dict[str, list[Op]] = {
         Mkdir(path="only2"),
         Chmod(path="only2", mode=0o700),
         Remount(),
+    ],
+    "take away an ACL that is not there": [
+        SetXattr(path="back", name="system.posix_acl_access", value=b""),
+        SetXattr(path="d", name="system.posix_acl_default", value=b""),
+        RemoveXattr(path="big", name="system.posix_acl_access"),
+        Check(),
+    ],
+    "rename of a directory onto one that is not empty": [
+        Mkdir(path="tmp/d", mode=0o755),
+        Link(src="tmp/mine", dst="tmp/d/old"),
+        Rename(src="etc/empty", dst="tmp/d"),
+        Check(),
     ],
 }
 LINKED: dict[str, list[Op]] = {

@@ -515,6 +515,17 @@ class Close(Op):
 
 
 @dataclass(frozen=True, slots=True)
+class Forget(Op):
+    """Make the kernel forget what it does not use; nothing changes by that."""
+
+    def do(self, side: Side) -> Answer:
+        if side.name == "ours":
+            with open("/proc/sys/vm/drop_caches", "w") as f:
+                f.write("2")
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
 class Remount(Op):
     """Unmount and mount both again; the rig does it."""
 

@@ -40,6 +40,8 @@ class Setting:
     outside of the upper directory: no remount and no interchange then."""
     options: tuple[str, ...] = ()
     """Further options for both."""
+    transport: str = ""
+    """How our server talks to the kernel; empty for its own choice."""
 
     @property
     def kernel_options(self) -> tuple[str, ...]:
@@ -49,7 +51,8 @@ class Setting:
     @property
     def our_options(self) -> tuple[str, ...]:
         """What ours is mounted with."""
-        return ("redirect_dir=on", "dev", *self.options)
+        transport = (f"transport={self.transport}",) if self.transport and is_ours() else ()
+        return ("redirect_dir=on", "dev", *transport, *self.options)
 
 
 PLAIN = Setting("plain", linked_lowers=False)
@@ -192,12 +195,15 @@ class Rig:
 def rig_for(setting: Setting) -> Iterator[Rig]:
     """A mounted rig, taken down and removed whatever happens."""
     root = new_root()
+    # pyfuse3 leaves the umask to the kernel, which applies it where a default ACL should: see docs/differences.md.
+    umask = os.umask(0)
     rig = Rig(setting, root)
     try:
         rig.mount()
         yield rig
     finally:
         rig.unmount()
+        os.umask(umask)
         shutil.rmtree(root, ignore_errors=True)
 
 

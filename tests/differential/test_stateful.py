@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
@@ -35,6 +37,7 @@ from tests.differential.rig import (
     rig_for,
 )
 from tests.support.layers import OLD_NS
+from tests.support.mounts import is_ours, transports
 from tests.support.sandbox import needs_root
 
 needs_root()
@@ -66,6 +69,24 @@ XATTRS = st.sampled_from(
 )
 VALUES = st.sampled_from([b"", b"y", b"value", b"\0\xff", b"v" * 1000])
 SLOTS = st.integers(0, 2)
+CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # CAP_NET_RAW, permitted and effective
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    """An ACL attribute of (tag, permissions, id)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in entries)
+
+
+NOBODY = 0xFFFFFFFF
+ACLS = st.sampled_from(
+    [
+        acl((1, 6, NOBODY), (2, 6, 1000), (4, 4, NOBODY), (16, 6, NOBODY), (32, 0, NOBODY)),
+        acl((1, 7, NOBODY), (2, 0, 1000), (4, 5, NOBODY), (8, 7, 50), (16, 7, NOBODY), (32, 5, NOBODY)),
+        acl((1, 7, NOBODY), (4, 5, NOBODY), (32, 5, NOBODY)),  # nothing that the mode does not say
+        acl((1, 7, NOBODY), (2, 7, 1000)),  # incomplete
+        b"",
+    ]
+)
 USERS = st.sampled_from([0, 0, 0, 0, 0, 1000])
 OPEN_FLAGS = st.sampled_from(
     [
@@ -285,6 +306,24 @@ class UnionMachine(RuleBasedStateMachine):
     def use_open(self, what: op.Op) -> None:
         self._do(what)
 
+    @rule(
+        data=st.data(),
+        name=st.sampled_from(["system.posix_acl_access", "system.posix_acl_default"]),
+        value=ACLS,
+        uid=USERS,
+    )
+    def set_acl(self, data: Any, name: str, value: bytes, uid: int) -> None:
+        self._do(op.SetXattr(path=self._any(data), name=name, value=value, uid=uid))
+
+    @rule(data=st.data())
+    def set_capability(self, data: Any) -> None:
+        self._do(op.SetXattr(path=self._file(data), name="security.capability", value=CAPABILITY))
+
+    @rule(chance=st.integers(0, 5))
+    def forget(self, chance: int) -> None:
+        if chance == 0:
+            self._do(op.Forget())
+
     @rule(chance=st.integers(0, 3))
     def remount(self, chance: int) -> None:
         if chance == 0 and not self.setting.linked_lowers:
@@ -320,14 +359,16 @@ def run(setting: Setting, examples: int) -> None:
                 report(setting, failure)
         raise
     seconds = time.monotonic() - began
-    print(f"{setting.name}: {Machine.steps} operations compared in {seconds:.0f} s")
+    print(f"{setting.name}, {setting.transport}: {Machine.steps} operations compared in {seconds:.0f} s")
     assert Machine.steps > 10 * (EXAMPLES or examples), "the machine hardly did anything"
 
 
 def report(setting: Setting, failure: MismatchError) -> NoReturn:
     """Fail with the shortest list of operations found."""
     smallest = minimize(setting, failure)
-    pytest.fail(f"{setting.name}: {smallest.what}\nreplay with:\n{op_script(smallest)}", pytrace=False)
+    pytest.fail(
+        f"{setting.name}, {setting.transport}: {smallest.what}\nreplay with:\n{op_script(smallest)}", pytrace=False
+    )
 
 
 def op_script(failure: MismatchError) -> str:
@@ -335,19 +376,32 @@ def op_script(failure: MismatchError) -> str:
     return str(failure).partition("ops:\n")[2]
 
 
+# 9,000 operations in about two minutes. The direct transport is what most mounts use.
+RUNS = [
+    ("plain", "direct", 80),
+    ("plain", "pyfuse3", 40),
+    ("linked", "direct", 30),
+    ("linked", "pyfuse3", 10),
+    ("metacopy", "direct", 20),
+    ("metacopy", "pyfuse3", 10),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600 if EXAMPLES else 300)
-@pytest.mark.parametrize(("name", "examples"), [("plain", 60), ("linked", 25), ("metacopy", 20)])
-def test_same_operations_give_the_same_tree(name: str, examples: int) -> None:
-    run(SETTINGS[name], examples)
+@pytest.mark.timeout(7200 if EXAMPLES else 300)
+@pytest.mark.parametrize(("name", "transport", "examples"), [r for r in RUNS if r[1] in transports() or not is_ours()])
+def test_same_operations_give_the_same_tree(name: str, transport: str, examples: int) -> None:
+    run(replace(SETTINGS[name], transport=transport), examples)
 
 
+@pytest.mark.parametrize("transport", transports())
 @pytest.mark.parametrize("name", sorted(PLAIN_CORPUS))
 @pytest.mark.parametrize("setting", [PLAIN, METACOPY], ids=lambda s: s.name)
-def test_corpus(setting: Setting, name: str) -> None:
-    replay(setting, PLAIN_CORPUS[name])
+def test_corpus(setting: Setting, name: str, transport: str) -> None:
+    replay(replace(setting, transport=transport), PLAIN_CORPUS[name])
 
 
+@pytest.mark.parametrize("transport", transports())
 @pytest.mark.parametrize("name", sorted(LINKED_CORPUS))
-def test_corpus_with_hard_linked_lowers(name: str) -> None:
-    replay(LINKED, LINKED_CORPUS[name])
+def test_corpus_with_hard_linked_lowers(name: str, transport: str) -> None:
+    replay(replace(LINKED, transport=transport), LINKED_CORPUS[name])

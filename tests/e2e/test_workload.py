@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.layers import Layer
-from tests.support.mounts import mounted_overlay, mounted_union
+from tests.support.mounts import is_ours, mounted_overlay, mounted_union, transports
 from tests.support.sandbox import needs_root, new_root
 from tests.support.snapshot import Snapshot, checksum_layer, differences, snapshot
 
@@ -165,8 +165,8 @@ def rootfs() -> Iterator[str]:
         shutil.rmtree(top, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def bench(rootfs: str) -> Iterator[Workbench]:
+@pytest.fixture(scope="module", params=transports())
+def bench(rootfs: str, request: pytest.FixtureRequest) -> Iterator[Workbench]:
     """Both mounts, over two layers: the root file system, and one that hides and replaces a little of it."""
     top = new_root()
     middle = Layer(top + "/middle")
@@ -190,6 +190,7 @@ def bench(rootfs: str) -> Iterator[Workbench]:
                 f"{top}/ours/upper",
                 f"{top}/ours/work",
                 f"{top}/ours/mnt",
+                (f"transport={request.param}",) if is_ours() else (),
                 watchdog_s=1500,
             ),
         ):

@@ -66,6 +66,17 @@ def is_ours() -> bool:
     return "UNIONFS_TEST_MOUNT_PROGRAM" not in os.environ
 
 
+def transports() -> tuple[str, ...]:
+    """The ways in which our server talks to the kernel; every test of the file system runs on each.
+
+    ``UNIONFS_TRANSPORT`` in the environment chooses one, for a shorter run.
+    """
+    if not is_ours():
+        return ("other",)
+    chosen = os.environ.get("UNIONFS_TRANSPORT")
+    return (chosen,) if chosen else ("direct", "pyfuse3")
+
+
 def escape(path: str) -> str:
     """A directory as it is written in an option string."""
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")

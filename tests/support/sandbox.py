@@ -22,6 +22,7 @@ from tests.support.mounts import (
     mounted_union,
     servers_of,
     take_down,
+    transports,
 )
 from tests.support.snapshot import Snapshot, assert_same, checksum_layer, snapshot
 
@@ -131,9 +132,21 @@ def new_root() -> str:
     return root
 
 
+@pytest.fixture(params=transports())
+def box(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A sandbox of this test's own, on each transport."""
+    monkeypatch.setenv("UNIONFS_TRANSPORT", request.param)
+    yield from _sandbox()
+
+
 @pytest.fixture
-def box() -> Iterator[Sandbox]:
-    """A sandbox of this test's own."""
+def direct_box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A sandbox for what only the direct transport can do."""
+    monkeypatch.setenv("UNIONFS_TRANSPORT", "direct")
+    yield from _sandbox()
+
+
+def _sandbox() -> Iterator[Sandbox]:
     sandbox = Sandbox(new_root())
     try:
         try:
