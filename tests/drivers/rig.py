@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
@@ -69,14 +69,9 @@ class Rig:
         self._driver = self.open()
         return self._driver
 
-    @contextmanager
-    def got(self, layer_id: str) -> Iterator[str]:
+    def got(self, layer_id: str) -> AbstractContextManager[str]:
         """The mounted layer."""
-        path = self.driver.get(layer_id)
-        try:
-            yield path
-        finally:
-            self.driver.put(layer_id)
+        return got(self.driver, layer_id)
 
     def mounts(self) -> list[str]:
         """What is mounted below the root."""
@@ -93,6 +88,16 @@ class Rig:
             faults.append("a server still runs")
         self._stack.close()
         return faults
+
+
+@contextmanager
+def got(driver: Driver, layer_id: str) -> Iterator[str]:
+    """A mounted layer of any driver."""
+    path = driver.get(layer_id)
+    try:
+        yield path
+    finally:
+        driver.put(layer_id)
 
 
 @contextmanager

@@ -94,6 +94,7 @@ class VfsDriver:
 
     def put(self, layer_id: str) -> None:
         """See :meth:`ProtoDriver.put`."""
+        check_layer_id(layer_id, "put")
 
     def exists(self, layer_id: str) -> bool:
         """See :meth:`ProtoDriver.exists`."""

@@ -1,0 +1,356 @@
+"""Changes, archives and file contents, beyond moby's own tests: one suite for all drivers (spec rows 44-82)."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from tests.drivers.rig import Rig, got
+from tests.drivers.trees import lines, make_base, tree_names, write
+from unionfs.archive.changes import ChangeKind
+from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.drivers.files import file_getter
+from unionfs.errors import (
+    ArchiveError,
+    BreakoutError,
+    DriverError,
+    LayerBusyError,
+    LayerNotFoundError,
+    OptionError,
+    UnionfsError,
+)
+
+OLD_NS = 1_000_000_000_123_456_789
+
+
+# Differences
+
+
+def test_changes_of_a_base_layer_add_everything(rig: Rig) -> None:
+    make_base(rig)
+    assert lines(rig, "base", "") == [
+        "A /bin", "A /bin/bash", "A /bin/sh", "A /etc", "A /etc/group", "A /etc/passwd", "A /sh",
+    ]  # fmt: skip
+
+
+def test_changes_of_a_child_since_nothing_add_everything(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("x", "base")
+    with rig.got("x") as root:
+        os.unlink(root + "/sh")
+    assert lines(rig, "x", "") == ["A /bin", "A /bin/bash", "A /bin/sh", "A /etc", "A /etc/group", "A /etc/passwd"]
+
+
+def test_changes_since_a_grandparent(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("middle", "base")
+    with rig.got("middle") as root:
+        write(root, "one", b"1")
+    rig.driver.create("top", "middle")
+    with rig.got("top") as root:
+        write(root, "two", b"2")
+        os.unlink(root + "/etc/group")
+    assert lines(rig, "top", "middle") == ["C /etc", "D /etc/group", "A /two"]
+    assert lines(rig, "top", "base") == ["C /etc", "D /etc/group", "A /one", "A /two"]
+    with rig.driver.diff("top", "base") as stream:
+        names = [member.name for member in members_of(stream)]
+    assert names == ["etc", "etc/.wh.group", "one", "two"]
+    assert rig.driver.diff_size("top", "base") == 2
+
+
+def test_changes_of_every_kind(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        os.unlink(root + "/etc/group")
+        write(root, "etc/passwd", b"toor!")
+        os.chmod(root + "/bin", 0o700)
+        os.unlink(root + "/sh")
+        write(root, "sh/now/a/directory", b"")
+        os.rename(root + "/bin/bash", root + "/bin/zsh")
+        # The same while it is mounted as afterwards.
+        mounted = lines(rig, "x", "base")
+    assert mounted == lines(rig, "x", "base")
+    assert mounted == [
+        "C /bin", "D /bin/bash", "A /bin/zsh", "C /etc", "D /etc/group", "C /etc/passwd",
+        "C /sh", "A /sh/now", "A /sh/now/a", "A /sh/now/a/directory",
+    ]  # fmt: skip
+
+
+def test_unchanged_layer_has_no_changes(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("x", "base")
+    with rig.got("x") as root:
+        os.listdir(root)
+        Path(root, "etc/passwd").read_bytes()
+    assert lines(rig, "x", "base") == []
+    with rig.driver.diff("x", "base") as stream:
+        assert stream.read() == bytes(1024)
+    assert rig.driver.diff_size("x", "base") == 0
+
+
+def test_edit_that_keeps_size_and_mtime_is_seen(layered_rig: Rig) -> None:
+    rig = layered_rig
+    make_base(rig)
+    with rig.got("base") as root:
+        os.utime(root + "/etc/passwd", ns=(OLD_NS, OLD_NS))
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        write(root, "etc/passwd", b"toor")
+        os.utime(root + "/etc/passwd", ns=(OLD_NS, OLD_NS))
+    assert lines(rig, "x", "base") == ["C /etc", "C /etc/passwd"]
+
+
+def test_copied_up_and_unchanged_is_not_listed(layered_rig: Rig) -> None:
+    rig = layered_rig
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        with open(root + "/etc/passwd", "r+b"):
+            pass
+        info = os.stat(root + "/etc/passwd")
+        os.chmod(root + "/etc/passwd", 0o600)
+        os.chmod(root + "/etc/passwd", stat.S_IMODE(info.st_mode))
+    assert os.path.exists(rig.driver.get_metadata("x")["UpperDir"] + "/etc/passwd")
+    assert lines(rig, "x", "base") == []
+
+
+def test_renamed_directory_is_resolved(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        try:
+            os.rename(root + "/etc", root + "/cfg")
+        except OSError as error:
+            assert error.errno == errno.EXDEV
+            assert rig.kind == "overlay2"  # as the kernel's overlayfs does unless told otherwise
+            return
+    assert lines(rig, "x", "base") == ["A /cfg", "A /cfg/group", "A /cfg/passwd", "D /etc"]
+    with rig.driver.diff("x", "base") as stream:
+        archive = stream.read()
+    rig.driver.create("copy", "base")
+    rig.driver.apply_diff("copy", "base", io.BytesIO(archive))
+    with rig.got("copy") as root:
+        assert Path(root, "cfg/passwd").read_bytes() == b"root"
+        assert not os.path.exists(root + "/etc")
+
+
+def test_diff_of_an_open_file_has_what_was_written(layered_rig: Rig) -> None:
+    rig = layered_rig
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    content = os.urandom(5 << 20)
+    with rig.got("x") as root, open(root + "/log", "wb", buffering=0) as file:
+        file.write(content)
+        with rig.driver.diff("x", "base") as stream:
+            archive = stream.read()
+        assert content in archive
+
+
+def test_diff_is_reproducible_and_can_be_closed_early(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        write(root, "big", bytes(5 << 20))
+        os.unlink(root + "/sh")
+    with rig.driver.diff("x", "base") as stream:
+        first = stream.read()
+    with rig.driver.diff("x", "base") as stream:
+        assert stream.read() == first
+    stream = rig.driver.diff("x", "base")
+    assert stream.read(100) == first[:100]
+    stream.close()
+    stream.close()
+    unread = rig.driver.diff("x", "base")
+    unread.close()
+    del unread
+    assert rig.mounts() == []
+    rig.driver.remove("x")
+
+
+def test_diff_of_unknown_ids(rig: Rig) -> None:
+    make_base(rig)
+    for layer_id, parent in (("nowhere", ""), ("base", "nowhere"), ("nowhere", "base")):
+        for call in (rig.driver.diff, rig.driver.changes, rig.driver.diff_size):
+            with pytest.raises(LayerNotFoundError, match="nowhere"):
+                call(layer_id, parent)
+    with pytest.raises(LayerNotFoundError):
+        rig.driver.apply_diff("nowhere", "base", io.BytesIO(bytes(1024)))
+
+
+def tar_of(*members: tuple[str, bytes | str | None]) -> io.BytesIO:
+    """A tar: contents make a file, None a directory, ``->x`` a symlink."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.mtime = 1_000_000_000
+            if content is None:
+                info.type, info.mode = tarfile.DIRTYPE, 0o755
+                archive.addfile(info)
+            elif isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content.removeprefix("->")
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    buffer.seek(0)
+    return buffer
+
+
+def members_of(stream: BinaryIO) -> list[tarfile.TarInfo]:
+    with tarfile.open(fileobj=io.BytesIO(stream.read())) as archive:
+        return archive.getmembers()
+
+
+def test_apply_of_whiteouts_and_opaque_directories(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("x", "base")
+    archive = tar_of(
+        ("bin", None), ("bin/.wh.bash", b""), ("etc", None), ("etc/.wh..wh..opq", b""), ("etc/new", b"12345")
+    )
+    assert rig.driver.apply_diff("x", "base", archive) == 5
+    with rig.got("x") as root:
+        assert os.listdir(root + "/bin") == ["sh"]
+        assert os.listdir(root + "/etc") == ["new"]
+    assert [str(c) for c in rig.driver.changes("x", "base") if c.kind is ChangeKind.DELETE] == [
+        "D /bin/bash", "D /etc/group", "D /etc/passwd",
+    ]  # fmt: skip
+
+
+def test_apply_reads_the_stream_to_its_end(rig: Rig) -> None:
+    rig.driver.create("x")
+    stream = io.BytesIO(tar_of(("f", b"1")).getvalue() + bytes(30000))
+    rig.driver.apply_diff("x", "", stream)
+    assert stream.read() == b""
+
+
+def test_apply_to_a_mounted_layer_is_seen_through_the_mount(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        assert sorted(os.listdir(root + "/etc")) == ["group", "passwd"]
+        rig.driver.apply_diff("x", "base", tar_of(("etc", None), ("etc/.wh.group", b""), ("etc/new", b"1")))
+        assert sorted(os.listdir(root + "/etc")) == ["new", "passwd"]
+
+
+def test_apply_of_garbage_and_of_a_hostile_archive(rig: Rig) -> None:
+    rig.driver.create("x")
+    with pytest.raises(UnionfsError):
+        rig.driver.apply_diff("x", "", io.BytesIO(b"no tar at all" * 100))
+    rig.driver.create("y")
+    expected: type[UnionfsError] = DriverError if rig.kind == "plugin" else BreakoutError
+    with pytest.raises(expected, match="outside"):
+        rig.driver.apply_diff("y", "", tar_of(("../../escaped", b"1")))
+    assert not [name for name in tree_names(rig.root) if "escaped" in name]
+
+
+def test_apply_of_a_stream_that_breaks_off(rig: Rig) -> None:
+    rig.driver.create("x")
+    whole = tar_of(("f", bytes(10000))).getvalue()
+    with pytest.raises((ArchiveError, DriverError)):
+        rig.driver.apply_diff("x", "", io.BytesIO(whole[:5000]))
+    rig.driver.remove("x")
+
+
+def test_apply_to_a_parent_is_refused(layered_rig: Rig) -> None:
+    make_base(layered_rig)
+    layered_rig.driver.create("x", "base")
+    with pytest.raises(LayerBusyError, match="parent of x"):
+        layered_rig.driver.apply_diff("base", "", tar_of(("f", b"1")))
+
+
+def test_owners_are_mapped(rig: Rig) -> None:
+    mapping = IdMapping([IdRange(0, 100000, 1000)], [IdRange(0, 200000, 1000)])
+    driver = rig.open(id_mapping=mapping)
+    driver.create("base")
+    with got(driver, "base") as root:
+        info = os.stat(root)
+        assert (info.st_uid, info.st_gid) == (100000, 200000)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, owner in (("d/f", 7), ("g", 0)):
+            member = tarfile.TarInfo(name)
+            member.uid = member.gid = owner
+            tar.addfile(member)
+    archive.seek(0)
+    driver.create("x", "base")
+    driver.apply_diff("x", "base", archive)
+    with got(driver, "x") as root:
+        assert [(os.stat(f"{root}/{n}").st_uid, os.stat(f"{root}/{n}").st_gid) for n in ("d/f", "g", "d", ".")] == [
+            (100007, 200007), (100000, 200000), (100000, 200000), (100000, 200000),
+        ]  # fmt: skip
+    with driver.diff("x", "base") as stream:
+        members = members_of(stream)
+    assert [(m.name, m.uid, m.gid) for m in members] == [("d", 0, 0), ("d/f", 7, 7), ("g", 0, 0)]
+    with got(driver, "x") as root:
+        os.chown(root + "/g", 5, 5)  # nobody's in the container
+    with pytest.raises(UnionfsError, match=r"host ID 5|broke off"), driver.diff("x", "base") as stream:
+        stream.read()
+    driver.cleanup()
+
+
+# Single files
+
+
+def test_file_getter(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        write(root, "own/file", b"mine")
+        os.chown(root + "/etc/passwd", 1, 1)
+        os.symlink("/etc", root + "/link")
+        os.symlink("../../../../../../etc/hostname", root + "/escape")
+    files = file_getter(rig.driver, "x")
+    with files.get(b"/own/file") as own, files.get(b"bin/sh") as inherited, files.get(b"link/passwd") as linked:
+        assert (own.read(), inherited.read(), linked.read()) == (b"mine", b"#!", b"root")
+    for missing in (b"nowhere", b"own", b"escape"):
+        with pytest.raises(OSError, match=r"\w"):
+            files.get(missing)
+    files.close()
+    files.close()
+    assert rig.mounts() == []
+    with pytest.raises(LayerNotFoundError):
+        file_getter(rig.driver, "nowhere")
+
+
+def test_file_getter_of_an_applied_layer_mounts_nothing(layered_rig: Rig) -> None:
+    make_base(layered_rig)
+    layered_rig.driver.create("x", "base")
+    layered_rig.driver.apply_diff("x", "base", tar_of(("f", b"1")))
+    files = file_getter(layered_rig.driver, "x")
+    with files.get(b"f") as file:
+        assert file.read() == b"1"
+    assert layered_rig.mounts() == []
+    files.close()
+
+
+# Options
+
+
+def test_unknown_driver_option(rig: Rig) -> None:
+    with pytest.raises(UnionfsError, match="colour"):
+        rig.open(["colour=red"])
+    with pytest.raises(UnionfsError, match="parse"):
+        rig.open(["colour"])
+
+
+def test_sync_of_an_unknown_layer(layered_rig: Rig) -> None:
+    driver = layered_rig.driver
+    with pytest.raises(LayerNotFoundError):
+        driver.sync("nowhere")  # type: ignore[attr-defined]
+    make_base(layered_rig)
+    driver.sync("base")  # type: ignore[attr-defined]
+
+
+def test_default_size_needs_quota_support(rig: Rig) -> None:
+    key = "size" if rig.kind in ("vfs", "plugin") else f"{rig.kind}.size"
+    with pytest.raises((OptionError, DriverError), match="invalid"):
+        rig.open([f"{key}=big"])
