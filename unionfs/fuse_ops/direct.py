@@ -73,6 +73,7 @@ class DirectTransport:
         self._fd = -1
         self._passthrough: Passthrough | None = None
         self._accepted: Callable[[], None] = lambda: None
+        self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
@@ -188,6 +189,8 @@ class DirectTransport:
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
         request = Request(unique, node, uid, gid, pid, body)
+        if self._tell:
+            log.debug("%s of %#x by process %d: %r", _name(code), node, pid, bytes(body[:80]))
         try:
             answer = self._handlers[code](request)
             if not isinstance(answer, bytes):
@@ -211,10 +214,10 @@ class DirectTransport:
         number = errno.EIO
         if isinstance(error, OSError) and error.errno:
             number = error.errno
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s of %#x: %s", code, request.node, error)
+            if self._tell:
+                log.debug("%s of %#x: %s", _name(code), request.node, error)
         else:
-            log.error("request %d of %#x failed; the program gets EIO", code, request.node, exc_info=error)
+            log.error("%s of %#x failed; the program gets EIO", _name(code), request.node, exc_info=error)
         return p.OUT_HEADER.pack(p.OUT_HEADER.size, -number, request.unique)
 
     def _reply(self, answer: bytes) -> None:
@@ -679,6 +682,13 @@ class DirectTransport:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+
+
+def _name(code: int) -> str:
+    try:
+        return Opcode(code).name
+    except ValueError:
+        return f"request {code}"
 
 
 def _time_ns(seconds: int, nanoseconds: int) -> int:

@@ -150,10 +150,12 @@ class InodeNumbers:
 
     Files of the first device keep their number. Those of others get the position of their device in the high bits,
     so that numbers survive a remount with the same layers. A number that does not fit, or that another file in memory
-    has, is replaced by one that is only valid while mounted.
+    has, is replaced by one that is only valid while mounted. With ``persistent`` false (``xino=off``) all numbers of
+    further devices are such.
     """
 
-    def __init__(self, devices: Iterator[int]) -> None:
+    def __init__(self, devices: Iterator[int], *, persistent: bool = True) -> None:
+        self._persistent = persistent
         self._device_ids: dict[int, int] = {}
         for device in devices:
             self._device_ids.setdefault(device, len(self._device_ids))
@@ -163,7 +165,7 @@ class InodeNumbers:
         """The number that the file with this device and inode number should have."""
         device, ino = real
         position = self._device_ids.setdefault(device, len(self._device_ids))
-        if ino <= ROOT_INO or ino >> _DEVICE_SHIFT or position > 0x7F:
+        if ino <= ROOT_INO or ino >> _DEVICE_SHIFT or position > (0x7F if self._persistent else 0):
             return self.virtual()
         return position << _DEVICE_SHIFT | ino
 

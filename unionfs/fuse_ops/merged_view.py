@@ -55,7 +55,8 @@ class MergedView:
         self._can_open_handles = True
         self.link_held: Callable[[Inode, Inode, bytes], None] | None = None  # set by CopyUp
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
-        self.inodes = InodeTable(InodeNumbers(layer.device for layer in layers))
+        numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
+        self.inodes = InodeTable(numbers)
         self.root = self._make_root()
 
     def _make_root(self) -> Inode:

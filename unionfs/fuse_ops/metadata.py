@@ -241,13 +241,21 @@ class MetadataChanges:
             if flags & os.XATTR_CREATE:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
 
+    def has_xattr_to_remove(self, inode: Inode, name: bytes) -> bool:
+        """Whether there is something to remove; raises ENODATA if not, except for ACLs, as the kernel does."""
+        self._copy_up.require_writable()
+        try:
+            self.get_xattr(inode, name)
+        except OSError as error:
+            if name in ACL_NAMES and error.errno == errno.ENODATA:
+                return False
+            raise
+        return True
+
     def remove_xattr(self, inode: Inode, name: bytes) -> None:
         """Remove an attribute; ENODATA, and no copy-up, if there is none."""
-        self._copy_up.require_writable()
-        stored = self._stored_name(name)
-        if not inode.upper:
-            path, follow = self._view.proc_path(inode)
-            os.getxattr(path, stored, follow_symlinks=follow)
+        if not self.has_xattr_to_remove(inode, name):
+            return
         self._copy_up.ensure(inode, data=False)
         path, follow = self._view.proc_path(inode)
-        os.removexattr(path, stored, follow_symlinks=follow)
+        os.removexattr(path, self._stored_name(name), follow_symlinks=follow)

@@ -54,8 +54,9 @@ def _mount_as_root(target: str, words: Iterable[str], source: str) -> int:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        step = "load the kernel module with: modprobe fuse" if isinstance(error, FileNotFoundError) else "give access"
-        raise MountError(f"cannot mount on {target}: /dev/fuse: {error.strerror}; {step}") from None
+        missing = isinstance(error, FileNotFoundError)
+        said = "device not found" if missing else f"/dev/fuse: {error.strerror}"
+        raise MountError(f"cannot mount on {target}: {explained(said)}") from None
     flags = _NOSUID_NODEV
     data = [f"fd={fd}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
     for word in words:
@@ -70,7 +71,7 @@ def _mount_as_root(target: str, words: Iterable[str], source: str) -> int:
     if result < 0:
         reason = os.strerror(ctypes.get_errno())
         os.close(fd)
-        raise MountError(f"cannot mount on {target}: {reason}; see the kernel log (dmesg)")
+        raise MountError(f"cannot mount on {target}: {explained(reason)}")
     return fd
 
 
@@ -99,4 +100,22 @@ def _mount_as_user(target: str, words: Iterable[str], source: str) -> int:
                 os.set_inheritable(fds[0], False)
                 return fds[0]
         said = " ".join(result.stderr.split())
-        raise MountError(f"cannot mount on {target}: {said or 'fusermount3 gave no descriptor'}")
+        raise MountError(f"cannot mount on {target}: {explained(said)}")
+
+
+_NEXT_STEPS = (
+    # What libfuse, fusermount3 or the kernel says, and what a person can do about it.
+    ("user_allow_other", "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"),
+    ("device not found", "load the kernel module with: modprobe fuse"),
+    ("/dev/fuse", "give this user access, for example with: chmod 666 /dev/fuse"),
+    ("write access", "mount on a directory that this user owns"),
+    ("No such file or directory", "install fuse3, which has the program fusermount3"),
+    ("not permitted", "run as root, or install fuse3 for fusermount3"),
+    ("unknown option", "leave that option out"),
+)
+
+
+def explained(said: str) -> str:
+    """What was said about a failed mount, with what to do next."""
+    step = next((step for sign, step in _NEXT_STEPS if sign in said), "see the kernel log (dmesg)")
+    return f"{said or 'the kernel refused it'}; {step}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pyfuse3
 
 from unionfs.errors import MountError
+from unionfs.fuse_ops.mounting import explained
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 
 
@@ -38,7 +39,7 @@ class Pyfuse3Transport:
             with _captured_stderr(said):
                 pyfuse3.init(self._operations, target, words)
         except RuntimeError:
-            raise MountError(f"cannot mount on {target}: {_explained(' '.join(said))}") from None
+            raise MountError(f"cannot mount on {target}: {explained(' '.join(said))}") from None
         if said:
             print("\n".join(said), file=sys.stderr)
 
@@ -77,20 +78,3 @@ def _captured_stderr(lines: list[str]) -> Iterator[None]:
             os.close(saved)
             file.seek(0)
             lines += [line.strip() for line in file if line.strip()]
-
-
-_NEXT_STEPS = (
-    # What libfuse, fusermount3 or the kernel says, and what a person can do about it.
-    ("user_allow_other", "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"),
-    ("device not found", "load the kernel module with: modprobe fuse"),
-    ("/dev/fuse", "give this user access, for example with: chmod 666 /dev/fuse"),
-    ("write access", "mount on a directory that this user owns"),
-    ("No such file or directory", "install fuse3, which has the program fusermount3"),
-    ("not permitted", "run as root, or install fuse3 for fusermount3"),
-    ("unknown option", "leave that option out"),
-)
-
-
-def _explained(said: str) -> str:
-    step = next((step for sign, step in _NEXT_STEPS if sign in said), "see the kernel log (dmesg)")
-    return f"{said or 'the kernel refused it'}; {step}"

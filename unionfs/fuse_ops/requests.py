@@ -136,9 +136,9 @@ class UnionRequests:
         self.tree.set_xattr(inode, name, value, flags)
 
     async def remove_xattr(self, inode: Inode, name: bytes) -> None:
-        self.tree.get_xattr(inode, name)  # ENODATA before anything is copied up
-        await self.copy_up(inode, data=False)
-        self.tree.remove_xattr(inode, name)
+        if self.tree.has_xattr_to_remove(inode, name):  # or ENODATA, before anything is copied up
+            await self.copy_up(inode, data=False)
+            self.tree.remove_xattr(inode, name)
 
     # -- files ------------------------------------------------------------------------------------------------
 

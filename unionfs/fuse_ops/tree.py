@@ -7,6 +7,7 @@ names, renames, and attributes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -22,6 +23,7 @@ from unionfs.fuse_ops.open_files import OpenFile, backing_flags
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
 from unionfs.fuse_ops.renames import Renames
+from unionfs.fuse_ops.syscalls import syncfs
 from unionfs.fuse_ops.upper_dir import UpperDir
 
 
@@ -69,6 +71,7 @@ class UnionTree:
         self.list_xattrs = metadata.list_xattrs
         self.set_xattr = metadata.set_xattr
         self.check_xattr = metadata.check_xattr
+        self.has_xattr_to_remove = metadata.has_xattr_to_remove
         self.remove_xattr = metadata.remove_xattr
 
     def use_writeback_cache(self, used: bool) -> None:
@@ -159,6 +162,10 @@ class UnionTree:
                 inode.hold = None
         self._cache.close()
         if self._upper is not None:
+            if self.options.fsync and not self.options.volatile:
+                # As the kernel's overlayfs does when it is unmounted.
+                with contextlib.suppress(OSError):
+                    syncfs(self._upper.layer.readable_fd)
             self._upper.close()
         for layer in (*self._lower.layers, *self._lower.data_layers):
             layer.close()
