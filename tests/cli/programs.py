@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tests.support.mounts import mount_program, servers_of
+from tests.support.mounts import mount_program, servers_of, wait_until
 from tests.support.sandbox import Sandbox
 
 BIN = os.path.dirname(sys.executable)
@@ -90,5 +90,7 @@ def layer_options(box: Sandbox) -> str:
 
 def server_of(target: str) -> int:
     """The one process that serves ``target``."""
+    # A scan of /proc beside busy tests may miss a process once.
+    assert wait_until(lambda: len(servers_of(target)) == 1, 5), servers_of(target)
     (pid,) = servers_of(target)
     return pid
