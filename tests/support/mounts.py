@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from tests.support.syscalls import MNT_DETACH, MS_RDONLY, mount, umount2
 
-SERVER_END_S = 20.0
+SERVER_END_S = 60.0  # a server syncs its upper directory at the end, on a disk that others use too
 BUSY_S = 5.0
 # pytest-timeout interrupts the test with a signal, which a process waiting for a dead-locked FUSE server does
 # not act on. The watchdog kills such a server shortly before, and the waiting call ends with ENOTCONN.
@@ -96,12 +96,13 @@ def option_string(
 
 def is_mounted(target: str) -> bool:
     """Whether something is mounted at ``target``."""
-    wanted = os.path.realpath(target)
+    # A table that others change while it is read can lack a line once.
+    return any(os.path.realpath(target) in _mount_points() for _ in range(3))
+
+
+def _mount_points() -> set[str]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
-        for line in f:
-            if _OCTAL.sub(lambda m: chr(int(m[1], 8)), line.split(" ")[4]) == wanted:
-                return True
-    return False
+        return {_OCTAL.sub(lambda m: chr(int(m[1], 8)), line.split(" ")[4]) for line in f}
 
 
 def _serves(pid: int, target: str) -> bool:
@@ -109,9 +110,15 @@ def _serves(pid: int, target: str) -> bool:
         with open(f"/proc/{pid}/cmdline", "rb") as f:
             if os.fsencode(target) not in f.read().split(b"\0"):
                 return False
-        return any(os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/fuse" for fd in os.listdir(f"/proc/{pid}/fd"))
+        fds = os.listdir(f"/proc/{pid}/fd")
     except OSError:  # gone in the meantime
         return False
+    for fd in fds:
+        # A file that the server closes meanwhile says nothing about the others.
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/fuse":
+                return True
+    return False
 
 
 def servers_of(target: str) -> tuple[int, ...]:
@@ -138,6 +145,17 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
+def _waiting_in(pids: Sequence[int]) -> str:
+    """Where in the kernel each thread of some processes waits."""
+    found: list[str] = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with open(f"/proc/{pid}/task/{thread}/stat") as f, open(f"/proc/{pid}/task/{thread}/wchan") as g:
+                    found.append(f"{thread} {f.read().rpartition(')')[2].split()[0]} {g.read()}")
+    return ", ".join(found)
+
+
 def take_down(target: str, pids: Sequence[int] = ()) -> list[str]:
     """Unmount ``target`` and see its servers end, by force where needed; returns what was not as it should."""
     faults: list[str] = []
@@ -154,7 +172,7 @@ def take_down(target: str, pids: Sequence[int] = ()) -> list[str]:
                 umount2(target, MNT_DETACH)
             break
     if not wait_until(lambda: not any(is_running(p) for p in pids), 1.0 if faults else SERVER_END_S):
-        faults.append(f"server of {target} still runs after unmount")
+        faults.append(f"server of {target} still runs after unmount: {_waiting_in(pids)}")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
