@@ -20,7 +20,7 @@ def entry(name: str | bytes, data: bytes = b"", **more: object) -> bytes:
 
 
 def directory(name: str, **more: object) -> bytes:
-    return entry(name.rstrip("/") + "/", **more)
+    return entry(name.rstrip("/") + "/", b"", **more)
 
 
 def symlink(name: str, target: str | bytes) -> bytes:

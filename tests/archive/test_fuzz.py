@@ -89,7 +89,7 @@ ENTRIES = st.builds(
     xattrs=st.one_of(st.just({}), XATTRS),
 )
 # (position, bytes) written over the finished archive
-MUTATIONS = st.one_of(
+MUTATIONS: st.SearchStrategy[list[tuple[int, bytes]]] = st.one_of(
     st.just([]), st.lists(st.tuples(st.integers(0, 1 << 14), st.binary(min_size=1, max_size=12)), max_size=4)
 )
 CONTENTS = st.sampled_from([b"data", b"22 GNU.sparse.major=1\n", b"30 path=../victim/hello\n", bytes(4), b"a\0"])

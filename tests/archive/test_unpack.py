@@ -6,6 +6,7 @@ import io
 import os
 import stat
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,7 @@ def test_apply_layer(tmp_path: Path) -> None:
 
 
 def test_last_of_a_name_wins_whatever_its_type(root: Path) -> None:
-    kinds = {
+    kinds: dict[str, Callable[[str], bytes]] = {
         "file": lambda n: entry(n, b"data"),
         "dir": directory,
         "link": lambda n: symlink(n, "somewhere"),
