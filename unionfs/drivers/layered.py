@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 
 from unionfs.archive.changes import Change, changes_of_upper, size_of
 from unionfs.archive.idmapping import IdMapping
@@ -29,7 +29,7 @@ from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
 from unionfs.drivers.refcount import MountChecker, RefCounter, is_dead
 from unionfs.drivers.storage_options import layer_options, parse_size
-from unionfs.drivers.streams import HeldStream
+from unionfs.drivers.streams import held_stream
 from unionfs.errors import LayerBusyError, OptionError
 from unionfs.fuse_ops import mountinfo, syscalls
 from unionfs.fuse_ops.mount_holders import mounts_inside
@@ -333,7 +333,7 @@ class LayeredDriver:
         if not self._is_own_change(layer_id, parent, "diff"):
             return self._naive.diff(layer_id, parent)
         with ExitStack() as held:
-            return cast(BinaryIO, HeldStream(pack_changes(self._own_changes(layer_id), self._pack), held))
+            return held_stream(pack_changes(self._own_changes(layer_id), self._pack), held)
 
     def changes(self, layer_id: str, parent: str = "") -> list[Change]:
         """See :meth:`DiffDriver.changes`."""

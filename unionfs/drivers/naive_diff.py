@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from unionfs.archive.changes import Change, changes_of_trees, size_of
 from unionfs.archive.idmapping import IdMapping
@@ -27,7 +27,7 @@ from unionfs.drivers.contract import (
     SyncingDriver,
 )
 from unionfs.drivers.files import TreeFiles
-from unionfs.drivers.streams import HeldStream
+from unionfs.drivers.streams import held_stream
 
 
 class NaiveDiff:
@@ -52,7 +52,7 @@ class NaiveDiff:
         with ExitStack() as held:
             new, old = self._trees(held, layer_id, parent)
             pieces = pack_changes(changes_of_trees(new, old, all_xattrs=True), self._pack)
-            return cast(BinaryIO, HeldStream(pieces, held))
+            return held_stream(pieces, held)
 
     def changes(self, layer_id: str, parent: str = "") -> list[Change]:
         """See :meth:`DiffDriver.changes`."""

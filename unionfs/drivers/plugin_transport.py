@@ -9,14 +9,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
 import httpx
 
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.plugin_discovery import PluginAddress
-from unionfs.drivers.streams import HeldStream
+from unionfs.drivers.streams import held_stream
 from unionfs.errors import ArchiveError, DriverError
 
 _ACCEPT = "application/vnd.docker.plugins.v1.2+json"
@@ -104,7 +104,7 @@ class PluginTransport:
             if response.status_code != httpx.codes.OK:
                 self._read(method, response)
                 self._fields(method, response)
-            return cast(BinaryIO, HeldStream(self._body(method, response), held))
+            return held_stream(self._body(method, response), held)
 
     def close(self) -> None:
         """Close all connections."""
