@@ -534,3 +534,110 @@ def test_lower_layers_cannot_be_changed_by_reopening(box: Sandbox) -> None:
             assert f.read() == "UPPER !"
     with open(low.at("f")) as f:
         assert f.read() == "lower content"
+
+
+def cpu_ticks(pid: int) -> int:
+    """Processor time of a process in hundredths of a second."""
+    with open(f"/proc/{pid}/stat") as f:
+        fields = f.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_what_is_known_is_not_asked_again(box: Sandbox) -> None:
+    """A missing name, attributes: fuse-overlayfs 2.0 is asked for each missing name every time."""
+    box.lower().file("d/f", "x" * 5000).symlink("d/l", "f")
+
+    def look(times: int) -> None:
+        for _ in range(times):
+            for name in ("missing", "d/missing", "none/at/all"):
+                assert not os.path.lexists(box.at(name))
+            os.stat(box.at("d/f"))
+            os.lstat(box.at("d/l"))
+            if os.environ["UNIONFS_TRANSPORT"] == "direct":  # pyfuse3 cannot let the kernel keep targets
+                os.stat(box.at("d/l"))
+
+    with box.mount() as here:
+        look(10)
+        before = cpu_ticks(here.pid)
+        look(5000)
+        # 25,000 answers would take the server more than a second.
+        assert cpu_ticks(here.pid) - before <= 10
+        with open(box.at("missing"), "w"):
+            pass
+        assert os.path.exists(box.at("missing"))
+
+
+@pytest.mark.parametrize("fstype", ["xfs", "btrfs"])
+def test_copy_up_shares_blocks_where_the_file_system_can(box: Sandbox, fstype: str) -> None:
+    size = 64 << 20
+    image, top = os.path.join(box.root, "image"), os.path.join(box.root, "fs")
+    with mounted_image(image, top, fstype, 400 << 20):
+        for part in ("lower", "upper", "work"):
+            os.mkdir(f"{top}/{part}")
+        box.lower(f"{top}/lower").file("f", os.urandom(size))
+        box.upper, box.work = f"{top}/upper", f"{top}/work"
+        os.sync()
+
+        def used() -> int:
+            st = os.statvfs(top)
+            return (st.f_blocks - st.f_bfree) * st.f_frsize
+
+        with box.mount():
+            before = used()
+            os.chmod(box.at("f"), 0o600)
+            with open(box.at("f"), "r+b") as f:
+                f.write(b"changed")
+            os.sync()
+            grown = used() - before
+        assert grown < size // 4, f"{grown} more bytes are used"
+        assert os.stat(box.in_upper("f")).st_size == size
+        box.assert_kernel_agrees()
+        box.upper = box.work = None
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_no_half_copy(box: Sandbox) -> None:
+    """A copy-up that a crash interrupts is not visible at the next mount, and what it left is removed."""
+    import signal
+
+    low = box.lower().file("small", "s")
+    block = os.urandom(1 << 20)
+    with open(low.at("big"), "wb") as f:
+        for _ in range(512):
+            f.write(block)
+    with box.mount() as here:
+        here.expect_end = False
+        with open(box.at("done"), "w") as f:
+            f.write("written before")
+        with open(box.at("small"), "a") as f:
+            f.write("!")
+        failed = threading.Event()
+
+        def copy() -> None:
+            try:
+                os.close(os.open(box.at("big"), os.O_WRONLY))
+            except OSError:
+                failed.set()
+
+        thread = threading.Thread(target=copy)
+        thread.start()
+        time.sleep(0.05)
+        os.kill(here.pid, signal.SIGKILL)
+        thread.join(30)
+        assert not thread.is_alive(), "a request to a dead server must end"
+        assert wait_until(lambda: not is_running(here.pid), 10)
+        umount2(box.target, MNT_DETACH)
+    if failed.is_set():
+        assert not os.path.lexists(box.in_upper("big"))
+    with box.mount():
+        with open(box.at("big"), "rb") as f:
+            assert f.read(1 << 20) == block
+        assert os.stat(box.at("big")).st_size == 512 << 20
+        with open(box.at("done")) as f:
+            assert f.read() == "written before"
+        with open(box.at("small")) as f:
+            assert f.read() == "s!"
+        sizes = [
+            os.lstat(os.path.join(base, name)).st_size for base, _, names in os.walk(box.work or "") for name in names
+        ]
+        assert sum(sizes) == 0, "the work directory was not emptied"

@@ -105,6 +105,22 @@ def test_file_flags(direct_box: Sandbox) -> None:
         assert after & (FS_NODUMP_FL | FS_NOATIME_FL) == FS_NODUMP_FL | FS_NOATIME_FL
 
 
+def test_birth_times(direct_box: Sandbox) -> None:
+    import subprocess
+    import time
+
+    box = direct_box
+    box.lower().file("f", "x")
+    with box.mount():
+        began = int(time.time()) - 1
+        with open(box.at("new"), "w"):
+            pass
+        words = ["stat", "-c", "%W", box.at("new"), box.at("f")]
+        new, old = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+        assert int(new) >= began
+        assert int(old) > 0
+
+
 def test_default_acls_replace_the_umask(direct_box: Sandbox) -> None:
     import subprocess
 
