@@ -9,7 +9,10 @@ from typing import Any
 import click
 
 from unionfs import __version__
+from unionfs.cli.container import container
+from unionfs.cli.layer import layer
 from unionfs.cli.mount_commands import mount, mounts, umount
+from unionfs.cli.store import fsck, gc
 from unionfs.errors import UnionfsError
 
 _DEBUG = "UNIONFS_DEBUG"  # also tells the mount program
@@ -24,7 +27,7 @@ def unionfs(debug: bool) -> None:
         os.environ[_DEBUG] = "1"
 
 
-for command in (mount, umount, mounts):
+for command in (mount, umount, mounts, layer, container, fsck, gc):
     unionfs.add_command(command)
 
 

@@ -117,7 +117,7 @@ class FileMetadataStore:
         where = self._new_set(_WRITE_SET)
         disk.write_file(os.path.join(where, "cache-id"), cache_id.encode())
         disk.sync_dir(where)
-        return FileTransaction(self, where)
+        return FileTransaction(self, where, cache_id)
 
     def begin_mount(self, name: str, record: MountRecord) -> FileMountTransaction:
         """See :meth:`MetadataStore.begin_mount`."""
@@ -220,8 +220,9 @@ class FileMetadataStore:
 class FileTransaction:
     """A :class:`unionfs.layers.metadata.Transaction`: a directory that becomes the layer's by a rename."""
 
-    def __init__(self, store: FileMetadataStore, where: str) -> None:
+    def __init__(self, store: FileMetadataStore, where: str, cache_id: str) -> None:
         self._store = store
+        self._cache_id = cache_id
         self.location = where
 
     def __str__(self) -> str:
@@ -237,9 +238,10 @@ class FileTransaction:
 
     def commit(self, chain_id: ChainID, record: LayerRecord) -> None:
         """See :meth:`Transaction.commit`."""
+        # It was written at the start, and must be there at any moment in between.
+        assert record.cache_id == self._cache_id
         self._write("diff", record.diff_id)
         self._write("size", str(record.size))
-        self._write("cache-id", record.cache_id)
         if record.parent:
             self._write("parent", record.parent)
         if record.descriptor is not None and record.descriptor.digest:

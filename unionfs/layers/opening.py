@@ -63,12 +63,13 @@ def open_store(
         name = driver or _used_before(where, drivers)
         lock = None
         try:
-            if name:
+            if name and os.path.isdir(_place(where, name)):
+                # Locked before the driver looks at its home, where it cleans up after a crash.
                 records = _records(where, name)
                 lock = StoreLock(os.path.join(records.root, "lock"))
                 made = drivers.get_driver(name, where, options, id_mapping)
             else:
-                made = drivers.new(where, "", options, id_mapping)
+                made = drivers.new(where, name, options, id_mapping)
                 records = _records(where, made.name)
                 lock = StoreLock(os.path.join(records.root, "lock"))
             return LayerStore(made, records, lock, recover=recover)
@@ -78,9 +79,13 @@ def open_store(
             raise
 
 
+def _place(root: str, driver: str) -> str:
+    return os.path.join(root, "image", driver, "layerdb")
+
+
 def _records(root: str, driver: str) -> FileMetadataStore:
     try:
-        return FileMetadataStore(os.path.join(root, "image", driver, "layerdb"))
+        return FileMetadataStore(_place(root, driver))
     except OSError as error:
         raise _unusable(root, error) from error
 

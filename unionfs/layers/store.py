@@ -171,7 +171,7 @@ class LayerStore:
     def _recover(self, starting: bool) -> list[Leftover]:
         # Without a tree it may be an operation of another thread that is about to begin.
         found = [one for one in self.leftovers() if starting or one.driver_ids]
-        return [leftover for leftover in found if not self._finish(leftover)]
+        return [leftover for leftover in found if not self.finish(leftover)]
 
     def leftovers(self) -> list[Leftover]:
         """What a crash or a failure left half done, without the operations that are under way."""
@@ -179,7 +179,7 @@ class LayerStore:
         with self._layer_lock:
             return [leftover for leftover in found if self._busy.isdisjoint(leftover.driver_ids)]
 
-    def _finish(self, leftover: Leftover) -> bool:
+    def finish(self, leftover: Leftover) -> bool:
         """Remove what belongs to it; False if that failed, with a line in the log."""
         needed = self.driver_ids()
         try:
@@ -366,8 +366,12 @@ class LayerStore:
         """A layer to look at."""
         return Layer(stored, self.driver, self.records)
 
-    def release(self, layer: Layer) -> list[LayerMetadata]:
+    def release(self, layer: Layer, *, keep_parents: bool = False) -> list[LayerMetadata]:
         """Give a handle back. Layers that nobody needs any more are removed.
+
+        Args:
+            layer: the handle.
+            keep_parents: leave the layers below, even if nobody needs them now.
 
         Returns:
             What was removed, top first; nothing for a handle on a layer that is gone already.
@@ -387,14 +391,14 @@ class LayerStore:
                 )
             stored.references.discard(layer)
             try:
-                return self._unreference(stored)
+                return self._unreference(stored, keep_parents)
             except BaseException:
                 if self._layers.get(layer.chain_id) is stored:
                     stored.references.add(layer)
                     stored.reference_count += 1
                 raise
 
-    def _unreference(self, layer: StoredLayer) -> list[LayerMetadata]:
+    def _unreference(self, layer: StoredLayer, keep_parents: bool = False) -> list[LayerMetadata]:
         """Count one down, and remove what that leaves without need. The caller holds the layer lock."""
         removed: list[LayerMetadata] = []
         current: StoredLayer | None = layer
@@ -402,7 +406,7 @@ class LayerStore:
             if current.reference_count <= 0:
                 _inconsistent(f"layer {current.chain_id} has no reference to give back")
             current.reference_count -= 1
-            if current.reference_count:
+            if current.reference_count or (keep_parents and current is not layer):
                 break
             if current.references:
                 current.reference_count += 1
@@ -457,6 +461,7 @@ class LayerStore:
         if chain_id:
             with self._layer_lock:
                 pin.layer = self._existing(chain_id)
+                pin.was_unused = pin.layer.reference_count == 0
                 pin.layer.reference_count += 1
         try:
             yield pin
@@ -470,8 +475,13 @@ class LayerStore:
             self._unpin(pin)
 
     def _unpin(self, pin: _Pin) -> None:
-        if pin.layer is not None and not pin.keep:
-            with self._layer_lock:
+        if pin.layer is None or pin.keep:
+            return
+        with self._layer_lock:
+            if pin.was_unused and pin.layer.reference_count == 1:
+                # Nobody had asked for this layer since the start, so nobody has given it up either.
+                pin.layer.reference_count = 0
+            else:
                 self._unreference(pin.layer)
 
     # Read-write layers
@@ -561,17 +571,29 @@ class LayerStore:
         """
         return self._existing_mount(name).record.mount_id
 
-    def rw_layer_names(self) -> list[str]:
-        """The names of all read-write layers, sorted."""
-        with self._mount_lock:
-            return sorted(self._mounts)
+    def reference_count(self, chain_id: str) -> int:
+        """How many handles, layers and read-write layers need a layer directly.
 
-    def release_rw_layer(self, layer: RWLayer, *, force: bool = True) -> list[LayerMetadata]:
+        Raises:
+            LayerDoesNotExistError: there is none of this chain id.
+        """
+        with self._layer_lock:
+            return self._existing(chain_id).reference_count
+
+    def rw_layers(self) -> dict[str, StoredMount]:
+        """All read-write layers by name, to look at."""
+        with self._mount_lock:
+            return dict(sorted(self._mounts.items()))
+
+    def release_rw_layer(
+        self, layer: RWLayer, *, force: bool = True, keep_parents: bool = False
+    ) -> list[LayerMetadata]:
         """Give a handle back; the last one removes the read-write layer with all that is in it.
 
         Args:
             layer: the handle.
             force: remove it even if it is mounted, as Docker does.
+            keep_parents: leave the layers below, even if nobody needs them now.
 
         Returns:
             The read-only layers that went with it, top first.
@@ -604,6 +626,9 @@ class LayerStore:
             if stored.parent is None:
                 return []
             with self._layer_lock:
+                if keep_parents:
+                    stored.parent.reference_count -= 1
+                    return []
                 return self._unreference(stored.parent)
 
     def _delete_mount(self, stored: StoredMount) -> None:
@@ -655,6 +680,7 @@ class _Pin:
 
     layer: StoredLayer | None = None
     keep = False
+    was_unused = False
 
 
 def _inconsistent(what: str) -> NoReturn:

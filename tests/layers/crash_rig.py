@@ -1,0 +1,197 @@
+"""``python -m tests.layers.crash_rig DRIVER OPERATION DIRECTORY STRIDE``: dies at the steps of an operation, and looks.
+
+For every change to the disk that the operation makes, the same store is set up, the operation is killed right before
+that change, and a fresh process opens the store: it must find the state from before or from after, all that was
+committed whole, and nothing half done left.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.layers.archives import archive, hard_link, member, symlink
+from tests.layers.conftest import Workshop, write
+from tests.layers.dying import run_and_kill
+from unionfs.layers.fsck import fsck
+from unionfs.layers.gc import collect
+from unionfs.layers.identity import create_chain_id, diff_id_of
+
+BASE = archive([member("etc/"), member("etc/conf", "base"), member("gone", "1"), symlink("l", "etc")])
+TOP = archive([member("etc/"), member("etc/conf", "top"), member(".wh.gone"), hard_link("same", "etc/conf")])
+MORE = archive([member("new/"), member("new/file", "n" * 5000), member("new/file", "again"), member("etc/.wh.conf")])
+BASE_ID = create_chain_id([diff_id_of(BASE)])
+TOP_ID = create_chain_id([diff_id_of(BASE), diff_id_of(TOP)])
+MORE_ID = create_chain_id([diff_id_of(BASE), diff_id_of(TOP), diff_id_of(MORE)])
+
+
+def template(shop: Workshop) -> None:
+    """What the operations start from: two layers, a container on the upper one, a layer that nobody uses."""
+    base = shop.store.register(io.BytesIO(BASE))
+    shop.store.register(io.BytesIO(TOP), base.chain_id)
+    shop.store.register(io.BytesIO(MORE))
+    rw = shop.store.create_rw_layer("container", TOP_ID, init=write("etc/hostname", "container"))
+    with rw.mounted() as path:
+        write("data", "precious")(path)
+        os.unlink(os.path.join(path, "etc/conf"))
+
+
+def reopen(_: Workshop) -> None:
+    """Nothing but opening the store, see :func:`main`."""
+
+
+def register(shop: Workshop) -> None:
+    """Two passes over the stream, because it has a name twice."""
+    shop.store.register(io.BytesIO(MORE), TOP_ID)
+
+
+def register_again(shop: Workshop) -> None:
+    """The tree of a layer that is there already is dropped."""
+    shop.store.register(io.BytesIO(TOP), BASE_ID)
+
+
+def release(shop: Workshop) -> None:
+    """A layer that nobody uses goes."""
+    shop.store.release(shop.store.get(create_chain_id([diff_id_of(MORE)])))
+
+
+def create(shop: Workshop) -> None:
+    """With an init layer."""
+    shop.store.create_rw_layer("new", TOP_ID, init=write("etc/hostname", "new"))
+
+
+def remove(shop: Workshop) -> None:
+    """A container goes, and the layers that only it used."""
+    shop.store.release_rw_layer(shop.store.get_rw_layer("container"))
+
+
+def commit(shop: Workshop) -> None:
+    """A container's changes become a layer."""
+    with shop.store.get_rw_layer("container").tar_stream() as stream:
+        shop.store.register(stream, TOP_ID)
+
+
+def collect_garbage(shop: Workshop) -> None:
+    """All that nobody uses goes."""
+    collect(shop.store, layers=True)
+
+
+OPERATIONS: dict[str, Callable[[Workshop], None]] = {
+    function.__name__: function
+    for function in (reopen, register, register_again, release, create, remove, commit, collect_garbage)
+}
+
+# What the operation may have done by the time it died.
+MAY_GO = {
+    "release": {create_chain_id([diff_id_of(MORE)])},
+    "collect_garbage": {create_chain_id([diff_id_of(MORE)])},
+    "remove": {TOP_ID, BASE_ID},
+}
+
+
+def check(shop: Workshop, operation: str, finished: bool) -> None:
+    """The state of a store whose last user died, or came to its end."""
+    store = shop.store
+    assert store.unreadable == [], store.unreadable
+    committed = {BASE_ID, TOP_ID, create_chain_id([diff_id_of(MORE)])}
+    layers = store.map()
+    assert committed - layers.keys() <= MAY_GO.get(operation, set()), "a committed layer is lost"
+    problems = fsck(store, deep=True)
+    assert problems == [], problems
+    shop.assert_nothing_leaked()
+    names = set(store.rw_layers())
+    if operation != "remove":
+        assert "container" in names
+        assert {TOP_ID, BASE_ID} <= layers.keys()
+    if "container" in names:
+        assert {TOP_ID, BASE_ID} <= layers.keys()
+        with store.get_rw_layer("container").mounted() as path:
+            assert Path(path, "data").read_text() == "precious"
+            assert Path(path, "etc/hostname").read_text() == "container"
+            assert not Path(path, "etc/conf").exists()
+    if "new" in names:
+        with store.get_rw_layer("new").mounted() as path:
+            assert Path(path, "etc/hostname").read_text() == "new"
+    if finished:
+        assert ("new" in names) == (operation == "create")
+        assert ("container" in names) == (operation != "remove")
+        assert (MORE_ID in layers) == (operation == "register")
+        counts = {"register": 4, "commit": 4, "release": 2, "collect_garbage": 2, "remove": 1}
+        assert len(layers) == counts.get(operation, 3)
+    # Whatever happened, the same thing works now.
+    if MORE_ID not in layers and TOP_ID in layers:
+        assert store.register(io.BytesIO(MORE), TOP_ID).verify() == len(MORE)
+    store.cleanup()
+    store.close()
+
+
+def in_child(function: Callable[[], None]) -> None:
+    """Run ``function`` in a process of its own; its failure is ours."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, "see above"
+
+
+def main(driver: str, operation: str, directory: str, stride: str = "1") -> None:
+    """Kill the operation at each of its steps, or at every ``stride``-th."""
+    gc.disable()
+    ready, work = os.path.join(directory, "ready"), os.path.join(directory, "work")
+
+    def set_up() -> None:
+        shop = Workshop(Path(work), driver)
+        template(shop)
+        shop.store.cleanup()
+        shop.store.close()
+
+    def operate(begin: Callable[[], None]) -> None:
+        if operation == "reopen":
+            begin()
+        shop = Workshop(Path(work), driver)
+        if operation != "reopen":
+            begin()
+        OPERATIONS[operation](shop)
+        shop.store.close()
+
+    def look(finished: bool) -> None:
+        check(Workshop(Path(work), driver), operation, finished)
+
+    in_child(set_up)
+    os.rename(work, ready)
+    at = 1 - int(stride)
+    killed = True
+    calls = []
+    while killed:
+        at += int(stride)
+        subprocess.run(["cp", "-a", ready, work], check=True, stdin=subprocess.DEVNULL)
+        killed, call = run_and_kill(operate, work, at)
+        calls.append(call)
+        try:
+            in_child(partial(look, not killed))
+        except AssertionError:
+            print(f"{driver}: {operation} killed at change {at} ({call or 'none, it finished'}): see above")
+            raise
+        subprocess.run(["umount", "--quiet", "--all-targets", "--recursive", work], check=False)
+        shutil.rmtree(work)
+    print(f"{driver}: {operation}: died {len(calls) - 1} times, at {', '.join(calls[:-1])}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

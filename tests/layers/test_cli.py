@@ -1,0 +1,252 @@
+"""The commands about layers, containers and the store, as people and scripts run them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layers.archives import archive, member
+from unionfs.cli.layer_output import human_size
+from unionfs.cli.main import main
+from unionfs.layers.identity import create_chain_id, diff_id_of
+from unionfs.layers.opening import open_store
+
+BASE = archive([member("etc/"), member("etc/conf", "base"), member("gone", "1")])
+TOP = archive([member("etc/"), member("etc/conf", "top"), member(".wh.gone")])
+BASE_ID = create_chain_id([diff_id_of(BASE)])
+TOP_ID = create_chain_id([diff_id_of(BASE), diff_id_of(TOP)])
+
+
+class Shell:
+    """Runs ``unionfs`` on a store of its own."""
+
+    def __init__(self, directory: Path, driver: str, capture: pytest.CaptureFixture[bytes]) -> None:
+        self.capture = capture
+        self.directory = directory
+        self.driver = driver
+        (directory / "base.tar.gz").write_bytes(gzip.compress(BASE))
+        (directory / "top.tar").write_bytes(TOP)
+
+    def run(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """In a process of its own for what reads stdin, else in this one, which is faster."""
+        variables = {"UNIONFS_ROOT": str(self.directory / "root")}
+        if stdin:
+            command = [sys.executable, "-m", "unionfs.cli.main", *words]
+            environment = os.environ | variables
+            return subprocess.run(
+                command, cwd=self.directory, input=stdin, capture_output=True, env=environment, check=False
+            )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("UNIONFS_ROOT", variables["UNIONFS_ROOT"])
+            patch.chdir(self.directory)
+            self.capture.readouterr()
+            status = main(list(words))
+            said = self.capture.readouterr()
+        return subprocess.CompletedProcess(words, status, said.out, said.err)
+
+    def out(self, *words: str, stdin: bytes = b"") -> str:
+        done = self.run(*words, stdin=stdin)
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stderr == b""
+        return done.stdout.decode()
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self.out(*words, "--json"))
+
+    def fails(self, *words: str, stdin: bytes = b"", status: int = 1) -> str:
+        """What it says; one line."""
+        done = self.run(*words, stdin=stdin)
+        assert done.returncode == status
+        text = done.stderr.decode()
+        assert text.startswith("unionfs: ")
+        assert text.count("\n") == 1
+        return text
+
+
+@pytest.fixture
+def shell(tmp_path: Path, driver: str, capfdbinary: pytest.CaptureFixture[bytes]) -> Iterator[Shell]:
+    made = Shell(tmp_path, driver, capfdbinary)
+    assert made.out("layer", "ls", "--driver", driver) == "There are no layers.\n"
+    yield made
+    with open_store(tmp_path / "root", driver) as store:
+        store.cleanup()
+
+
+def test_from_archives_to_a_container_and_back(shell: Shell) -> None:
+    assert shell.out("layer", "register", "base.tar.gz", "top.tar").split() == [BASE_ID, TOP_ID]
+    listed = {one["chain_id"]: one for one in shell.json("layer", "ls")}
+    assert listed.keys() == {BASE_ID, TOP_ID}
+    assert (listed[TOP_ID]["parent"], listed[TOP_ID]["depth"], listed[TOP_ID]["diff_id"]) == (
+        BASE_ID,
+        2,
+        diff_id_of(TOP),
+    )
+    assert BASE_ID[7:19] in shell.out("layer", "ls")
+    assert shell.out("layer", "verify") == "2 layers verified.\n"
+    assert shell.out("layer", "export", TOP_ID[7:19], "-o", "out.tar") == ""
+    assert (shell.directory / "out.tar").read_bytes() == TOP
+    assert shell.run("layer", "export", BASE_ID).stdout == BASE
+    assert shell.out("layer", "diff", TOP_ID) == "C /etc\nC /etc/conf\nD /gone\n"
+    assert {one["path"] for one in shell.json("layer", "diff", BASE_ID)} == {"/etc", "/etc/conf", "/gone"}
+
+    assert shell.out("container", "create", TOP_ID, "--name", "c1") == "c1\n"
+    path = Path(shell.out("container", "mount", "c1").strip())
+    assert (path / "etc" / "conf").read_text() == "top"
+    assert not (path / "gone").exists()
+    (path / "hello").write_text("from the container")
+    assert shell.out("container", "mount", "c1").strip() == str(path)
+    assert shell.json("container", "ls", "--size")[0]["size"] == len("from the container")
+    assert shell.out("container", "diff", "c1") == "A /hello\n"
+    committed = shell.out("container", "commit", "c1").strip()
+    assert shell.out("layer", "diff", committed) == "A /hello\n"
+    if shell.driver != "vfs":
+        assert shell.json("container", "ls")[0]["mounted_at"] == str(path)
+        assert "mount still active: c1 is mounted" in shell.fails("container", "rm", "c1")
+    assert shell.out("container", "umount", "c1") == ""
+    if shell.driver != "vfs":
+        assert "c1: is not mounted" in shell.fails("container", "umount", "c1")
+    with tarfile.open(fileobj=io.BytesIO(shell.run("container", "export", "c1").stdout)) as tar:
+        assert sorted(tar.getnames()) == ["etc", "etc/conf", "hello"]
+    with tarfile.open(fileobj=io.BytesIO(shell.run("container", "export", "--changes", "c1").stdout)) as tar:
+        assert tar.getnames() == ["hello"]
+
+    assert "is needed by container c1, layer" in shell.fails("layer", "rm", TOP_ID)
+    tree = shell.out("layer", "tree").splitlines()
+    assert [line.split()[0] for line in tree] == [BASE_ID[7:19], TOP_ID[7:19], "container", committed[7:19]]
+    assert [len(line) - len(line.lstrip()) for line in tree] == [0, 2, 4, 4]
+    assert shell.out("container", "rm", "c1") == ""
+    assert len(shell.json("layer", "ls")) == 3
+    assert shell.out("layer", "rm", committed).split() == [committed]
+    assert shell.out("layer", "rm", "--parents", TOP_ID).split() == [TOP_ID, BASE_ID]
+    assert shell.json("fsck", "--deep") == []
+
+
+def test_stdin_and_expected_digest(shell: Shell) -> None:
+    assert shell.out("layer", "register", "-", "--expect", diff_id_of(TOP), stdin=TOP).strip() == diff_id_of(TOP)
+    assert "was expected" in shell.fails(
+        "layer", "register", "base.tar.gz", "--expect", diff_id_of(TOP), "-p", diff_id_of(TOP)
+    )
+    assert len(shell.json("layer", "ls")) == 1
+
+
+def test_inspect(shell: Shell) -> None:
+    shell.out("layer", "register", "base.tar.gz", "top.tar")
+    (facts,) = shell.json("layer", "inspect", TOP_ID)
+    assert facts["driver"] == shell.driver
+    assert facts["parent"] == BASE_ID
+    key = "SourceDir" if shell.driver == "vfs" else "UpperDir"
+    assert facts["cache_id"] in facts["driver_data"][key]
+    text = shell.out("layer", "inspect", TOP_ID)
+    assert f"chain id: {TOP_ID}" in text
+    assert f"  {key}: " in text
+
+
+def test_damage_is_found_and_repaired(shell: Shell) -> None:
+    shell.out("layer", "register", "base.tar.gz", "top.tar")
+    (top,) = shell.json("layer", "inspect", TOP_ID)
+    data = top["driver_data"]
+    file = Path(data["SourceDir" if shell.driver == "vfs" else "UpperDir"], "etc/conf")
+    file.write_text("TOP")
+    assert 'file integrity checksum failed for "etc/conf"' in shell.fails("layer", "verify")
+    (result,) = [one for one in json.loads(shell.run("layer", "verify", "--json").stdout) if not one["ok"]]
+    assert result["chain_id"] == TOP_ID
+    assert shell.json("fsck") == []
+    done = shell.run("fsck", "--deep")
+    assert done.returncode == 1
+    assert f"damage {TOP_ID}" in done.stdout.decode()
+    assert "[repaired]" in shell.out("fsck", "--deep", "--repair")
+    assert shell.json("fsck", "--deep") == []
+    assert shell.out("layer", "register", "-p", BASE_ID, "top.tar").strip() == TOP_ID
+    assert shell.out("layer", "verify", TOP_ID) == "1 layer verified.\n"
+
+
+def test_garbage(shell: Shell) -> None:
+    shell.out("layer", "register", "base.tar.gz")
+    with open_store(shell.directory / "root", shell.driver) as store:
+        store.driver.create("0" * 64, "")
+        store.driver.create("1" * 64, "0" * 64)
+    listed = shell.json("gc", "--dry-run")
+    assert [(one["kind"], one["name"]) for one in listed] == [("tree", "0" * 64), ("tree", "1" * 64)]
+    assert "2 things would be removed" in shell.out("gc", "-n")
+    assert shell.run("fsck").returncode == 1
+    assert "2 things removed" in shell.out("gc")
+    assert shell.json("gc") == []
+    assert shell.json("fsck") == []
+    assert [one["name"] for one in shell.json("gc", "--layers")] == [BASE_ID]
+    assert shell.json("layer", "ls") == []
+
+
+@pytest.mark.parametrize("driver", ["vfs"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("layer", "register", "missing.tar"), "missing.tar: No such file or directory; name a tar archive"),
+        (("layer", "register", "."), "Is a directory; name a tar archive"),
+        (("layer", "register", "notes.txt"), "notes.txt: the archive"),
+        (("layer", "register", "top.tar", "--parent", "sha256:00"), "layer does not exist: sha256:00"),
+        (("layer", "register", "top.tar", "--expect", "md5:00"), "invalid expected digest 'md5:00'"),
+        (("layer", "export", "nope"), "layer does not exist: nope; unionfs layer ls"),
+        (("layer", "inspect", ""), "layer does not exist"),
+        (("layer", "rm", "nope"), "layer does not exist: nope"),
+        (("container", "create", "nope"), "layer does not exist: nope"),
+        (("container", "mount", "nope"), "mount does not exist: nope; unionfs container ls"),
+        (("container", "create", "--name", "a/b"), "cannot be named 'a/b'"),
+        (("layer", "ls", "--driver", "nosuch"), "nosuch"),
+        (("layer", "ls", "--root", "notes.txt"), "cannot use "),
+    ],
+)
+def test_wrong_commands_are_answered_in_one_line(shell: Shell, words: tuple[str, ...], said: str) -> None:
+    (shell.directory / "notes.txt").write_text("no archive, but longer than a block of one: " * 20)
+    assert said in shell.fails(*words)
+
+
+@pytest.mark.parametrize("driver", ["vfs"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("layer", "register"),
+        ("layer", "register", "a", "b", "--expect", "x"),
+        ("container", "create", "--storage-opt", "x"),
+    ],
+)
+def test_wrong_usage(shell: Shell, words: tuple[str, ...]) -> None:
+    shell.fails(*words, status=2)
+
+
+@pytest.mark.parametrize("driver", ["vfs"])
+def test_a_store_in_use(shell: Shell) -> None:
+    with open_store(shell.directory / "root", "vfs"):
+        assert "is in use by process" in shell.fails("layer", "ls", stdin=b"a process of its own")
+    assert shell.out("layer", "ls") == "There are no layers.\n"
+
+
+def test_nothing_is_made_for_a_driver_that_does_not_exist(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    Shell(tmp_path, "vfs", capfdbinary).fails("layer", "ls", "--driver", "nosuch")
+    assert not (tmp_path / "root" / "image").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536, "1.50 KiB"),
+        (10 << 20, "10.0 MiB"),
+        (999 << 30, "999 GiB"),
+    ],
+)
+def test_human_size(size: int, text: str) -> None:
+    assert human_size(size) == text

@@ -1,0 +1,182 @@
+"""What the commands about layers share: opening the store, names cut short, tables, sizes and progress bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, TypeVar
+
+import click
+
+from unionfs.errors import LayerDoesNotExistError, LayerStoreError
+from unionfs.layers.identity import ALGORITHM, ChainID
+from unionfs.layers.layer import Layer
+from unionfs.layers.opening import ROOT_VARIABLE, open_store
+from unionfs.layers.store import LayerStore
+
+_SHORT_DIGITS = 12
+_PIECE_BYTES = 1 << 20
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def store_options(command: _Command) -> _Command:
+    """Add ``--root`` and ``--driver``, as the arguments ``root`` and ``driver``."""
+    root = click.option(
+        "--root",
+        metavar="DIR",
+        envvar=ROOT_VARIABLE,
+        help=f"Where the layers are. [default: ${ROOT_VARIABLE}, else /var/lib/unionfs or ~/.local/share/unionfs]",
+    )
+    driver = click.option(
+        "--driver", metavar="NAME", default="", help="unionfs, overlay2 or vfs. [default: the one used there before]"
+    )
+    return root(driver(command))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+@contextmanager
+def opened(root: str | None, driver: str, *, recover: bool = True) -> Iterator[LayerStore]:
+    """The store, and a word about what in it cannot be used."""
+    with open_store(root, driver, recover=recover) as store:
+        if store.unreadable and recover:
+            count = len(store.unreadable)
+            click.echo(f"unionfs: {count} stored {plural(count, 'thing')} cannot be read; run unionfs fsck", err=True)
+        yield store
+
+
+def plural(count: int, word: str) -> str:
+    """``word`` for that many."""
+    return word if count == 1 else word + "s"
+
+
+def find_layer(store: LayerStore, text: str) -> Layer:
+    """The layer that ``text`` stands for: a chain id, or enough of its first digits.
+
+    Raises:
+        LayerDoesNotExistError: there is none.
+        LayerStoreError: there are several.
+    """
+    layers = store.map()
+    whole = layers.get(ChainID(text))
+    if whole is not None:
+        return whole
+    digits = text.removeprefix(f"{ALGORITHM}:")
+    found = [layer for chain_id, layer in layers.items() if digits and chain_id.partition(":")[2].startswith(digits)]
+    if not found:
+        raise LayerDoesNotExistError(f"layer does not exist: {text[:100]}; unionfs layer ls shows those that do")
+    if len(found) > 1:
+        raise LayerStoreError(f"{text} stands for {len(found)} layers; give more of its digits")
+    return found[0]
+
+
+def short(digest: str) -> str:
+    """The first digits of a digest, enough for people; ``-`` for none."""
+    return digest.partition(":")[2][:_SHORT_DIGITS] or "-"
+
+
+def human_size(size: int) -> str:
+    """A number of bytes with three digits, such as ``1.42 MiB``."""
+    if size < 1024:
+        return f"{size} B"
+    value = float(size)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 999.5 or unit == "TiB":
+            break
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def print_json(value: object) -> None:
+    """``value`` for programs."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table; the columns in ``right`` are numbers."""
+    # Here and not at the top: a command that draws nothing starts faster without.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold", justify="right" if title in right else "left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    # A pipe has no width: lines for grep are not folded.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, whatever is in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None, *, unit_is_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr, nothing elsewhere; gives a function to call with what is done so far.
+
+    Args:
+        what: shown in front.
+        total: what there is to do, if known.
+        unit_is_bytes: show sizes and a rate; otherwise a count.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns += [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit_is_bytes else [MofNCompleteColumn()]
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(printable(what), total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def write_stream(stream: IO[bytes], output: str) -> int:
+    """Write a stream to a file, which appears when it is complete, or to stdout (``-``); how many bytes it had.
+
+    Raises:
+        LayerStoreError: stdout is a terminal.
+    """
+    if output == "-":
+        if sys.stdout.isatty():
+            raise LayerStoreError("an archive is nothing for a terminal; name a file with --output, or redirect")
+        return _copy(stream, sys.stdout.buffer, "stdout")
+    begun = f"{output}.{os.getpid()}.part"
+    try:
+        with open(begun, "xb") as file:
+            size = _copy(stream, file, output)
+        os.replace(begun, output)
+    except BaseException:
+        if os.path.exists(begun):
+            os.unlink(begun)
+        raise
+    return size
+
+
+def _copy(stream: IO[bytes], file: IO[bytes], name: str) -> int:
+    size = 0
+    with progress_bar(name, None) as show:
+        while piece := stream.read(_PIECE_BYTES):
+            file.write(piece)
+            size += len(piece)
+            show(size)
+    file.flush()
+    return size
