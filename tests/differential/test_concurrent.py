@@ -29,7 +29,7 @@ OPERATIONS = 1000
 # What concurrent programs may meet. Not among them: EIO, ESTALE, ENOSYS, ENOTCONN, EXDEV, EBADF.
 ALLOWED = {
     "ENOENT", "EEXIST", "ENOTDIR", "EISDIR", "ENOTEMPTY", "EINVAL", "EPERM", "ENXIO", "ENODATA", "EMLINK", "ELOOP",
-    "EBUSY", "ESPIPE", "EAGAIN",
+    "EBUSY", "ESPIPE", "EAGAIN", "EPIPE",
 }  # fmt: skip
 FILES = ["d/a", "d/e/c", "d/m", "x", "y", "t/one", "t/two", "home/f", "d/e/f/h", "n/a", "n/b", "back", "big", "sparse"]
 DIRS = ["d", "d/e", "d/e/f", "t", "n", "n/d", "home", "only3", "only3/x", "only2"]
