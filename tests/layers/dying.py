@@ -110,9 +110,7 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
             if pid == child:
                 exit_status = status
         if killed or exit_status is not None:
-            for other in seen:
-                with suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
+            _kill(seen)
         if pid not in seen or killed:
             continue
         deliver = 0
@@ -121,7 +119,7 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
             count += bool(name)
             if name and count == at:
                 killed = name
-                os.kill(child, signal.SIGKILL)
+                _kill(seen)
                 continue
         elif status >> 16 == 0 and os.WSTOPSIG(status) not in (signal.SIGTRAP, signal.SIGSTOP):
             deliver = os.WSTOPSIG(status)
@@ -129,6 +127,13 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
     if not killed:
         assert exit_status == 0, f"the operation itself failed (status {exit_status})"
     return bool(killed), killed
+
+
+def _kill(pids: set[int]) -> None:
+    # All at once: a process that waits for a file system's answer dies only with the server.
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _be_traced(function: Callable[[Callable[[], None]], None]) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from tests.layers.crash_rig import OPERATIONS
 
-# The drivers over overlay2's layout make the same steps, and each death takes them longer: there every third, from
+# The drivers over overlay2's layout make the same steps, and each death takes them longer: there every third or seventh, from
 # the first; which ones those are changes with every operation.
 CASES = [
     *(("vfs", operation, 1) for operation in OPERATIONS),
     *(("overlay2", operation, 1 if operation in ("register", "remove") else 3) for operation in OPERATIONS),
-    *(("unionfs", operation, 5) for operation in ("register", "create", "remove", "commit")),
+    *(("unionfs", operation, 7) for operation in ("register", "create", "remove", "commit")),
 ]
 
 
