@@ -14,8 +14,7 @@ import pytest
 
 from tests.layers.crash_rig import OPERATIONS
 
-# The drivers over overlay2's layout make the same steps, and each death takes them longer: there every third or seventh, from
-# the first; which ones those are changes with every operation.
+# The drivers over overlay2's layout share their steps, and each death takes them longer: there every third or seventh.
 CASES = [
     *(("vfs", operation, 1) for operation in OPERATIONS),
     *(("overlay2", operation, 1 if operation in ("register", "remove") else 3) for operation in OPERATIONS),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import click
 
-from unionfs.archive.changes import Change
 from unionfs.cli.layer_output import (
     find_layer,
     human_size,
@@ -25,8 +24,10 @@ from unionfs.cli.layer_output import (
     write_stream,
 )
 from unionfs.errors import LayerStoreError, UnionfsError
-from unionfs.layers.layer import Layer
-from unionfs.layers.store import LayerStore
+
+if TYPE_CHECKING:
+    from unionfs.archive.changes import Change
+    from unionfs.layers import Layer, LayerStore
 
 
 @click.group()

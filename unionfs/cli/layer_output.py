@@ -7,16 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from unionfs.errors import LayerDoesNotExistError, LayerStoreError
-from unionfs.layers.identity import ALGORITHM, ChainID
-from unionfs.layers.layer import Layer
-from unionfs.layers.opening import ROOT_VARIABLE, open_store
-from unionfs.layers.store import LayerStore
 
+if TYPE_CHECKING:
+    from unionfs.layers import Layer, LayerStore
+
+_ROOT_VARIABLE = "UNIONFS_ROOT"
 _SHORT_DIGITS = 12
 _PIECE_BYTES = 1 << 20
 
@@ -28,8 +28,8 @@ def store_options(command: _Command) -> _Command:
     root = click.option(
         "--root",
         metavar="DIR",
-        envvar=ROOT_VARIABLE,
-        help=f"Where the layers are. [default: ${ROOT_VARIABLE}, else /var/lib/unionfs or ~/.local/share/unionfs]",
+        envvar=_ROOT_VARIABLE,
+        help=f"Where the layers are. [default: ${_ROOT_VARIABLE}, else /var/lib/unionfs or ~/.local/share/unionfs]",
     )
     driver = click.option(
         "--driver", metavar="NAME", default="", help="unionfs, overlay2 or vfs. [default: the one used there before]"
@@ -43,6 +43,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For programs
 @contextmanager
 def opened(root: str | None, driver: str, *, recover: bool = True) -> Iterator[LayerStore]:
     """The store, and a word about what in it cannot be used."""
+    # Here and not at the top: the commands that have nothing to do with layers start faster without.
+    from unionfs.layers import open_store
+
     with open_store(root, driver, recover=recover) as store:
         if store.unreadable and recover:
             count = len(store.unreadable)
@@ -63,10 +66,7 @@ def find_layer(store: LayerStore, text: str) -> Layer:
         LayerStoreError: there are several.
     """
     layers = store.map()
-    whole = layers.get(ChainID(text))
-    if whole is not None:
-        return whole
-    digits = text.removeprefix(f"{ALGORITHM}:")
+    digits = text.removeprefix("sha256:")
     found = [layer for chain_id, layer in layers.items() if digits and chain_id.partition(":")[2].startswith(digits)]
     if not found:
         raise LayerDoesNotExistError(f"layer does not exist: {text[:100]}; unionfs layer ls shows those that do")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,8 +19,9 @@ from unionfs.cli.layer_output import (
     short,
     store_options,
 )
-from unionfs.layers.fsck import fsck as check
-from unionfs.layers.gc import Garbage, collect
+
+if TYPE_CHECKING:
+    from unionfs.layers import Garbage
 
 
 @click.command()
@@ -29,6 +31,8 @@ from unionfs.layers.gc import Garbage, collect
 @store_options
 def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool) -> int:
     """Check the layer store. Fails when something is left to be done."""
+    from unionfs.layers import fsck as check
+
     with opened(root, driver, recover=False) as store:
         with progress_bar("checking", None, unit_is_bytes=False) as show:
             found = check(store, deep=deep, repair=repair, progress=lambda _, number, __: show(number))
@@ -56,6 +60,8 @@ def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool)
 @store_options
 def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool) -> int:
     """Remove what nobody references: what crashes left, and files of no layer."""
+    from unionfs.layers import collect
+
     with opened(root, driver, recover=False) as store:
         found = collect(store, layers=layers, dry_run=dry_run)
         failed = sum(1 for one in found if one.problem)

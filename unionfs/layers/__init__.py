@@ -1,1 +1,38 @@
-"""The layer store: content-addressed, reference-counted layers and exact tar streams."""
+"""The layer store: content-addressed, reference-counted layers and exact tar streams.
+
+::
+
+    with open_store("/var/lib/unionfs") as store:
+        layer = store.register(open("layer.tar.gz", "rb"))
+        path = store.create_rw_layer("my-container", layer.chain_id).mount()
+
+What is meant for callers is named here; the modules behind are the store's own.
+"""
+
+from unionfs.layers.fsck import Problem, fsck
+from unionfs.layers.gc import Garbage, collect
+from unionfs.layers.identity import ChainID, DiffID, create_chain_id
+from unionfs.layers.layer import Layer, LayerHandle, LayerMetadata
+from unionfs.layers.metadata import Descriptor
+from unionfs.layers.opening import default_root, open_store
+from unionfs.layers.rw_layer import RWLayer
+from unionfs.layers.store import MAX_DEPTH, LayerStore
+
+__all__ = [
+    "MAX_DEPTH",
+    "ChainID",
+    "Descriptor",
+    "DiffID",
+    "Garbage",
+    "Layer",
+    "LayerHandle",
+    "LayerMetadata",
+    "LayerStore",
+    "Problem",
+    "RWLayer",
+    "collect",
+    "create_chain_id",
+    "default_root",
+    "fsck",
+    "open_store",
+]
