@@ -30,6 +30,7 @@ from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.passthrough import Passthrough
 from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
 from unionfs.fuse_ops.requests import UnionRequests
+from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 from unionfs.fuse_ops.tree import UnionTree
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class DirectTransport:
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
                     await trio.lowlevel.wait_readable(fd)
-                    return True
+                    until = now() + _TURN_S
                 continue
             except OSError as error:
                 if error.errno == errno.ENODEV:
@@ -427,14 +428,30 @@ class DirectTransport:
         directory, flags, _ = p.RENAME2_IN.unpack_from(request.body)
         return self._do_rename(request, directory, p.RENAME2_IN.size, flags)
 
-    async def _do_rename(self, request: Request, new_node: int, offset: int, flags: int) -> bytes:
+    def _do_rename(self, request: Request, new_node: int, offset: int, flags: int) -> Answer:
         old = request.name(offset)
         new = request.name(offset + len(old) + 1)
-        await self._requests.rename(self._inode(request), old, self._requests.inode(new_node), new, flags, request)
+        old_dir, new_dir = self._inode(request), self._requests.inode(new_node)
+        moved = self._tree.lookup(old_dir, old)
+        if moved.upper and not flags & RENAME_EXCHANGE:
+            self._tree.rename(old_dir, old, new_dir, new, flags, request)
+            return self._empty(request)
+        return self._copy_and_rename(request, old_dir, old, new_dir, new, flags)
+
+    async def _copy_and_rename(
+        self, request: Request, old_dir: Inode, old: bytes, new_dir: Inode, new: bytes, flags: int
+    ) -> bytes:
+        await self._requests.rename(old_dir, old, new_dir, new, flags, request)
         return self._empty(request)
 
-    async def _link(self, request: Request) -> bytes:
+    def _link(self, request: Request) -> Answer:
         inode = self._requests.inode(p.U64.unpack_from(request.body)[0])
+        if not inode.upper:
+            return self._copy_and_link(request, inode)
+        self._tree.link(inode, self._inode(request), request.name(p.U64.size))
+        return self._entry(request, inode)
+
+    async def _copy_and_link(self, request: Request, inode: Inode) -> bytes:
         await self._requests.link(inode, self._inode(request), request.name(p.U64.size))
         return self._entry(request, inode)
 
@@ -464,11 +481,18 @@ class DirectTransport:
             change.atime_ns = now if valid & SetAttr.ATIME_NOW else _time_ns(atime, atime_ns)
         if valid & SetAttr.MTIME:
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
-        return self._set_attributes(request, change, kill=bool(valid & SetAttr.KILL_SUIDGID))
-
-    async def _set_attributes(self, request: Request, change: AttributeChange, *, kill: bool) -> bytes:
         inode = self._inode(request)
-        attributes = await self._requests.set_attributes(inode, change, request)
+        kill = bool(valid & SetAttr.KILL_SUIDGID)
+        if self._requests.needs_copy_up_for(inode, change):
+            return self._copy_and_set(request, inode, change, kill=kill)
+        return self._set_attributes(request, inode, change, kill=kill)
+
+    async def _copy_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
+        await self._requests.copy_up(inode, data=change.size is not None, size=change.size)
+        return self._set_attributes(request, inode, change, kill=kill)
+
+    def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
+        attributes = self._requests.set_attributes_now(inode, change, request)
         if kill:
             self._tree.clear_privileges(inode)
             attributes = self._tree.attributes(inode)
@@ -530,7 +554,9 @@ class DirectTransport:
     def _open(self, request: Request) -> Answer:
         flags, open_flags = p.OPEN_IN.unpack_from(request.body)
         inode = self._inode(request)
-        if inode.upper or flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+        truncate = bool(flags & os.O_TRUNC)
+        reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
+        if reads_only or self._requests.copied_up(inode, size=0 if truncate else None):
             return self._open_reply(request, self._tree.open(inode, flags), open_flags)
         return self._copy_and_open(request, inode, flags, open_flags)
 

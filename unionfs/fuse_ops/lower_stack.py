@@ -93,9 +93,8 @@ class LowerStack:
     def _root_dirs(self, layers: Sequence[LayerDir]) -> Iterator[LowerDir]:
         for layer in layers:
             marks = self.read_marks(layer.proc_path(b""))
+            # The kernel ignores an opaque attribute at the top of a layer.
             yield LowerDir(layer, b"", marks.xwhiteouts, marks.nested)
-            if marks.opaque:
-                return
 
     # -- attributes of a directory ----------------------------------------------------------------------------
 

@@ -67,8 +67,6 @@ class MergedView:
             root.upper = True
             marks = self.lower.read_marks(self.upper.layer.proc_path(b""))
             root.impure, root.xwhiteouts, root.nested = marks.impure, marks.xwhiteouts, marks.nested
-            if marks.opaque:
-                root.lowers = ()
         return root
 
     # -- where things are -------------------------------------------------------------------------------------

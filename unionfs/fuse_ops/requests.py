@@ -63,10 +63,26 @@ class UnionRequests:
 
     # -- copy-up ----------------------------------------------------------------------------------------------
 
+    def copied_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> bool:
+        """Copy ``inode`` up here and now if that is needed and takes no longer than handing it to a thread would.
+
+        False when it would: then the caller has to wait for :meth:`copy_up`.
+        """
+        copy_up = self.tree.copy_up
+        if not copy_up.needs(inode, data=data):
+            return True
+        if inode in self._copying:
+            return False
+        has_data = inode.kind == stat.S_IFREG and size != 0
+        if has_data and (self.sync or self.tree.view.real_stat(inode).st_size > _INLINE_COPY_BYTES):
+            return False
+        copy_up.ensure(inode, data=data, size=size)
+        return True
+
     async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
         """Copy ``inode`` up without holding up other requests; one copy at a time for each inode."""
         copy_up = self.tree.copy_up
-        while copy_up.needs(inode, data=data):
+        while not self.copied_up(inode, data=data, size=size):
             going_on = self._copying.get(inode)
             if going_on is not None:
                 await going_on.wait()
@@ -74,15 +90,7 @@ class UnionRequests:
             job = copy_up.begin(inode, data=data, size=size)
             if job is None:
                 return
-            if job.size > _INLINE_COPY_BYTES or job.sync:
-                await self._run_job(inode, job)
-                continue
-            try:
-                job.run()
-            except BaseException:
-                copy_up.abort(job)
-                raise
-            copy_up.finish(job)
+            await self._run_job(inode, job)
 
     async def _run_job(self, inode: Inode, job: CopyUpJob) -> None:
         copy_up = self.tree.copy_up
@@ -118,16 +126,27 @@ class UnionRequests:
                 await self.copy_up(inode, data=False)
         self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
 
-    async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
-        attributes = self.tree.attributes(inode)
-        if change.only_mtime and change.mtime_ns == attributes.mtime_ns:
-            # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of
-            # a lower file, say. There is nothing to do, and above all nothing to copy up.
-            return attributes
-        if not change.kills_privileges:
-            await self.copy_up(inode, data=change.size is not None, size=change.size)
-        self.tree.set_attributes(inode, change, caller)
+    def needs_copy_up_for(self, inode: Inode, change: AttributeChange) -> bool:
+        """Whether a change of attributes has to wait for a copy-up."""
+        if change.kills_privileges or self._changes_nothing(inode, change):
+            return False
+        return not self.copied_up(inode, data=change.size is not None, size=change.size)
+
+    def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
+        # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
+        # file, say. There is nothing to do, and above all nothing to copy up.
+        return change.only_mtime and change.mtime_ns == self.tree.attributes(inode).mtime_ns
+
+    def set_attributes_now(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
+        """Change attributes of an inode that does not have to be copied up for it."""
+        if not self._changes_nothing(inode, change):
+            self.tree.set_attributes(inode, change, caller)
         return self.tree.attributes(inode)
+
+    async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
+        if self.needs_copy_up_for(inode, change):
+            await self.copy_up(inode, data=change.size is not None, size=change.size)
+        return self.set_attributes_now(inode, change, caller)
 
     async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         if flags and not inode.upper:
