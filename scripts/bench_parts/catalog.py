@@ -1,0 +1,64 @@
+"""All workloads, in the order of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench_parts import change_workloads as change
+from bench_parts import data_workloads as data
+from bench_parts import tree_workloads as tree
+from bench_parts.errors import BenchError
+from bench_parts.mount_workloads import Idle, Memory, MountTime
+from bench_parts.scale import Scale
+from bench_parts.workload import Timed, Workload
+
+
+def all_workloads(scale: Scale) -> list[Workload]:
+    """The workloads of a run of this scale."""
+    deep = f"{scale.deep_layers} layers"
+    return [
+        MountTime(),
+        Timed("find-cold", "find with stat, cold", "debian", tree.find_cold, cold=True),
+        Timed("find-warm", "find with stat, warm", "debian", tree.find_warm),
+        Timed("find-parallel", "four parallel finds, cold", "debian", tree.find_parallel, cold=True),
+        Timed("stat-cold", "random stat, cold", "debian", tree.stat_cold, cold=True),
+        Timed("stat-warm", "random stat, warm", "debian", tree.stat_warm),
+        Timed("missing-cold", "missing names, cold", "debian", tree.missing_cold, cold=True),
+        Timed("missing-warm", "missing names, again", "debian", tree.missing_warm),
+        Timed("open-cold", "open+read+close small files, cold", "debian", tree.open_cold, cold=True),
+        Timed("open-warm", "open+read+close small files, warm", "debian", tree.open_warm),
+        Timed("tar", "tar of the tree, cold", "debian", tree.tar, cold=True),
+        Timed("python-cold", "python with many imports, cold", "debian", tree.python_cold, cold=True),
+        Timed("python-warm", "python with many imports, warm", "debian", tree.python_warm),
+        Timed("untar", "untar of many files", "files", change.untar),
+        Timed("rm", "rm -rf of lower files", "files", change.remove),
+        Timed("chown", "chown -R of lower files", "files", change.change_owner),
+        Timed("chown-metacopy", "the same, ours with metacopy", "files", change.change_owner, options=("metacopy=on",)),
+        Timed("create-unlink", "create, unlink", "files", change.create_unlink),
+        Timed("git", "git add, commit, status", "files", change.git),
+        Timed("read-large", "sequential read, cold", "files", data.read_large, cold=True),
+        Timed("copy-up", "copy-up of a large file, cold", "files", data.copy_up_large, cold=True),
+        Timed("random-read", "random read, 4 KiB", "files", data.random_read),
+        Timed("random-write", "random write, 4 KiB", "files", data.random_write),
+        Timed("write-large", "sequential write", "files", data.write_large),
+        Timed("fdatasync", "write 4 KiB, fdatasync", "files", data.fdatasync),
+        Timed("sqlite", "SQLite commits", "files", data.sqlite_commits),
+        Timed("deep-find", f"find with stat, cold, {deep}", "deep", tree.find_cold, cold=True),
+        Timed("deep-stat", f"random stat, cold, {deep}", "deep", tree.stat_cold, cold=True),
+        Timed("deep-missing", f"missing names, cold, {deep}", "deep", tree.missing_cold, cold=True),
+        Timed("deep-open", f"open+read+close, cold, {deep}", "deep", tree.open_cold, cold=True),
+        Memory(scale.memory_mounts),
+        Idle(),
+    ]
+
+
+def chosen_workloads(scale: Scale, only: Sequence[str]) -> list[Workload]:
+    """Those that have a row named in ``only``; all when it is empty."""
+    everything = all_workloads(scale)
+    if not only:
+        return everything
+    names = {row.name for workload in everything for row in workload.rows}
+    for name in only:
+        if name not in names:
+            raise BenchError(f"there is no workload {name}; choose from {', '.join(sorted(names))}")
+    return [workload for workload in everything if any(row.name in only for row in workload.rows)]

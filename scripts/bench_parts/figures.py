@@ -1,0 +1,103 @@
+"""Turns results into the cells of tables: the same text for a terminal and for the documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
+from bench_parts.results import Results
+from bench_parts.samples import Unit
+from bench_parts.targets import GEOMETRIC_MEAN_LIMIT, mean_against_fuse, verdicts
+
+_NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, the heads of the columns, and the rows."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def medians(results: Results) -> Table:
+    """The medians, our ratios, and the verdicts."""
+    ours = results.ours
+    heads = ["workload", *(peer for peer in results.peers)]
+    compared = [reference for reference in (FUSE_OVERLAYFS, KERNEL) if ours and reference in results.peers]
+    heads += [f"{ours} / {reference}" for reference in compared]
+    found = verdicts(results)
+    rows = []
+    for row in results.rows.values():
+        cells = [f"{row.title}, {row.unit.value}" if row.unit is not Unit.TIME else row.title]
+        for peer in results.peers:
+            cells.append(_figure(results, row.name, peer))
+        for reference in compared:
+            ratio = results.ratio(row.name, ours or "", reference)
+            cells.append(_NONE if ratio is None else f"{ratio:.2f}")
+        said = [verdict.text for verdict in found.get(row.name, []) if not verdict.passed]
+        cells.append("; ".join(said) or ("PASS" if row.name in found else _NONE))
+        rows.append(tuple(cells))
+    return Table("Medians, in ms unless something else is said", (*heads, "target"), tuple(rows))
+
+
+def server_costs(results: Results) -> Table:
+    """For an operation of each workload: microseconds of wall time and of server CPU time, and requests."""
+    servers = [peer for peer in results.peers if peer != KERNEL]
+    counted = any(cell.requests for cell in results.cells.values())
+    rows = []
+    for row in results.rows.values():
+        if row.unit is not Unit.TIME:
+            continue
+        cells = [row.title]
+        for peer in servers:
+            cell = results.cells.get((row.name, peer))
+            if cell is None or cell.median is None or cell.server_cpu_us is None:
+                cells.append(_NONE)
+                continue
+            parts = [_short(1000 * cell.median / cell.operations), _short(cell.server_cpu_us)]
+            if counted:
+                parts.append(_NONE if cell.requests_each is None else f"{cell.requests_each:.2f}")
+            cells.append(" / ".join(parts))
+        rows.append(tuple(cells))
+    what = "wall time, server CPU time (µs)" + (", requests" if counted else "")
+    return Table(f"For one operation: {what}", ("workload", *servers), tuple(rows))
+
+
+def summary(results: Results) -> list[str]:
+    """The lines below the tables: geometric means, and what was left out and why."""
+    lines = []
+    for peer in results.peers:
+        if peer == FUSE_OVERLAYFS or (mean := mean_against_fuse(results, peer)) is None:
+            continue
+        line = f"Geometric mean of {peer} / {FUSE_OVERLAYFS}: {mean:.2f}"
+        if (with_all := mean_against_fuse(results, peer, exceptions=True)) is not None:
+            line += f" ({with_all:.2f} with mounting and copy-up)"
+        if peer == results.ours:
+            line += f"; at most {GEOMETRIC_MEAN_LIMIT:g}: {'PASS' if mean <= GEOMETRIC_MEAN_LIMIT else 'FAIL'}"
+        lines.append(line)
+    every = [verdict for of_row in verdicts(results).values() for verdict in of_row]
+    if every:
+        lines.append(f"Targets reached by {results.ours}: {sum(v.passed for v in every)} of {len(every)}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for (row, peer), cell in results.cells.items():
+        if cell.reason:
+            reasons.setdefault((row, cell.reason), []).append(peer)
+    for (row, reason), peers in reasons.items():
+        lines.append(f"{results.rows[row].title}, {', '.join(peers)}: {reason}")
+    return lines
+
+
+def _figure(results: Results, row: str, peer: str) -> str:
+    cell = results.cells.get((row, peer))
+    if cell is None or cell.median is None:
+        return (cell.reason.partition(":")[0] if cell is not None else "") or _NONE
+    return _short(cell.median)
+
+
+def _short(value: float) -> str:
+    """Three figures, which is more than can be trusted."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

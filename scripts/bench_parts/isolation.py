@@ -1,0 +1,85 @@
+"""Runs the benchmark in mount and process namespaces of its own, so that it cannot leave anything behind.
+
+The inner process is the first one of its process namespace: when it ends, in whatever way, the kernel ends every
+server started in it, and with the last process go the mounts. The outer one removes the files.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from bench_parts.errors import BenchError
+from bench_parts.syscalls import (
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    MS_PRIVATE,
+    MS_REC,
+    die_with_parent,
+    mount,
+    own_processes_again,
+    unshare,
+)
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_isolated(main: Callable[[], int]) -> int:
+    """Run ``main`` in a process of its own namespaces, and return what it returned.
+
+    A signal that would end this process becomes a KeyboardInterrupt in ``main``.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        unshare(CLONE_NEWPID)  # of the processes that this one starts
+    except OSError as error:
+        raise BenchError(
+            f"cannot make namespaces ({error.strerror}); in a container, start it with the right to mount "
+            "(docker: --privileged)"
+        ) from error
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    pid = os.fork()
+    if pid == 0:
+        _inner(main)
+    own_processes_again()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        try:
+            os.kill(pid, signal.SIGINT)
+        except ProcessLookupError:
+            pass
+
+    for number in _ENDING:
+        signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _inner(main: Callable[[], int]) -> None:
+    status = 1
+    try:
+        die_with_parent()
+        os.setsid()  # ^C goes to the outer process alone, which hands it on once
+        unshare(CLONE_NEWNS)
+        mount("none", "/", "", MS_REC | MS_PRIVATE)
+        mount("proc", "/proc", "proc")
+        # The registry of mounts names processes by number, and ours are others in here.
+        os.makedirs("/run/unionfs", exist_ok=True)
+        mount("tmpfs", "/run/unionfs", "tmpfs")
+        for number in _ENDING:
+            signal.signal(number, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        print(f"bench: {error}; run it as root, where mounting is allowed", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

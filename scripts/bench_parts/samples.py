@@ -1,0 +1,38 @@
+"""What one run of a workload gives: one sample for each of its rows in the table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Unit(Enum):
+    """What a row's figures are."""
+
+    TIME = "ms"
+    MEMORY = "MiB"
+    LOAD = "% CPU"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: a slug for the command line, the title for people, and the unit."""
+
+    name: str
+    title: str
+    unit: Unit = Unit.TIME
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured figure, in its row's unit.
+
+    ``server_cpu_ms`` is what the servers of the mount used meanwhile, ``operations`` how often the workload did what
+    it is named after, ``requests`` what the kernel asked the server, by name.
+    """
+
+    value: float
+    operations: int = 1
+    server_cpu_ms: float = 0.0
+    requests: Counter[str] = field(default_factory=Counter)

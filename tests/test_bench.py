@@ -1,0 +1,263 @@
+"""The benchmark works: every workload runs on every peer and has its row. How long anything took is not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench_parts import documents, figures, plot, targets
+from bench_parts.catalog import all_workloads
+from bench_parts.errors import BenchError
+from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
+from bench_parts.results import Cell, Results, from_json, geometric_mean
+from bench_parts.samples import Row, Sample, Unit
+from bench_parts.scale import TINY
+from bench_parts.splitting import deep_split, entries, image_split, write_layers
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+BENCH = [sys.executable, str(SCRIPTS / "bench.py")]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="the benchmark needs root")
+
+
+def small_root(path: Path) -> Path:
+    """Something that can be split: files, a hard link, a symbolic link, an empty directory, no Python."""
+    for directory in ("bin", "etc/sub", "usr/share", "empty"):
+        (path / directory).mkdir(parents=True)
+    for number in range(40):
+        (path / "etc" / f"file-{number}").write_text(f"{number}\n")
+        (path / "usr/share" / f"other-{number}").write_bytes(bytes(number * 50))
+    (path / "etc/sub/deep").write_text("x")
+    os.link(path / "etc/file-1", path / "usr/share/linked")
+    (path / "etc/link").symlink_to("file-2")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_root(tmp_path_factory.mktemp("bench") / "root")
+
+
+def snapshot(*layers: str) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, link count and content of every path, the top layer first."""
+    found: dict[str, tuple[int, int, bytes]] = {}
+    for layer in layers:
+        for path, is_directory in entries(layer):
+            full = os.path.join(layer, path)
+            info = os.lstat(full)
+            if is_directory:
+                content, links = b"", 0
+            elif os.path.islink(full):
+                content, links = os.fsencode(os.readlink(full)), 1
+            else:
+                content, links = Path(full).read_bytes(), info.st_nlink
+            found.setdefault(path, (info.st_mode, links, content))
+    return found
+
+
+@pytest.mark.parametrize("depth", [5, 9, 60])
+def test_split_layers_show_the_same_tree(rootfs: Path, tmp_path: Path, depth: int) -> None:
+    split = image_split(str(rootfs)) if depth == 5 else deep_split(str(rootfs), depth)
+    assert len(split) == depth
+    names = Counter(path for layer in split for path in layer)
+    assert max(names.values()) == 1
+    layers = write_layers(str(rootfs), split, str(tmp_path / "layers"))
+    assert snapshot(*layers) == snapshot(str(rootfs))
+
+
+@needs_root
+@pytest.mark.timeout(200)
+def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    found = tmp_path / "results.json"
+    argv = [*BENCH, "--scale", "tiny", "--no-requests", "--rootfs", str(rootfs), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run([*argv, "--json", str(found)], capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr + done.stdout
+    results = from_json(found.read_text())
+
+    peers = [KERNEL, DIRECT, PYFUSE3]
+    peers += [FUSE_OVERLAYFS] * bool(shutil.which("fuse-overlayfs"))
+    peers += [UNIONFS_FUSE] * os.path.exists("/usr/bin/unionfs-fuse")
+    assert sorted(results.peers) == sorted(peers)
+    rows = [row for workload in all_workloads(TINY) for row in workload.rows]
+    assert list(results.rows) == [row.name for row in rows]
+    for row in rows:
+        assert row.title in done.stdout
+        for peer in peers:
+            cell = results.cell(row.name, peer)
+            if row.name.startswith("python-"):
+                assert cell.reason.startswith("skipped: the root file system has no"), cell
+            elif peer in (KERNEL, DIRECT, PYFUSE3):
+                assert len(cell.samples) == 1, f"{row.name} on {peer}: {cell.reason}"
+            else:  # others may fail, and then it is said
+                assert cell.samples or cell.reason.startswith("failed: ")
+    assert "Targets reached by ours direct" in done.stdout
+
+    assert Path("/proc/self/mountinfo").read_text().count("unionfs") <= before.count("unionfs")
+    assert os.listdir(tmp_path / "cache" / "runs") == []
+
+
+@needs_root
+def test_requests_are_counted_where_the_kernel_tells_them(rootfs: Path, tmp_path: Path) -> None:
+    found = tmp_path / "results.json"
+    argv = [*BENCH, "--scale", "tiny", "--only", "stat-cold", "--transport", "direct", "--rounds", "2"]
+    argv += ["--rootfs", str(rootfs), "--cache", str(tmp_path / "cache"), "--json", str(found)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    results = from_json(found.read_text())
+    assert list(results.rows) == ["stat-cold"]
+    cell = results.cell("stat-cold", DIRECT)
+    assert len(cell.samples) == 2
+    assert cell.samples[0].operations == TINY.paths
+    if os.path.exists("/sys/kernel/tracing/events/fuse/fuse_request_send") or cell.requests:
+        assert cell.requests["LOOKUP"] >= 1
+    assert not results.cell("stat-cold", KERNEL).requests
+
+
+@needs_root
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_stays_when_it_is_interrupted(rootfs: Path, tmp_path: Path, number: signal.Signals) -> None:
+    cache = tmp_path / "cache"
+    argv = [*BENCH, "--scale", "tiny", "--rounds", "1000", "--only", "stat-warm", "--rootfs", str(rootfs)]
+    process = subprocess.Popen(
+        [*argv, "--cache", str(cache)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Round 3"):
+            break
+    process.send_signal(number)
+    said = process.stdout.read()
+    process.stdout.close()
+    status = process.wait(timeout=60)
+    if number != signal.SIGKILL:
+        assert status == 130
+        assert "interrupted; nothing is left mounted" in said
+        assert "random stat, warm" in said, "what was measured until then is shown"
+        assert os.listdir(cache / "runs") == []
+    deadline = time.monotonic() + 30
+    while servers := [pid for pid in os.listdir("/proc") if pid.isdigit() and names(int(pid), str(cache))]:
+        assert time.monotonic() < deadline, f"still running: {servers}"
+        time.sleep(0.1)
+    assert str(cache) not in Path("/proc/self/mountinfo").read_text()
+
+
+def names(pid: int, text: str) -> bool:
+    """Whether the command line of a process has ``text`` in it."""
+    try:
+        return text in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only", "nonsense"], "there is no workload nonsense"),
+        (["--peer", "/nonsense"], "there is no program /nonsense"),
+        (["--from", "/nonsense.json"], "cannot read /nonsense.json"),
+        (["--json", "/nonsense/file"], "cannot write /nonsense/file"),
+        (["--rootfs", "/nonsense"], "/nonsense is not a directory"),
+    ],
+)
+@needs_root
+def test_mistakes_are_told_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    argv = [*BENCH, "--cache", str(tmp_path), *words]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def made_up() -> Results:
+    """Results with known medians."""
+    results = Results(machine={"kernel": "9.9"}, peers={KERNEL: "1", FUSE_OVERLAYFS: "2", DIRECT: "3"})
+    figures_of = {
+        "find-cold": (10.0, 40.0, 20.0),
+        "copy-up": (10.0, 5.0, 12.0),
+        "deep-find": (30.0, 90.0, 23.0),
+        "mount": (1.0, 20.0, 100.0),
+    }
+    for name, values in figures_of.items():
+        results.rows[name] = Row(name, f"title of {name}")
+        for peer, value in zip(results.peers, values, strict=True):
+            results.cells[name, peer] = Cell([Sample(v, 10, 1.0) for v in (value, value * 9, value / 9)])
+    results.rows["idle"] = Row("idle", "idle", Unit.LOAD)
+    results.cells["idle", DIRECT] = Cell([Sample(0.0)])
+    results.cells["idle", KERNEL] = Cell(reason="failed: x | y")
+    results.cells["find-cold", DIRECT].requests = Counter({"LOOKUP": 20, "READ": 5})
+    return results
+
+
+def test_verdicts_are_those_of_the_issue() -> None:
+    verdicts = targets.verdicts(made_up())
+    found = {(v.target.row, v.target.against): v for of_row in verdicts.values() for v in of_row}
+    against = targets.Against
+    assert found["find-cold", against.FUSE].value == 0.5
+    assert found["find-cold", against.KERNEL].passed
+    assert not found["copy-up", against.KERNEL].passed
+    assert ("copy-up", against.FUSE) not in found
+    assert ("mount", against.FUSE) not in found
+    assert found["mount", against.NOTHING].passed
+    assert found["deep-find", against.OUR_ROW].value == pytest.approx(1.15)
+    assert found["deep-find", against.KERNEL].passed
+    assert found["idle", against.NOTHING].passed
+    mean = targets.mean_against_fuse(made_up(), DIRECT)
+    assert mean == pytest.approx((0.5 * 23 / 90) ** 0.5)
+    assert geometric_mean([]) is None
+
+
+def test_every_target_is_about_a_row() -> None:
+    rows = {row.name for workload in all_workloads(TINY) for row in workload.rows}
+    for target in targets.TARGETS:
+        assert target.row in rows
+        assert not target.other_row or target.other_row in rows
+
+
+def test_results_survive_being_written_and_read() -> None:
+    results = made_up()
+    again = from_json(results.to_json())
+    assert figures.medians(again) == figures.medians(results)
+    assert figures.server_costs(again) == figures.server_costs(results)
+    assert figures.summary(again) == figures.summary(results)
+    assert json.loads(results.to_json())["rows"][0]["peers"][KERNEL]["median"] == 10.0
+    with pytest.raises(BenchError, match="not a file that --json wrote"):
+        from_json("[]")
+
+
+def test_documents_get_their_section(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs scripts/setup --bench")
+    document = tmp_path / "performance.md"
+    document.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
+    for _ in range(2):
+        documents.write(made_up(), str(document))
+        text = document.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert text.count("| title of find-cold |") == 2
+        assert "failed: x | y" in text
+    assert (tmp_path / documents.PLOT).read_bytes().startswith(b"\x89PNG")
+    document.write_text("no marks")
+    with pytest.raises(BenchError, match="lacks the line"):
+        documents.write(made_up(), str(document))
+
+
+def test_a_plot_needs_something_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="nothing to compare with"):
+        plot.draw(Results(peers={DIRECT: "1"}), str(tmp_path / "plot.png"))
+
+
+def test_our_document_has_the_marks() -> None:
+    text = (SCRIPTS.parent / "docs/performance.md").read_text()
+    assert text.count(documents.BEGIN) == 1
+    assert text.count(documents.END) == 1
