@@ -43,7 +43,7 @@ def hard_link(name: str, target: str) -> Member:
 def archive(
     members: Iterable[Member], tar_format: int = tarfile.PAX_FORMAT, pax_headers: dict[str, str] | None = None
 ) -> bytes:
-    """The members as a tar stream, padded to 10 KiB as tar does."""
+    """The members as a tar stream, padded to 10 KiB as tar does. A character device is /dev/null."""
     out = io.BytesIO()
     with tarfile.open(
         fileobj=out, mode="w", format=tar_format, pax_headers=pax_headers, errors="surrogateescape"
@@ -53,6 +53,8 @@ def archive(
             info.type, info.linkname, info.mode, info.mtime = one.kind, one.link, one.mode, OLD_S
             info.size = len(one.data)
             info.pax_headers = one.pax
+            if one.kind == tarfile.CHRTYPE:
+                info.devmajor, info.devminor = 1, 3
             tar.addfile(info, io.BytesIO(one.data) if one.data else None)
     return out.getvalue()
 
