@@ -237,13 +237,13 @@ def test_results_survive_being_written_and_read() -> None:
 def test_documents_get_their_section(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot needs scripts/setup --bench")
     document = tmp_path / "performance.md"
-    document.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
+    document.write_text(f"before\n{documents.BEGIN}\nformer figures\n{documents.END}\nafter\n")
     for _ in range(2):
         documents.write(made_up(), str(document))
         text = document.read_text()
         assert text.startswith("before\n")
         assert text.endswith("\nafter\n")
-        assert "old" not in text
+        assert "former figures" not in text
         assert text.count("| title of find-cold |") == 2
         assert "failed: x | y" in text
     assert (tmp_path / documents.PLOT).read_bytes().startswith(b"\x89PNG")

@@ -16,8 +16,12 @@ def draw(results: Results, path: str) -> None:
     reference = next((name for name in (FUSE_OVERLAYFS, KERNEL) if name in results.peers), None)
     if reference is None:
         raise BenchError("there is nothing to compare with, so there is no plot")
-    rows = [row for row in results.rows.values() if row.unit is Unit.TIME]
     peers = [peer for peer in results.peers if peer != reference]
+    rows = [
+        row
+        for row in results.rows.values()
+        if row.unit is Unit.TIME and any(results.ratio(row.name, peer, reference) for peer in peers)
+    ]
     ratios = {peer: [results.ratio(row.name, peer, reference) for row in rows] for peer in peers}
     known = [ratio for values in ratios.values() for ratio in values if ratio]
     if not known:

@@ -7,6 +7,7 @@ else's tracing is touched, and it is filtered to one mount. It slows the mount d
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 from collections import Counter
@@ -71,11 +72,14 @@ def request_counter() -> Iterator[RequestCounter | None]:
             instances = os.path.join(_ROOT, "instances")
             for old in os.listdir(instances):  # of one that was killed
                 if old.startswith(_PREFIX):
-                    with contextlib.suppress(OSError):
-                        os.rmdir(os.path.join(instances, old))
+                    _remove_abandoned(os.path.join(instances, old))
             directory = os.path.join(instances, f"{_PREFIX}{os.urandom(4).hex()}")
             os.mkdir(directory)
             stack.callback(os.rmdir, directory)
+            # Held as long as we live: the sign that it is in use.
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(os.path.join(directory, "buffer_size_kb"), "w", encoding="ascii") as file:
                 file.write(str(_BUFFER_KIB))
             os.stat(os.path.join(directory, _EVENT))  # since Linux 6.14
@@ -84,3 +88,13 @@ def request_counter() -> Iterator[RequestCounter | None]:
             yield None
         else:
             yield RequestCounter(directory)
+
+
+def _remove_abandoned(directory: str) -> None:
+    with contextlib.suppress(OSError):  # gone, or in use
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rmdir(directory)
+        finally:
+            os.close(fd)
