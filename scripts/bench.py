@@ -87,6 +87,7 @@ def main(
                 rootfs,
                 cache,
                 count_requests=not no_requests,
+                debug=debug,
             )
         else:
             status, results = 0, read(from_path)
@@ -125,6 +126,7 @@ def measure(
     cache: str | None,
     *,
     count_requests: bool,
+    debug: bool,
 ) -> tuple[int, Results]:
     """Measure in a process of its own; returns its exit status and what it found, all of it or until then."""
     if os.geteuid() != 0:
@@ -143,7 +145,8 @@ def measure(
         status = run_isolated(
             lambda: inner(
                 storage, directory, found, scale, workloads, peers, count, rootfs, count_requests=count_requests
-            )
+            ),
+            debug=debug,
         )
         if status == 130:
             print("bench: interrupted; nothing is left mounted", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -24,27 +25,26 @@ from bench_parts.syscalls import (
     unshare,
 )
 
+_ADVICE = "in a container, start it with the right to mount (docker: --privileged)"
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run_isolated(main: Callable[[], int]) -> int:
+def run_isolated(main: Callable[[], int], *, debug: bool = False) -> int:
     """Run ``main`` in a process of its own namespaces, and return what it returned.
 
-    A signal that would end this process becomes a KeyboardInterrupt in ``main``.
+    What ``main`` raises is told in one line, or with ``debug`` as a traceback. A signal that would end this process
+    becomes a KeyboardInterrupt in ``main``.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         unshare(CLONE_NEWPID)  # of the processes that this one starts
     except OSError as error:
-        raise BenchError(
-            f"cannot make namespaces ({error.strerror}); in a container, start it with the right to mount "
-            "(docker: --privileged)"
-        ) from error
+        raise BenchError(f"cannot make namespaces ({error.strerror}); {_ADVICE}") from error
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     pid = os.fork()
     if pid == 0:
-        _inner(main)
+        _inner(main, debug)
     own_processes_again()
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -57,11 +57,34 @@ def run_isolated(main: Callable[[], int]) -> int:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     _, status = os.waitpid(pid, 0)
+    for number in _ENDING:
+        signal.signal(number, signal.default_int_handler)
     return os.waitstatus_to_exitcode(status)
 
 
-def _inner(main: Callable[[], int]) -> None:
+def _inner(main: Callable[[], int], debug: bool) -> None:
     status = 1
+    try:
+        _enter()
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            what = f"{type(error).__name__}: {error}"
+            print(f"bench: {what}; this was not foreseen, see it whole with --debug", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _enter() -> None:
+    """Become the first process of the new process namespace, with mounts that nobody else sees."""
     try:
         die_with_parent()
         os.setsid()  # ^C goes to the outer process alone, which hands it on once
@@ -71,15 +94,8 @@ def _inner(main: Callable[[], int]) -> None:
         # The registry of mounts names processes by number, and ours are others in here.
         os.makedirs("/run/unionfs", exist_ok=True)
         mount("tmpfs", "/run/unionfs", "tmpfs")
-        for number in _ENDING:
-            signal.signal(number, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-        status = main()
-    except KeyboardInterrupt:
-        status = 130
     except OSError as error:
-        print(f"bench: {error}; run it as root, where mounting is allowed", file=sys.stderr)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        raise BenchError(f"cannot mount here ({error}); {_ADVICE}") from error
+    for number in _ENDING:
+        signal.signal(number, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)

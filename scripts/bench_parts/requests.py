@@ -67,9 +67,10 @@ def request_counter() -> Iterator[RequestCounter | None]:
     """A counter, or None where the kernel does not offer one; call it in a mount namespace of our own."""
     with contextlib.ExitStack() as stack:
         try:
-            mount("tracefs", _ROOT, "tracefs")
-            stack.callback(umount2, _ROOT)
             instances = os.path.join(_ROOT, "instances")
+            if not os.path.isdir(instances):
+                mount("tracefs", _ROOT, "tracefs")
+                stack.callback(umount2, _ROOT)
             for old in os.listdir(instances):  # of one that was killed
                 if old.startswith(_PREFIX):
                     _remove_abandoned(os.path.join(instances, old))

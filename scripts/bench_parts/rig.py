@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -99,7 +100,8 @@ class Rig:
         if not processes.wait_until(unmounted, _BUSY_S):
             with contextlib.suppress(OSError):
                 umount2(target, MNT_DETACH)
-        processes.wait_for_end(pids, _SERVER_END_S)
+        if not processes.wait_for_end(pids, _SERVER_END_S):
+            print(f"bench: the server of {target} did not end after its mount and was killed", file=sys.stderr)
 
     def drop_caches(self) -> None:
         """Forget what the kernel remembers of files, names and attributes; what is not on disk yet is written."""

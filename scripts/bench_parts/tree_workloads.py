@@ -63,6 +63,7 @@ def find_warm(mount: Mounted) -> Callable[[], int]:
 
 def find_parallel(mount: Mounted) -> Callable[[], int]:
     """Four processes walk everything at the same time."""
+    entries = len(mount.stack.contents)
 
     def run() -> int:
         children = []
@@ -80,7 +81,7 @@ def find_parallel(mount: Mounted) -> Callable[[], int]:
         ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
         if any(ended):
             raise OSError("a walk failed")
-        return _PARALLEL * len(mount.stack.contents)
+        return _PARALLEL * entries
 
     return run
 
@@ -150,6 +151,7 @@ def open_warm(mount: Mounted) -> Callable[[], int]:
 
 def tar(mount: Mounted) -> Callable[[], int]:
     """GNU tar reads everything, into a pipe: it reads no file when it sees /dev/null."""
+    entries = len(mount.stack.contents)
 
     def run() -> int:
         argv = ["tar", "--create", "--one-file-system", "--numeric-owner", f"--directory={mount.target}", "."]
@@ -160,7 +162,7 @@ def tar(mount: Mounted) -> Callable[[], int]:
                 pass
         if process.returncode != 0:
             raise OSError(f"tar ended with status {process.returncode}")
-        return len(mount.stack.contents)
+        return entries
 
     return run
 
