@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -206,6 +207,20 @@ def test_what_was_written_is_there_after_the_last_put(rig: Rig) -> None:
         assert os.listdir(root + "/etc") == ["group"]
     with rig.got("base") as root:
         assert sorted(os.listdir(root + "/etc")) == ["group", "passwd"]
+
+
+def test_devices_and_setuid_programs_work(rig: Rig) -> None:
+    """A container's root is mounted with neither nodev nor nosuid."""
+    make_base(rig)
+    with rig.got("base") as root:
+        os.mknod(root + "/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        shutil.copy("/usr/bin/id", root + "/id")
+        os.chown(root + "/id", 1234, 0)
+        os.chmod(root + "/id", 0o4755)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        Path(root, "null").write_bytes(b"swallowed")
+        assert subprocess.run([root + "/id", "-u"], capture_output=True, check=True).stdout == b"1234\n"
 
 
 def test_parent_is_read_only_once_it_has_a_child(layered_rig: Rig) -> None:

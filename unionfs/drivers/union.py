@@ -61,7 +61,7 @@ class UnionDriver(LayeredDriver):
         super().__init__(
             "unionfs",
             layers,
-            FuseMounter((f"redirect_dir={redirect_dir}",)),
+            FuseMounter((*_mount_words(), f"redirect_dir={redirect_dir}")),
             limits,
             id_mapping,
             default_size_bytes=default_size_bytes,
@@ -75,6 +75,11 @@ class UnionDriver(LayeredDriver):
             ("Native Overlay Diff", "true"),
             ("Redirect dir", self._redirect_dir),
         ]
+
+
+def _mount_words() -> tuple[str, ...]:
+    """What a container may find in its root: devices and setuid programs, as with overlay2; only root can grant it."""
+    return ("dev", "suid") if os.geteuid() == 0 else ()
 
 
 def _check_fuse() -> None:
