@@ -1,4 +1,4 @@
-"""``python -m tests.layers.crash_rig DRIVER OPERATION DIRECTORY STRIDE``: dies at the steps of an operation, and looks.
+"""``python -m tests.layers.crash_rig DRIVER OPERATION DIRECTORY HOW``: dies at the steps of an operation, and looks.
 
 For every change to the disk that the operation makes, the same store is set up, the operation is killed right before
 that change, and a fresh process opens the store: it must find the state from before or from after, all that was
@@ -15,12 +15,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from tests.layers.archives import archive, hard_link, member, symlink
 from tests.layers.conftest import Workshop, write
-from tests.layers.dying import run_and_kill
+from tests.layers.dying import run_and_kill, run_and_watch
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
 from unionfs.layers.identity import create_chain_id, diff_id_of
@@ -150,47 +149,121 @@ def in_child(function: Callable[[], None]) -> None:
     assert status == 0, "see above"
 
 
-def main(driver: str, operation: str, directory: str, stride: str = "1") -> None:
-    """Kill the operation at each of its steps, or at every ``stride``-th."""
-    gc.disable()
-    ready, work = os.path.join(directory, "ready"), os.path.join(directory, "work")
+class Rig:
+    """One operation on one driver, in the directory ``work``."""
 
-    def set_up() -> None:
-        shop = Workshop(Path(work), driver)
+    def __init__(self, driver: str, operation: str, work: str) -> None:
+        self.driver = driver
+        self.operation = operation
+        self.work = work
+
+    def set_up(self) -> None:
+        """Make what the operation starts from."""
+        shop = Workshop(Path(self.work), self.driver)
         template(shop)
         shop.store.cleanup()
         shop.store.close()
 
-    def operate(begin: Callable[[], None]) -> None:
-        if operation == "reopen":
+    def operate(self, begin: Callable[[], None]) -> None:
+        """The operation itself; what counts are its own changes, not those of opening the store before."""
+        if self.operation == "reopen":
             begin()
-        shop = Workshop(Path(work), driver)
-        if operation != "reopen":
+        shop = Workshop(Path(self.work), self.driver)
+        if self.operation != "reopen":
             begin()
-        OPERATIONS[operation](shop)
+        OPERATIONS[self.operation](shop)
         shop.store.close()
 
-    def look(finished: bool) -> None:
-        check(Workshop(Path(work), driver), operation, finished)
+    def look(self, when: str, finished: bool) -> None:
+        """Check in a new process what the death left."""
+        try:
+            in_child(lambda: check(Workshop(Path(self.work), self.driver), self.operation, finished))
+        except AssertionError:
+            print(f"{self.driver}: {self.operation}: {when}: see above")
+            raise
+        # What the checking process mounted ended with it, or is of a server that is being ended.
+        subprocess.run(["umount", "--quiet", "--all-targets", "--recursive", self.work], check=False)
 
-    in_child(set_up)
-    os.rename(work, ready)
-    at = 1 - int(stride)
+
+def kill(rig: Rig, directory: str, stride: int) -> None:
+    """The process dies at each of its changes, or at every ``stride``-th."""
+    ready = os.path.join(directory, "ready")
+    in_child(rig.set_up)
+    os.rename(rig.work, ready)
+    at = 1 - stride
     killed = True
     calls = []
     while killed:
-        at += int(stride)
-        subprocess.run(["cp", "-a", ready, work], check=True, stdin=subprocess.DEVNULL)
-        killed, call = run_and_kill(operate, work, at)
+        at += stride
+        subprocess.run(["cp", "-a", ready, rig.work], check=True, stdin=subprocess.DEVNULL)
+        killed, call = run_and_kill(rig.operate, rig.work, at)
         calls.append(call)
-        try:
-            in_child(partial(look, not killed))
-        except AssertionError:
-            print(f"{driver}: {operation} killed at change {at} ({call or 'none, it finished'}): see above")
-            raise
-        subprocess.run(["umount", "--quiet", "--all-targets", "--recursive", work], check=False)
-        shutil.rmtree(work)
-    print(f"{driver}: {operation}: died {len(calls) - 1} times, at {', '.join(calls[:-1])}")
+        rig.look(f"killed at change {at} ({call or 'none, it finished'})", not killed)
+        shutil.rmtree(rig.work)
+    print(f"{rig.driver}: {rig.operation}: died {len(calls) - 1} times, at {', '.join(calls[:-1])}")
+
+
+def cut_power(rig: Rig, directory: str) -> None:
+    """The machine loses its power at each moment at which something new has reached the disk.
+
+    The store lies on a file system in an image. What is in that image, while the operation is stopped before one of its
+    changes, is what a disk would hold then: everything that was not synced is still in the kernel's memory.
+    """
+    disk = os.path.dirname(rig.work)
+    image = os.path.join(directory, "disk.img")
+    os.makedirs(disk)
+    with open(image, "wb") as file:
+        file.truncate(_IMAGE_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-J", "size=4", image], check=True)
+    _mount(image, disk)
+    in_child(rig.set_up)
+    subprocess.run(["sync", "--file-system", disk], check=True)
+    subprocess.run(["umount", disk], check=True)
+    _mount(image, disk)
+    states: list[tuple[str, str]] = []
+
+    def keep(when: str) -> None:
+        state = os.path.join(directory, f"cut-{len(states)}.img")
+        subprocess.run(["cp", "--sparse=always", image, state], check=True)
+        if states and subprocess.run(["cmp", "--quiet", state, states[-1][0]], check=False).returncode == 0:
+            os.unlink(state)
+            # The same state is the result of the later of the two.
+            states[-1] = (states[-1][0], when)
+        else:
+            states.append((state, when))
+
+    def watch(count: int, call: str) -> bool:
+        keep(f"power cut before change {count} ({call})")
+        return False
+
+    run_and_watch(rig.operate, rig.work, watch)
+    keep(_AT_THE_END)
+    subprocess.run(["umount", disk], check=True)
+    for state, when in states:
+        _mount(state, disk)
+        rig.look(when, when == _AT_THE_END)
+        subprocess.run(["umount", disk], check=True)
+    print(f"{rig.driver}: {rig.operation}: died {len(states)} times, {', '.join(when for _, when in states)}")
+
+
+_IMAGE_BYTES = 48 << 20
+_AT_THE_END = "power cut after the last change"
+
+
+def _mount(image: str, disk: str) -> None:
+    # The kernel must not write anything back by itself, nor guess that a rename wants its data written.
+    subprocess.run(["mount", "-o", "loop,commit=300,noauto_da_alloc", image, disk], check=True)
+
+
+def main(driver: str, operation: str, directory: str, how: str = "1") -> None:
+    """Try one operation; ``how`` is ``power`` or a stride. Run it in a mount namespace of its own."""
+    gc.disable()
+    # In memory: who only dies needs no disk.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "crash-test", directory], check=True)
+    if how == "power":
+        cut_power(Rig(driver, operation, os.path.join(directory, "disk", "work")), directory)
+    else:
+        kill(Rig(driver, operation, os.path.join(directory, "work")), directory, int(how))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs a function in a process that is killed at its N-th change to the disk.
+"""Runs a function in a process that is killed at its N-th change to the disk, or looked at before each of them.
 
 The system calls that change files are intercepted (seccomp(2) with ptrace(2)), whoever makes them and on whichever
 thread; the process dies before the N-th of them happens. Calls on what lies outside of the given directory do not
@@ -76,14 +76,40 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 
 
-def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: int) -> tuple[bool, str]:
+Operation = Callable[[Callable[[], None]], None]
+"""What is run. It is given another function to call when its changes begin to count."""
+
+
+def run_and_kill(function: Operation, root: str, at: int) -> tuple[bool, str]:
     """Run ``function`` in a child process, and kill it before its change number ``at`` below ``root`` (from 1).
 
-    The function is given another one to call when the changes begin to count. File system servers that it started die
-    with it, as when the machine does.
+    File system servers that it started die with it, as when the machine does.
 
     Returns:
         Whether it was killed, or came to its end first; and the system call it was killed at.
+
+    Raises:
+        AssertionError: the function failed by itself.
+    """
+    killed = ""
+
+    def watch(count: int, name: str) -> bool:
+        nonlocal killed
+        if count == at:
+            killed = name
+        return count == at
+
+    run_and_watch(function, root, watch)
+    return bool(killed), killed
+
+
+def run_and_watch(function: Operation, root: str, watch: Callable[[int, str], bool]) -> None:
+    """Run ``function`` in a child process that stops before each change below ``root`` until ``watch`` has returned.
+
+    Args:
+        function: see :data:`Operation`.
+        root: a directory.
+        watch: given the number of the change, from 1, and the system call; true to kill the process.
 
     Raises:
         AssertionError: the function failed by itself.
@@ -96,7 +122,7 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
     _ptrace(_PTRACE_SETOPTIONS, child, _OPTIONS)
     _ptrace(_PTRACE_CONT, child, 0)
     count = 0
-    killed = ""
+    killed = False
     exit_status: int | None = None
     seen = {child}
     while True:
@@ -117,8 +143,8 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
         if status >> 8 == signal.SIGTRAP | _EVENT_SECCOMP << 8:
             name = _change(pid, root)
             count += bool(name)
-            if name and count == at:
-                killed = name
+            if name and watch(count, name):
+                killed = True
                 _kill(seen)
                 continue
         elif status >> 16 == 0 and os.WSTOPSIG(status) not in (signal.SIGTRAP, signal.SIGSTOP):
@@ -126,7 +152,6 @@ def run_and_kill(function: Callable[[Callable[[], None]], None], root: str, at: 
         _ptrace(_PTRACE_CONT, pid, deliver, missing_ok=True)
     if not killed:
         assert exit_status == 0, f"the operation itself failed (status {exit_status})"
-    return bool(killed), killed
 
 
 def _kill(pids: set[int]) -> None:
@@ -136,7 +161,7 @@ def _kill(pids: set[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _be_traced(function: Callable[[Callable[[], None]], None]) -> None:
+def _be_traced(function: Operation) -> None:
     """In the child: does not return."""
     try:
         _ptrace(_PTRACE_TRACEME, 0, 0)
