@@ -242,12 +242,12 @@ class MetadataChanges:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
 
     def has_xattr_to_remove(self, inode: Inode, name: bytes) -> bool:
-        """Whether there is something to remove; raises ENODATA if not, except for ACLs, as the kernel does."""
+        """Whether there is something to remove; raises ENODATA if not, except for ACLs of upper files (as the kernel)."""
         self._copy_up.require_writable()
         try:
             self.get_xattr(inode, name)
         except OSError as error:
-            if name in ACL_NAMES and error.errno == errno.ENODATA:
+            if name in ACL_NAMES and error.errno == errno.ENODATA and inode.upper:
                 return False
             raise
         return True
