@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.layers.archives import archive, hard_link, member, symlink
+from tests.layers.conftest import DRIVERS
 from tests.layers.dockerd import image, running_docker
 from unionfs.layers import create_chain_id, fsck, open_store
 from unionfs.layers.identity import diff_id_of
@@ -74,6 +75,59 @@ def entries(tar: bytes) -> dict[str, Facts]:
     return found
 
 
+def assert_awkward_entries(root: Path) -> None:
+    """What tar does not show."""
+    assert os.listdir(root / "opaque") == ["new"]
+    assert not (root / "gone").exists()
+    assert stat.S_IMODE((root / "bin" / "su").stat().st_mode) == 0o4755
+    assert os.getxattr(root / "bin" / "ping", "security.capability") == CAPABILITY
+    assert (root / "dev" / "null2").stat().st_rdev == os.makedev(1, 3)
+    assert stat.S_ISFIFO((root / "dev" / "fifo").stat().st_mode)
+    assert (root / "lib" / ("n" * 255)).read_text() == "255 bytes"
+    assert os.fsencode("latin-\udce9") in os.listdir(os.fsencode(root))
+
+
+def assert_same_tree(path: str, exported: bytes, without: frozenset[str] = frozenset()) -> None:
+    """The tree at ``path`` is the one that Docker exported, but for entries of Docker's own."""
+    tree = subprocess.run(["tar", "-C", path, "-c", "."], capture_output=True, check=True).stdout
+    ours = {name.removeprefix("./"): facts for name, facts in entries(tree).items() if name != "."}
+    theirs = {name: facts for name, facts in entries(exported).items() if name not in without}
+    assert ours.keys() == theirs.keys()
+    # Which of two names is the hard link depends on the order.
+    links = {name for name, facts in (ours | theirs).items() if facts[0] == tarfile.LNKTYPE}
+    links |= {facts[4] for facts in (*ours.values(), *theirs.values()) if facts[0] == tarfile.LNKTYPE}
+    links |= {name.removeprefix("./") for name in links}
+    for name in theirs.keys() - links:
+        assert ours[name] == theirs[name], name
+
+
+# What Docker puts into every container before it starts.
+DOCKERS_OWN = frozenset(
+    {".dockerenv", "dev/console", "dev/pts", "dev/shm", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf"}
+    | {"proc", "sys"}
+)
+
+
+@pytest.mark.timeout(280)
+def test_every_driver_shows_what_docker_shows(tmp_path: Path) -> None:
+    """Issue 4, point 2: the image with every awkward entry."""
+    with running_docker(tmp_path / "run", tmp_path / "data") as docker:
+        docker("load", stdin=image("awkward:1", [LOW, HIGH]))
+        docker("create", "--name", "box", "awkward:1")
+        exported = docker("export", "box")
+    for driver in DRIVERS:
+        with open_store(tmp_path / driver, driver) as store:
+            low = store.register(io.BytesIO(LOW))
+            high = store.register(io.BytesIO(HIGH), low.chain_id)
+            with store.create_rw_layer("box", high.chain_id).mounted() as path:
+                assert_awkward_entries(Path(path))
+                assert_same_tree(path, exported, DOCKERS_OWN)
+            for layer, tar in ((low, LOW), (high, HIGH)):
+                with layer.tar_stream() as out:
+                    assert out.read() == tar
+            store.cleanup()
+
+
 @pytest.mark.timeout(280)
 def test_both_ways(tmp_path: Path) -> None:
     """Issue 4, point 3."""
@@ -99,19 +153,8 @@ def test_both_ways(tmp_path: Path) -> None:
         with rw.mounted() as path:
             root = Path(path)
             assert (root / "etc" / "conf").read_text() == "copied in"
-            assert os.listdir(root / "opaque") == ["new"]
-            assert not (root / "gone").exists()
-            assert stat.S_IMODE((root / "bin" / "su").stat().st_mode) == 0o4755
-            assert os.getxattr(root / "bin" / "ping", "security.capability") == CAPABILITY
-            assert stat.S_ISCHR((root / "dev" / "null2").stat().st_mode)
-            tree = subprocess.run(["tar", "-C", path, "-c", "."], capture_output=True, check=True).stdout
-        ours = {name.removeprefix("./"): facts for name, facts in entries(tree).items() if name != "."}
-        assert ours.keys() == entries(exported).keys()
-        # Which of two names is the hard link depends on the order.
-        links = {name for name, facts in (ours | entries(exported)).items() if facts[0] == tarfile.LNKTYPE}
-        for name, facts in entries(exported).items():
-            if name not in links and not links & {facts[4]}:
-                assert ours[name][:4] + ours[name][5:] == facts[:4] + facts[5:], name
+            assert_awkward_entries(root)
+            assert_same_tree(path, exported)
         other = store.register(io.BytesIO(OTHER), high)
         base = store.register(io.BytesIO(OTHER))
         assert fsck(store, deep=True) == []

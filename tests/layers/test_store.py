@@ -6,6 +6,8 @@ import errno
 import gzip
 import io
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from unionfs.errors import (
     NotMountedError,
     StoreLockedError,
 )
+from unionfs.fuse_ops import mount_registry, mountinfo
 from unionfs.layers import disk
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
@@ -806,3 +809,28 @@ def test_the_same_layer_from_many_threads(vfs_shop: Workshop) -> None:
     assert {handle.cache_id for handle in handles} == vfs_shop.trees()
     assert store.reference_count(handles[0].chain_id) == 16
     vfs_shop.assert_nothing_leaked()
+
+
+def test_a_dead_file_system_server(tmp_path: Path) -> None:
+    """fsck finds a mount that nobody serves any more, and takes it away."""
+    with open_store(tmp_path / "root", "unionfs") as store:
+        base = store.register(stream(BASE))
+        rw = store.create_rw_layer("c", base.chain_id)
+        path = rw.mount()
+        top = mountinfo.top_mount(path)
+        assert top is not None
+        server = mount_registry.find(top.minor)
+        assert server is not None
+        assert fsck(store) == []
+        end = os.pidfd_open(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        assert select.select([end], [], [], 10)[0]
+        os.close(end)
+        (problem,) = fsck(store)
+        assert (problem.kind, problem.name, problem.advice) == ("dead-mount", path, f"umount -l {path}")
+        assert [found.repaired for found in fsck(store, repair=True)] == [True]
+        assert mountinfo.top_mount(path) is None
+        assert fsck(store) == []
+        store.cleanup()
+    with open_store(tmp_path / "root") as store, store.get_rw_layer("c").mounted() as again:
+        assert Path(again, "gone").read_text() == "1"

@@ -8,7 +8,6 @@ is different is said where it is. Locks are taken in this order: a read-write la
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,6 @@ from unionfs.errors import (
     LayerNotRetainedError,
     LayerStoreError,
     MaxDepthExceededError,
-    MetadataError,
     MountDoesNotExistError,
     MountNameConflictError,
     UnionfsError,
@@ -34,6 +32,7 @@ from unionfs.fuse_ops import mountinfo
 from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, parse_digest
 from unionfs.layers.ingest import Ingested, Progress, ingest
 from unionfs.layers.layer import Layer, LayerHandle, LayerMetadata, StoredLayer, metadata_of
+from unionfs.layers.loading import load
 from unionfs.layers.lock import StoreLock
 from unionfs.layers.metadata import (
     Descriptor,
@@ -74,19 +73,19 @@ class LayerStore:
         self.records = records
         self.counting = threading.Lock()
         """Guards the numbers of mounts."""
-        self.unreadable: list[Unreadable] = []
+        loaded = load(records, driver)
+        self.unreadable: list[Unreadable] = loaded.unreadable
         """What is stored but cannot be used, with reasons. Such a layer can be registered again, a read-write layer of
         such a name created again."""
         self._lock = lock
         self._record_streams = not capabilities_of(driver).reproduces_exact_diffs
-        self._layers: dict[ChainID, StoredLayer] = {}
-        self._mounts: dict[str, StoredMount] = {}
+        self._layers: dict[ChainID, StoredLayer] = loaded.layers
+        self._mounts: dict[str, StoredMount] = loaded.mounts
         self._layer_lock = threading.RLock()
         self._mount_lock = threading.Lock()
         self._names = NamedLocks()
         self._registering = NamedLocks()
         self._busy: set[str] = set()  # trees that are being made or removed just now
-        self._load()
         if recover:
             self._recover(starting=True)
 
@@ -104,65 +103,6 @@ class LayerStore:
             self._lock.release()
 
     # Start
-
-    def _load(self) -> None:
-        for chain_id in self.records.list_layers():
-            try:
-                self._load_layer(chain_id)
-            except (MetadataError, OSError) as error:
-                self._cannot_read("layer", chain_id, error)
-        for name in self.records.list_mounts():
-            try:
-                self._load_mount(name)
-            except (MetadataError, OSError) as error:
-                self._cannot_read("mount", name, error)
-
-    def _cannot_read(self, kind: str, name: str, error: Exception) -> None:
-        _log.warning("%s", error)
-        where = str(error).partition(": ")[0]
-        self.unreadable.append(Unreadable(kind, name, where, str(error)))
-
-    def _load_layer(self, chain_id: ChainID) -> StoredLayer:
-        """The layer, with all below it; each is loaded once."""
-        above: list[tuple[ChainID, LayerRecord]] = []
-        parent: StoredLayer | None = None
-        wanted = chain_id
-        while wanted:
-            if (parent := self._layers.get(wanted)) is not None:
-                break
-            record = self._readable(wanted)
-            above.append((wanted, record))
-            wanted = record.parent
-            if any(wanted == known for known, _ in above):  # cannot be, a digest covers its parents
-                raise MetadataError(f"{wanted}: is its own ancestor; run unionfs fsck, or register the layer again")
-        for name, record in reversed(above):
-            stored = StoredLayer(name, record, parent)
-            if parent is not None:
-                parent.reference_count += 1
-            self._layers[name] = parent = stored
-        assert parent is not None
-        return parent
-
-    def _readable(self, chain_id: ChainID) -> LayerRecord:
-        record = self.records.layer(chain_id)
-        where = os.path.dirname(self.records.tar_split_path(chain_id))
-        advice = "run unionfs fsck, or register the layer again"
-        if extend_chain(record.parent, record.diff_id) != chain_id:
-            raise MetadataError(f"{where}: its diff and parent belong to another layer; {advice}")
-        if not self.driver.exists(record.cache_id):
-            raise MetadataError(f"{where}: the {self.driver.name} driver has no tree {record.cache_id}; {advice}")
-        return record
-
-    def _load_mount(self, name: str) -> None:
-        record = self.records.mount(name)
-        for tree in (record.mount_id, record.init_id):
-            if tree and not self.driver.exists(tree):
-                raise MetadataError(f"{name}: the {self.driver.name} driver has no tree {tree}; run unionfs fsck")
-        parent = None
-        if record.parent:
-            parent = self._load_layer(record.parent)
-            parent.reference_count += 1
-        self._mounts[name] = StoredMount(name, record, parent)
 
     def recover(self) -> list[Leftover]:
         """Finish what a crash or a failure left half done; returns what is still left, which is tried again later."""
