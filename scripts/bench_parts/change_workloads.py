@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 
 from bench_parts.generated import TREE
+from bench_parts.programs import run_program
 from bench_parts.rig import Mounted
 
 _GIT = ("git", "-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "gc.auto=0")
@@ -61,15 +61,5 @@ def git(mount: Mounted) -> Callable[[], int]:
 
 
 def _program(argv: Sequence[str], operations: int) -> int:
-    done = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        check=False,
-        env=os.environ | _GIT_ENVIRONMENT,
-    )
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(f"{argv[0]} ended with status {done.returncode}: {said[-1] if said else 'it said nothing'}")
+    run_program(argv, os.environ | _GIT_ENVIRONMENT)
     return operations

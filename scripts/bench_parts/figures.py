@@ -45,7 +45,7 @@ def medians(results: Results) -> Table:
 def server_costs(results: Results) -> Table:
     """For an operation of each workload: microseconds of wall time and of server CPU time, and requests."""
     servers = [peer for peer in results.peers if peer != KERNEL]
-    counted = any(cell.requests for cell in results.cells.values())
+    counted = any(cell.requests is not None for cell in results.cells.values())
     rows = []
     for row in results.rows.values():
         if row.unit is not Unit.TIME:
@@ -80,12 +80,13 @@ def summary(results: Results) -> list[str]:
     every = [verdict for of_row in verdicts(results).values() for verdict in of_row]
     if every:
         lines.append(f"Targets reached by {results.ours}: {sum(v.passed for v in every)} of {len(every)}")
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for (row, peer), cell in results.cells.items():
         if cell.reason:
-            reasons.setdefault((row, cell.reason), []).append(peer)
-    for (row, reason), peers in reasons.items():
-        lines.append(f"{results.rows[row].title}, {', '.join(peers)}: {reason}")
+            reasons.setdefault(cell.reason, {}).setdefault(results.rows[row].title, []).append(peer)
+    for reason, of_rows in reasons.items():
+        peers = dict.fromkeys(peer for names in of_rows.values() for peer in names)
+        lines.append(f"{'; '.join(of_rows)} ({', '.join(peers)}): {reason}")
     return lines
 
 

@@ -76,7 +76,7 @@ def request_counter() -> Iterator[RequestCounter | None]:
                     _remove_abandoned(os.path.join(instances, old))
             directory = os.path.join(instances, f"{_PREFIX}{os.urandom(4).hex()}")
             os.mkdir(directory)
-            stack.callback(os.rmdir, directory)
+            stack.callback(_remove, directory)
             # Held as long as we live: the sign that it is in use.
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, fd)
@@ -89,6 +89,11 @@ def request_counter() -> Iterator[RequestCounter | None]:
             yield None
         else:
             yield RequestCounter(directory)
+
+
+def _remove(directory: str) -> None:
+    with contextlib.suppress(OSError):  # in use by somebody who looks at it
+        os.rmdir(directory)
 
 
 def _remove_abandoned(directory: str) -> None:

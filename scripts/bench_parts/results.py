@@ -22,7 +22,7 @@ class Cell:
     """One row with one peer. Without samples, ``reason`` says why."""
 
     samples: list[Sample] = field(default_factory=list)
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] | None = None
     reason: str = ""
 
     @property
@@ -45,7 +45,7 @@ class Cell:
     @property
     def requests_each(self) -> float | None:
         """Requests to the server for an operation."""
-        return self.requests.total() / self.operations if self.requests else None
+        return None if self.requests is None else self.requests.total() / self.operations
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Results:
             "operations": cell.operations,
             "values": [round(sample.value, 4) for sample in cell.samples],
             "server_cpu_ms": [round(sample.server_cpu_ms, 4) for sample in cell.samples],
-            "requests": dict(cell.requests),
+            "requests": None if cell.requests is None else dict(cell.requests),
             "reason": cell.reason,
         }
 
@@ -129,7 +129,8 @@ def from_json(text: str) -> Results:
                     Sample(value, cell["operations"], cpu)
                     for value, cpu in zip(cell["values"], cell["server_cpu_ms"], strict=True)
                 ]
-                results.cells[row["name"], peer] = Cell(samples, Counter(cell["requests"]), cell["reason"])
+                requests = None if cell["requests"] is None else Counter(cell["requests"])
+                results.cells[row["name"], peer] = Cell(samples, requests, cell["reason"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchError(f"this is not a file that --json wrote ({type(error).__name__}: {error})") from error
     return results

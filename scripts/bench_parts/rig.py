@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench_parts import processes
-from bench_parts.errors import BenchError
+from bench_parts.errors import BenchError, LayersGoneError
 from bench_parts.peers import Directories, Peer
 from bench_parts.requests import RequestCounter
 from bench_parts.samples import Sample
@@ -72,6 +72,8 @@ class Rig:
     @contextlib.contextmanager
     def mounted(self, peer: Peer, stack: Stack, at: Directories, options: Sequence[str] = ()) -> Iterator[Mounted]:
         """``stack`` mounted by ``peer``; taken down again, and its servers ended."""
+        if not os.path.isdir(stack.layers[-1]):
+            raise LayersGoneError(f"{stack.layers[-1]} was removed while it was measured; run it again")
         before = processes.running()
         try:
             peer.mount(stack, at, options if peer.is_ours else ())
@@ -118,9 +120,10 @@ class Rig:
 
     def timed(self, mount: Mounted, run: Callable[[], int]) -> Sample:
         """Measure ``run``, which returns how many operations it did."""
-        requests: Counter[str] = Counter()
+        requests: Counter[str] | None = None
         with contextlib.ExitStack() as stack:
             if self.counter is not None and mount.server_pids:
+                requests = Counter()
                 stack.enter_context(self.counter.counting(mount.target, requests))
             gc.collect()
             gc.disable()

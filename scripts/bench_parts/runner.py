@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 
-from bench_parts.errors import BenchError, SkippedError
+from bench_parts.errors import BenchError, LayersGoneError, SkippedError
 from bench_parts.peers import Peer
 from bench_parts.requests import RequestCounter
 from bench_parts.results import Results
@@ -56,6 +56,8 @@ class Runner:
         for peer in (*self._peers[turn:], *self._peers[:turn]):
             try:
                 one(workload, peer)
+            except LayersGoneError:
+                raise
             except (SkippedError, BenchError, OSError, subprocess.SubprocessError) as error:
                 word = "skipped" if isinstance(error, SkippedError) else "failed"
                 for row in workload.rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -29,10 +29,10 @@ class Sample:
     """One measured figure, in its row's unit.
 
     ``server_cpu_ms`` is what the servers of the mount used meanwhile, ``operations`` how often the workload did what
-    it is named after, ``requests`` what the kernel asked the server, by name.
+    it is named after, ``requests`` what the kernel asked the server, by name; None when nobody counted.
     """
 
     value: float
     operations: int = 1
     server_cpu_ms: float = 0.0
-    requests: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] | None = None

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from bench_parts.errors import SkippedError
+from bench_parts.programs import run_program
 from bench_parts.rig import Mounted
 
 _SEED = 5
@@ -177,7 +178,7 @@ def python_cold(mount: Mounted) -> Callable[[], int]:
     argv = [chroot, mount.target, f"/{_PYTHON}", "-I", "-B", "-c", _IMPORTER]
 
     def run() -> int:
-        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, env={"LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"})
+        run_program(argv, {"LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"})
         return 1
 
     return run
