@@ -85,7 +85,7 @@ def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
 
 def _is_dead(point: str) -> bool:
     try:
-        os.stat(point)
+        os.statvfs(point)  # the kernel may remember the attributes of a root, but asks for this
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
