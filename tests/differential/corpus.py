@@ -90,6 +90,11 @@ PLAIN: dict[str, list[Op]] = {
         RemoveXattr(path="big", name="system.posix_acl_access"),
         Check(),
     ],
+    "setgid without group execute": [
+        Chmod(path="suid", mode=0o6666),
+        Append(path="suid", seed=1, length=10, uid=1000),
+        Stat(path="suid"),
+    ],
     "rename of a directory onto one that is not empty": [
         Mkdir(path="tmp/d", mode=0o755),
         Link(src="tmp/mine", dst="tmp/d/old"),

@@ -147,6 +147,21 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
+def _elsewhere(target: str) -> list[str]:
+    """Processes of other mount namespaces in which ``target`` is still mounted: they keep the server alive."""
+    found: list[str] = []
+    own = os.readlink("/proc/self/ns/mnt")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/ns/mnt") == own:
+                continue
+            with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as f:
+                if any(line.split(" ")[4] == target for line in f):
+                    with open(f"/proc/{pid}/cmdline", "rb") as g:
+                        found.append(f"{pid} {g.read()[:80]!r}")
+    return found
+
+
 def _waiting_in(pids: Sequence[int]) -> str:
     """Where in the kernel each thread of some processes waits."""
     found: list[str] = []
@@ -174,7 +189,7 @@ def take_down(target: str, pids: Sequence[int] = ()) -> list[str]:
                 umount2(target, MNT_DETACH)
             break
     if not wait_until(lambda: not any(is_running(p) for p in pids), 1.0 if faults else SERVER_END_S):
-        faults.append(f"server of {target} still runs after unmount: {_waiting_in(pids)}")
+        faults.append(f"server of {target} still runs after unmount: {_waiting_in(pids)}; {_elsewhere(target)}")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

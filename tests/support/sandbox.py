@@ -25,6 +25,7 @@ from tests.support.mounts import (
     transports,
 )
 from tests.support.snapshot import Snapshot, assert_same, checksum_layer, snapshot
+from tests.support.syscalls import unshare_mounts
 
 
 class Sandbox:
@@ -160,7 +161,17 @@ def _sandbox() -> Iterator[Sandbox]:
         shutil.rmtree(sandbox.root, ignore_errors=True)
 
 
+_namespaces: list[str] = []
+
+
 def needs_root() -> None:
-    """Skip a module where the machine cannot run it."""
+    """Skip a module where the machine cannot run it; give the test run mounts of its own where it can.
+
+    A mount namespace that some other program on the machine makes meanwhile would have copies of our mounts, and
+    keep their servers alive after we have unmounted.
+    """
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         pytest.skip("needs root and /dev/fuse", allow_module_level=True)
+    if not _namespaces:
+        unshare_mounts()
+        _namespaces.append(os.readlink("/proc/self/ns/mnt"))
