@@ -18,6 +18,9 @@ def show(results: Results) -> None:
     """Print the tables and what is to be said about them."""
     # A file or a pipe has no width that a table would have to be folded into.
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    console.print(Text("; ".join(f"{name}: {value}" for name, value in results.machine.items())))
+    for name, version in results.peers.items():
+        console.print(Text(f"{name}: {version}"))
     for table in (figures.medians(results), figures.server_costs(results)):
         shown = RichTable(title=table.title, title_justify="left")
         for number, head in enumerate(table.heads):
