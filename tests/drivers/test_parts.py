@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import os
@@ -295,8 +296,13 @@ def test_project_quotas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 ProjectQuota(home)
             assert os.listdir(home) == []
 
-            def record(_: ProjectQuota, command: int, number: int, buffer: bytes) -> None:
-                asked.append((command, number, quota._DISK_QUOTA.unpack(buffer)))
+            def record(_: ProjectQuota, command: int, number: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+                if command == quota._Q_XSETQLIM:
+                    asked.append((command, number, quota._DISK_QUOTA.unpack(buffer.raw)))
+                elif number == 5:  # somebody else's
+                    buffer.raw = quota._DISK_QUOTA.pack(1, 2, 0, 5, 0, 0, 0, 0, 8, 1)
+                else:
+                    raise OSError(errno.ENOENT, "No such file or directory")
 
             monkeypatch.setattr(ProjectQuota, "_quotactl", record)
         limits = ProjectQuota(home)
@@ -306,17 +312,21 @@ def test_project_quotas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for name in ("a", "b"):
             os.mkdir(f"{home}/{name}")
             limits.apply(f"{home}/{name}", 50 << 20)
-        assert (project_of(home), project_of(home + "/a"), project_of(home + "/b")) == (0, 1, 2)
+        assert (project_of(home), project_of(home + "/a"), project_of(home + "/b")) == (0, 2, 3)
         os.mkdir(home + "/a/inside")
-        assert project_of(home + "/a/inside") == 1
+        assert project_of(home + "/a/inside") == 2
         # Another process goes on after the ids that are taken, and so does one with another home's own id.
         os.mkdir(home + "/c")
         ProjectQuota(home).apply(home + "/c", 1)
-        assert project_of(home + "/c") == 3
+        assert project_of(home + "/c") == 4
+        if not has_quotas:
+            os.mkdir(home + "/e")
+            ProjectQuota(home).apply(home + "/e", 1)
+            assert project_of(home + "/e") == 6
         set_project(home, 100)
         os.mkdir(home + "/d")
         ProjectQuota(home).apply(home + "/d", 0)
-        assert project_of(home + "/d") == 101
+        assert project_of(home + "/d") == 102
         if has_quotas:
             assert limits.limit_of(home + "/a") == 50 << 20
             with pytest.raises(OSError) as raised, open(home + "/a/big", "wb", buffering=0) as file:
@@ -325,8 +335,8 @@ def test_project_quotas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert raised.value.errno in (errno.EDQUOT, errno.ENOSPC)
         else:
             blocks = [(number, fields[2], fields[3], fields[4], fields[5]) for _, number, fields in asked]
-            assert (1, 12, 1, 102400, 102400) in blocks  # of 512 bytes, soft and hard
-            assert (3, 12, 3, 1, 1) in blocks
+            assert (2, 12, 2, 102400, 102400) in blocks  # of 512 bytes, soft and hard
+            assert (4, 12, 4, 1, 1) in blocks
 
 
 def test_disk_quota_is_the_kernels(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Size limits of layers by XFS project quota.
 
 A directory gets a project id that everything made in it inherits, and the file system limits what the project holds.
-The ids are chosen as Docker does (spec section 1.12): the home's own plus one is the first, and one more than the
-largest found is the next. Sources: ioctl_xfs_fsgetxattr(2), quotactl(2), linux/fs.h, linux/dqblk_xfs.h.
+The ids are chosen as Docker does (spec section 1.12): the home's own plus one is for trying, and one more than the
+largest found is the next; those that anybody else uses are left out.
+
+Sources: ioctl_xfs_fsgetxattr(2), quotactl(2), linux/fs.h, linux/dqblk_xfs.h.
 """
 
 from __future__ import annotations
@@ -58,17 +60,17 @@ class ProjectQuota:
         if fs_magic(home) != FsMagic.XFS:
             raise self._unsupported("is not on xfs")
         try:
-            self._first = project_of(home) + 1
+            trial = project_of(home) + 1
             self._node = self._make_node()
             try:
-                # Limit 0 is none: this only asks whether limits can be set at all.
-                self._limit(self._first, 0)
+                # Only to ask whether limits can be set at all. No layer may have this id: it would lose its limit here.
+                self._limit(trial, 0)
             except OSError:
                 os.unlink(self._node)
                 raise
         except OSError as error:
             raise self._unsupported(f"has no project quotas ({error.strerror})") from error
-        self._next = max([self._first, *(number + 1 for number in self._used())])
+        self._next = max([trial + 1, *(number + 1 for number in self._used())])
 
     def apply(self, directory: str, size_bytes: int) -> None:
         """Limit what ``directory``, still empty, may ever hold to ``size_bytes``.
@@ -76,10 +78,13 @@ class ProjectQuota:
         Raises:
             DriverError: the file system refuses.
         """
-        with self._lock:
-            number = self._next
-            self._next += 1
         try:
+            with self._lock:
+                # Others may use the same file system, such as a Docker whose home has the same first id.
+                while self._is_in_use(self._next):
+                    self._next += 1
+                number = self._next
+                self._next += 1
             set_project(directory, number)
             self._limit(number, size_bytes)
         except OSError as error:
@@ -90,16 +95,21 @@ class ProjectQuota:
     def limit_of(self, directory: str) -> int:
         """The limit of ``directory`` in bytes; 0 for none."""
         number = project_of(directory)
-        if not number:
-            return 0
+        return self._limits_and_counts(number)[0] * _BLOCK_BYTES if number else 0
+
+    def _is_in_use(self, number: int) -> bool:
+        return any(self._limits_and_counts(number))
+
+    def _limits_and_counts(self, number: int) -> tuple[int, ...]:
+        """Blocks and inodes allowed (hard and soft each), blocks and inodes in use; all 0 for an unused id."""
         buffer = ctypes.create_string_buffer(_DISK_QUOTA.size)
         try:
             self._quotactl(_Q_XGETQUOTA, number, buffer)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
-                return 0
+                return (0,) * 6
             raise
-        return int(_DISK_QUOTA.unpack(buffer.raw)[4]) * _BLOCK_BYTES
+        return _DISK_QUOTA.unpack(buffer.raw)[4:10]
 
     def _limit(self, number: int, size_bytes: int) -> None:
         # At least one block, since 0 would mean none.
