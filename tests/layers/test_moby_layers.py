@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -14,6 +15,7 @@ from tests.layers.conftest import Workshop, write
 from unionfs.archive.changes import ChangeKind
 from unionfs.errors import LayerDamagedError, LayerNotRetainedError, LayerStoreError, MountNameConflictError
 from unionfs.layers import random_ids
+from unionfs.layers.disassemble import disassemble
 from unionfs.layers.empty import EMPTY_LAYER, is_empty
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ChainID, create_chain_id, diff_id_of
@@ -273,3 +275,58 @@ def test_graph_driver_home_gone(shop: Workshop) -> None:
     assert again.verify() == len(tar)
     shop.reopen()
     shop.assert_nothing_leaked()
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_layer_migration(shop: Workshop, with_record: bool, tmp_path: Path) -> None:
+    """TestLayerMigration, TestLayerMigrationNoTarsplit; row 120: trees that a driver has become layers."""
+    tars = [
+        archive([member("root/"), member("root/.bashrc", "# Boring configuration")]),
+        archive([member("root/"), member("root/.bashrc", "# Updated configuration")]),
+    ]
+    driver = shop.store.driver
+    parent = ""
+    adopted = []
+    for number, tar in enumerate(tars):
+        tree = f"graph-id-{number}" + "0" * 60
+        driver.create(tree, f"graph-id-{number - 1}" + "0" * 60 if number else "")
+        driver.apply_diff(tree, f"graph-id-{number - 1}" + "0" * 60 if number else "", io.BytesIO(tar))
+        lines: list[bytes] = []
+        disassemble(io.BytesIO(tar), lines.append)
+        record = io.BytesIO(gzip.compress(b"".join(lines))) if with_record else None
+        layer = shop.store.adopt(tree, parent, record=record)
+        assert layer.cache_id == tree
+        assert layer.verify() > 0
+        if with_record:
+            assert layer.diff_id == diff_id_of(tar)
+            with layer.tar_stream() as stream:
+                assert stream.read() == tar
+            again = shop.store.register(io.BytesIO(tar), parent)
+            assert again.cache_id == tree
+            again.release()
+        with pytest.raises(LayerStoreError, match="belongs to a layer already"):
+            shop.store.adopt(tree, parent)
+        parent = layer.chain_id
+        adopted.append(layer)
+    assert {one.chain_id for one in shop.reopen().map().values()} == {one.chain_id for one in adopted}
+    with shop.store.create_rw_layer("c", parent).mounted() as path:
+        assert read(path, "root/.bashrc") == "# Updated configuration"
+    gone = shop.store.get_rw_layer("c")
+    shop.store.release_rw_layer(gone)
+
+
+def test_an_adoption_that_fails_leaves_the_tree(shop: Workshop) -> None:
+    tree = "1" * 64
+    shop.store.driver.create(tree)
+    lines: list[bytes] = []
+    disassemble(io.BytesIO(archive([member("not/there", "1")])), lines.append)
+    with pytest.raises(LayerDamagedError):
+        shop.store.adopt(tree, record=io.BytesIO(b"".join(lines)))
+    assert shop.store.driver.exists(tree)
+    with pytest.raises(LayerStoreError, match="graph ID does not exist: 'nope'"):
+        shop.store.adopt("nope")
+    # Nor does the next start remove it, should this one die in the middle.
+    shop.store.records.begin(tree, adopting=True)
+    shop.reopen()
+    assert shop.store.driver.exists(tree)
+    shop.store.driver.remove(tree)

@@ -6,6 +6,7 @@
     sha256/<digits>-<random>-removing/
     mounts/<name>/                  mount-id  init-id  parent
     tmp/write-set-<random>/         a layer that is being registered
+    tmp/adopt-set-<random>/         a layer that is being made of a tree that was there before
     tmp/mount-set-<random>/         a read-write layer that is being made
     tmp/mount-removing-<random>/    one that is being removed
     lock                            unionfs.layers.lock
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 REMOVING = "-removing"
 _WRITE_SET = "write-set-"
+_ADOPT_SET = "adopt-set-"
 _MOUNT_SET = "mount-set-"
 _MOUNT_REMOVING = "mount-removing-"
 _TAR_SPLIT = "tar-split.json.gz"
@@ -112,9 +114,9 @@ class FileMetadataStore:
 
     # Writing
 
-    def begin(self, cache_id: str) -> FileTransaction:
+    def begin(self, cache_id: str, *, adopting: bool = False) -> FileTransaction:
         """See :meth:`MetadataStore.begin`."""
-        where = self._new_set(_WRITE_SET)
+        where = self._new_set(_ADOPT_SET if adopting else _WRITE_SET)
         disk.write_file(os.path.join(where, "cache-id"), cache_id.encode())
         disk.sync_dir(where)
         return FileTransaction(self, where, cache_id)
@@ -153,7 +155,9 @@ class FileMetadataStore:
         found = []
         for name in _directories(self._tmp):
             path = os.path.join(self._tmp, name)
-            if name.startswith(_WRITE_SET):
+            if name.startswith(_ADOPT_SET):
+                found.append(Leftover(path, (), "an unfinished adoption"))
+            elif name.startswith(_WRITE_SET):
                 found.append(Leftover(path, _ids_in(path, "cache-id"), "an unfinished registration"))
             elif name.startswith(_MOUNT_SET):
                 found.append(Leftover(path, _ids_in(path, "mount-id", "init-id"), "an unfinished read-write layer"))

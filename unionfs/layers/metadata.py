@@ -180,8 +180,12 @@ class MetadataStore(Protocol):
             MetadataError: as for :meth:`layer`.
         """
 
-    def begin(self, cache_id: str) -> Transaction:
-        """Start registering a layer whose tree is going to be ``cache_id``."""
+    def begin(self, cache_id: str, *, adopting: bool = False) -> Transaction:
+        """Start registering a layer whose tree is going to be ``cache_id``.
+
+        When ``adopting``, that tree is there already and belongs to somebody else until the commit, so it is never
+        among the :meth:`leftovers`.
+        """
 
     def begin_mount(self, name: str, record: MountRecord) -> MountTransaction:
         """Start making a read-write layer. A damaged one of that name makes way at the commit.

@@ -29,6 +29,7 @@ from unionfs.errors import (
     UnionfsError,
 )
 from unionfs.fuse_ops import mountinfo
+from unionfs.layers.adoption import read_tree
 from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, parse_digest
 from unionfs.layers.ingest import Ingested, Progress, ingest
 from unionfs.layers.layer import Layer, LayerHandle, LayerMetadata, StoredLayer, metadata_of
@@ -87,7 +88,7 @@ class LayerStore:
         self._registering = NamedLocks()
         self._busy: set[str] = set()  # trees that are being made or removed just now
         if recover:
-            self._recover(starting=True)
+            self.recover()
 
     def __enter__(self) -> LayerStore:
         return self
@@ -106,18 +107,16 @@ class LayerStore:
 
     def recover(self) -> list[Leftover]:
         """Finish what a crash or a failure left half done; returns what is still left, which is tried again later."""
-        return self._recover(starting=False)
-
-    def _recover(self, starting: bool) -> list[Leftover]:
-        # Without a tree it may be an operation of another thread that is about to begin.
-        found = [one for one in self.leftovers() if starting or one.driver_ids]
-        return [leftover for leftover in found if not self.finish(leftover)]
+        return [leftover for leftover in self.leftovers() if not self.finish(leftover)]
 
     def leftovers(self) -> list[Leftover]:
         """What a crash or a failure left half done, without the operations that are under way."""
         found = self.records.leftovers()
         with self._layer_lock:
-            return [leftover for leftover in found if self._busy.isdisjoint(leftover.driver_ids)]
+            # One that names no tree may be an operation of another thread that is about to begin.
+            return [
+                one for one in found if self._busy.isdisjoint(one.driver_ids) and (one.driver_ids or not self._busy)
+            ]
 
     def finish(self, leftover: Leftover) -> bool:
         """Remove what belongs to it; False if that failed, with a line in the log."""
@@ -205,13 +204,9 @@ class LayerStore:
         with ExitStack() as stack:
             pin = stack.enter_context(self._pinned(parent_id))
             parent = pin.layer
-            if parent is not None and parent.depth() >= MAX_DEPTH:
-                raise MaxDepthExceededError(
-                    f"max depth exceeded: {parent.chain_id} has {MAX_DEPTH} layers already; make do with fewer"
-                )
+            _check_depth(parent)
             cache_id = stack.enter_context(self._at_work(new_id()))
             transaction = self.records.begin(cache_id)
-            kept = False
             try:
                 self.driver.create(cache_id, parent.record.cache_id if parent is not None else "")
                 taken = self._ingest(stream, cache_id, parent, transaction, progress)
@@ -219,11 +214,6 @@ class LayerStore:
                     raise DigestMismatchError(
                         f"the layer is {taken.diff_id}, but {expected} was expected; fetch it again"
                     )
-                chain_id = extend_chain(parent.chain_id if parent is not None else NO_CHAIN, taken.diff_id)
-                with self._layer_lock:
-                    known = self._layers.get(chain_id)
-                if known is None:
-                    self._sync(cache_id)
                 record = LayerRecord(
                     diff_id=taken.diff_id,
                     size=taken.size,
@@ -231,17 +221,69 @@ class LayerStore:
                     parent=parent.chain_id if parent is not None else NO_CHAIN,
                     descriptor=descriptor,
                 )
-                with self._layer_lock:
-                    known = self._layers.get(chain_id)
-                    if known is None:
-                        transaction.commit(chain_id, record)
-                        kept = pin.keep = True
-                        known = self._layers[chain_id] = StoredLayer(chain_id, record, parent)
-                        self.unreadable = [one for one in self.unreadable if one.name != chain_id]
-                    return self._handle(known)
+                return self._commit(transaction, record, pin)
             finally:
-                if not kept:
+                if not pin.keep:
                     self._abandon(transaction.cancel, cache_id)
+
+    def _commit(self, transaction: Transaction, record: LayerRecord, pin: _Pin) -> LayerHandle:
+        """Make it a layer, and a handle on it. If there is one of that chain, the handle is on that instead."""
+        chain_id = extend_chain(record.parent, record.diff_id)
+        with self._layer_lock:
+            known = self._layers.get(chain_id)
+        synced = known is None
+        if synced:
+            self._sync(record.cache_id)
+        with self._layer_lock:
+            known = self._layers.get(chain_id)
+            if known is None:
+                if not synced:  # it was there a moment ago
+                    self._sync(record.cache_id)
+                transaction.commit(chain_id, record)
+                pin.keep = True
+                known = self._layers[chain_id] = StoredLayer(chain_id, record, pin.layer)
+                self.unreadable = [one for one in self.unreadable if one.name != chain_id]
+            return self._handle(known)
+
+    def adopt(self, tree: str, parent: str = "", *, record: Readable | None = None) -> LayerHandle:
+        """Make a tree that the driver has already a layer (Docker's RegisterByGraphID), and return a handle on it.
+
+        If there is a layer of these contents already, the handle is on that, and the tree is left alone; so it is when
+        this fails.
+
+        Args:
+            tree: the driver's id; the tree must have been made on the one of ``parent``.
+            parent: the chain id of the layer below, ``""`` for none.
+            record: a tar-split record of the stream that the tree was unpacked from; None: the driver's ``diff``
+                becomes the layer's stream.
+
+        Raises:
+            LayerDoesNotExistError: there is no ``parent``.
+            LayerStoreError: there is no such tree, or it belongs to a layer.
+            LayerDamagedError: the tree is not what the record is of.
+        """
+        if not self.driver.exists(tree):
+            raise LayerStoreError(
+                f"graph ID does not exist: {tree!r}; give the id of a tree of the {self.driver.name} driver"
+            )
+        if tree in self.driver_ids():
+            raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
+        with self._pinned(parent) as pin, self._at_work(tree):
+            _check_depth(pin.layer)
+            below = pin.layer.record.cache_id if pin.layer is not None else ""
+            transaction = self.records.begin(tree, adopting=True)
+            try:
+                diff_id = read_tree(self.driver, tree, below, record, transaction)
+                found = LayerRecord(
+                    diff_id=diff_id,
+                    size=self.driver.diff_size(tree, below),
+                    cache_id=tree,
+                    parent=pin.layer.chain_id if pin.layer is not None else NO_CHAIN,
+                )
+                return self._commit(transaction, found, pin)
+            finally:
+                if not pin.keep:
+                    self._abandon(transaction.cancel)
 
     def _ingest(
         self,
@@ -613,6 +655,13 @@ class LayerStore:
     def driver_status(self) -> list[tuple[str, str]]:
         """The driver's facts about itself, in order."""
         return self.driver.status()
+
+
+def _check_depth(parent: StoredLayer | None) -> None:
+    if parent is not None and parent.depth() >= MAX_DEPTH:
+        raise MaxDepthExceededError(
+            f"max depth exceeded: {parent.chain_id} has {MAX_DEPTH} layers already; make do with fewer"
+        )
 
 
 class _Pin:
