@@ -242,7 +242,7 @@ class MetadataChanges:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
 
     def has_xattr_to_remove(self, inode: Inode, name: bytes) -> bool:
-        """Whether there is something to remove; raises ENODATA if not, except for ACLs of upper files (as the kernel)."""
+        """Whether there is something to remove; ENODATA if not, except for ACLs of upper files (as the kernel)."""
         self._copy_up.require_writable()
         try:
             self.get_xattr(inode, name)
