@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_plain_and_empty(tmp_path: Path) -> None:
     for short in (b"", b"\x1f", b"BZ"):
         found, reader = open_archive(io.BytesIO(short))
         assert (found, reader.read()) == (Compression.NONE, short)
+
+
+def test_a_plain_archive_whose_first_name_looks_like_bzip2(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    (tmp_path / "BZh9 notes").write_text("plain")
+    subprocess.run(["tar", "-cf", archive, "-C", tmp_path, "BZh9 notes"], check=True)
+    assert detect(archive.read_bytes()[:512]) is Compression.NONE
+    assert detect(bz2.compress(b"x")) is Compression.BZIP2
+    assert detect(bz2.compress(b"")) is Compression.BZIP2
 
 
 def test_zstd_stream_that_begins_with_a_skippable_frame() -> None:

@@ -354,9 +354,9 @@ def run(setting: Setting, examples: int) -> None:
     except MismatchError as failure:
         report(setting, failure)
     except FlakyFailure as failures:  # did not fail again when hypothesis repeated it: a race
-        for failure in failures.exceptions:
-            if isinstance(failure, MismatchError):
-                report(setting, failure)
+        for one in failures.exceptions:
+            if isinstance(one, MismatchError):
+                report(setting, one)
         raise
     seconds = time.monotonic() - began
     print(f"{setting.name}, {setting.transport}: {Machine.steps} operations compared in {seconds:.0f} s")

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_without_an_upper_nothing_can_be_written(box: Sandbox) -> None:
     box.upper = box.work = None
     with box.mount():
         tree = snapshot(box.target)
-        attempts = [
+        attempts: list[Callable[[], object]] = [
             lambda: os.mkdir(box.at("new")),
             lambda: os.unlink(box.at("d/f")),
             lambda: os.rename(box.at("d/f"), box.at("x")),
@@ -242,8 +243,8 @@ def test_a_long_copy_up_holds_nobody_up(box: Sandbox) -> None:
         os.fsync(f.fileno())
     for n in range(200):
         low.file(f"d/{n}", "x")
-    with open(low.at("big"), "rb") as f:
-        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with open(low.at("big"), "rb") as big:
+        os.posix_fadvise(big.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     waits: list[float] = []
     done = threading.Event()
     failures: list[BaseException] = []
@@ -267,12 +268,12 @@ def test_a_long_copy_up_holds_nobody_up(box: Sandbox) -> None:
             at = time.monotonic()
             path = box.at(f"d/{n % 200}")
             os.stat(path)
-            with open(path) as f:
-                assert f.read().startswith("x")
-            with open(box.at(f"new{n % 50}"), "w") as f:
-                f.write("x")
-            with open(path, "a") as f:
-                f.write("y")
+            with open(path) as text:
+                assert text.read().startswith("x")
+            with open(box.at(f"new{n % 50}"), "w") as text:
+                text.write("x")
+            with open(path, "a") as text:
+                text.write("y")
             os.stat(box.at("big"))
             waits.append(time.monotonic() - at)
             n += 1
@@ -280,9 +281,9 @@ def test_a_long_copy_up_holds_nobody_up(box: Sandbox) -> None:
         copy_s = time.monotonic() - began
         assert not failures
         assert os.stat(box.at("big")).st_size == size + 3
-        with open(box.at("big"), "rb") as f:
-            f.seek(size - 4)
-            assert f.read() == block[-4:] + b"end"
+        with open(box.at("big"), "rb") as big:
+            big.seek(size - 4)
+            assert big.read() == block[-4:] + b"end"
     # One round is some ten requests; a disk busy with 2 GiB may hold one up, but never as long as the copy takes.
     assert n > 5, f"{n} rounds in {copy_s:.1f} s"
     waits.sort()
@@ -607,10 +608,10 @@ def test_a_killed_server_leaves_no_half_copy(box: Sandbox) -> None:
             f.write(block)
     with box.mount() as here:
         here.expect_end = False
-        with open(box.at("done"), "w") as f:
-            f.write("written before")
-        with open(box.at("small"), "a") as f:
-            f.write("!")
+        with open(box.at("done"), "w") as text:
+            text.write("written before")
+        with open(box.at("small"), "a") as text:
+            text.write("!")
         failed = threading.Event()
 
         def copy() -> None:
@@ -630,13 +631,13 @@ def test_a_killed_server_leaves_no_half_copy(box: Sandbox) -> None:
     if failed.is_set():
         assert not os.path.lexists(box.in_upper("big"))
     with box.mount():
-        with open(box.at("big"), "rb") as f:
-            assert f.read(1 << 20) == block
+        with open(box.at("big"), "rb") as big:
+            assert big.read(1 << 20) == block
         assert os.stat(box.at("big")).st_size == 512 << 20
-        with open(box.at("done")) as f:
-            assert f.read() == "written before"
-        with open(box.at("small")) as f:
-            assert f.read() == "s!"
+        with open(box.at("done")) as text:
+            assert text.read() == "written before"
+        with open(box.at("small")) as text:
+            assert text.read() == "s!"
         sizes = [
             os.lstat(os.path.join(base, name)).st_size for base, _, names in os.walk(box.work or "") for name in names
         ]

@@ -213,7 +213,13 @@ def mounted_program(
         take_down(target, servers_of(target))
         raise
     pids = servers_of(target)
-    watchdog = threading.Timer(watchdog_s, lambda: [os.kill(p, signal.SIGKILL) for p in pids if is_running(p)])
+
+    def kill() -> None:
+        for pid in pids:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(watchdog_s, kill)
     watchdog.daemon = True
     watchdog.start()
     here = UnionMount(target, pids, done.stderr)

@@ -24,7 +24,7 @@ from unionfs.archive.tar_reader import Readable
 from unionfs.errors import ArchiveError
 
 _PIECE_BYTES = 1 << 18
-_MAGIC_BYTES = 6
+_MAGIC_BYTES = 10
 # ``zstd --long=27`` and ``xz -9`` fit; more would let an archive take the machine's memory.
 _MAX_WINDOW_BYTES = 1 << 27
 # A block of 4 bytes can stand for 128 KiB, and a step's output comes at once: 16 MiB at the worst.
@@ -42,8 +42,12 @@ class Compression(enum.Enum):
     ZSTD = "zstd"
 
 
+_BZIP2_BLOCK = bytes.fromhex("314159265359")
+_BZIP2_END = bytes.fromhex("177245385090")  # of a stream without any block
+
+
 def detect(start: bytes) -> Compression:
-    """The compression of a stream that starts with ``start`` (6 bytes are enough)."""
+    """The compression of a stream that starts with ``start`` (10 bytes are enough)."""
     if start.startswith(b"\x1f\x8b\x08"):
         return Compression.GZIP
     if start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -53,7 +57,8 @@ def detect(start: bytes) -> Compression:
         return Compression.ZSTD
     if start.startswith(b"\xfd7zXZ\0"):
         return Compression.XZ
-    if start.startswith(b"BZh"):
+    # With the block after it: a plain archive may well begin with a file whose name starts with BZh.
+    if start[:3] == b"BZh" and start[4:10] in (_BZIP2_BLOCK, _BZIP2_END):
         return Compression.BZIP2
     return Compression.NONE
 
