@@ -205,7 +205,7 @@ def test_lost_and_wrong_links_are_put_right(layered_rig: Rig) -> None:
     layered_rig.driver.create_read_write("top", "middle")
     links = os.path.realpath(layered_rig.home) + "/l"
     expected = {name: os.readlink(f"{links}/{name}") for name in os.listdir(links)}
-    lost, wrong, _ = expected
+    lost, wrong = (read(os.path.realpath(layered_rig.home) + f"/{layer}/link") for layer in ("base", "middle"))
     os.unlink(f"{links}/{lost}")
     os.unlink(f"{links}/{wrong}")
     os.symlink("../elsewhere/diff", f"{links}/{wrong}")
