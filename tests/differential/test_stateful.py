@@ -21,6 +21,7 @@ from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from tests.differential import operations as op
+from tests.differential.corpus import DIRECT as DIRECT_CORPUS
 from tests.differential.corpus import LINKED as LINKED_CORPUS
 from tests.differential.corpus import PLAIN as PLAIN_CORPUS
 from tests.differential.layers import LONG_NAME, ODD_NAME
@@ -399,6 +400,12 @@ def test_same_operations_give_the_same_tree(name: str, transport: str, examples:
 @pytest.mark.parametrize("setting", [PLAIN, METACOPY], ids=lambda s: s.name)
 def test_corpus(setting: Setting, name: str, transport: str) -> None:
     replay(replace(setting, transport=transport), PLAIN_CORPUS[name])
+
+
+@pytest.mark.parametrize("name", sorted(DIRECT_CORPUS))
+@pytest.mark.parametrize("setting", [PLAIN, METACOPY], ids=lambda s: s.name)
+def test_corpus_of_the_direct_transport(setting: Setting, name: str) -> None:
+    replay(replace(setting, transport="direct"), DIRECT_CORPUS[name])
 
 
 @pytest.mark.parametrize("transport", transports())

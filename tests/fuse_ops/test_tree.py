@@ -22,6 +22,7 @@ from unionfs.fuse_ops.tree import UnionTree
 class User:
     uid: int = 0
     gid: int = 0
+    pid: int = 0
 
 
 ROOT = User()

@@ -494,7 +494,7 @@ class DirectTransport:
     def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
         attributes = self._requests.set_attributes_now(inode, change, request)
         if kill:
-            self._tree.clear_privileges(inode)
+            self._tree.clear_privileges(inode, request)
             attributes = self._tree.attributes(inode)
         return self._attr_reply(request, attributes)
 
@@ -565,7 +565,7 @@ class DirectTransport:
 
     def _open_reply(self, request: Request, file: OpenFile, open_flags: int) -> bytes:
         if open_flags & p.OPEN_KILL_SUIDGID:
-            self._tree.clear_privileges(file.inode)
+            self._tree.clear_privileges(file.inode, request)
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
 
     def _create(self, request: Request) -> bytes:
@@ -603,7 +603,7 @@ class DirectTransport:
         data = memoryview(request.body)[p.WRITE_IN.size : p.WRITE_IN.size + size]
         written = self._requests.write(handle, offset, data)
         if write_flags & p.WRITE_KILL_SUIDGID:
-            self._tree.clear_privileges(self._requests.files[handle].inode)
+            self._tree.clear_privileges(self._requests.files[handle].inode, request)
         return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, written, 0)
 
     def _release(self, request: Request) -> bytes:

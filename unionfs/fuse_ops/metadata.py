@@ -43,6 +43,18 @@ class AttributeChange:
         return self == AttributeChange()
 
 
+def _in_group(caller: Caller, gid: int) -> bool:
+    """Whether ``caller`` is in the group ``gid``, or privileged; a process that cannot be seen is not."""
+    if caller.uid == 0 or caller.gid == gid:
+        return True
+    try:
+        with open(f"/proc/{caller.pid}/status", "rb") as status:
+            groups = next(line for line in status if line.startswith(b"Groups:"))
+    except (OSError, StopIteration):
+        return False
+    return b"%d" % gid in groups.split()[1:]
+
+
 class MetadataChanges:
     """Changes attributes of objects, copying them up first."""
 
@@ -58,16 +70,16 @@ class MetadataChanges:
         """Apply ``change``. A truncation copies no more data than what remains."""
         self._copy_up.require_writable()
         if change.kills_privileges:
-            self.clear_privileges(inode)
+            self.clear_privileges(inode, caller)
             return
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
             self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self.kernel_keeps_time)
             if caller.uid != 0:
-                self.clear_privileges(inode)
+                self.clear_privileges(inode, caller)
         if change.uid is not None or change.gid is not None:
-            self._chown(inode, change.uid, change.gid)
+            self._chown(inode, change.uid, change.gid, caller)
         if change.mode is not None:
             self._chmod(inode, stat.S_IMODE(change.mode))
         if change.atime_ns is not None or change.mtime_ns is not None:
@@ -86,7 +98,7 @@ class MetadataChanges:
         path, _ = self._view.proc_path(inode)
         os.truncate(path, size)
 
-    def _chown(self, inode: Inode, uid: int | None, gid: int | None) -> None:
+    def _chown(self, inode: Inode, uid: int | None, gid: int | None, caller: Caller) -> None:
         ownership = self._view.ownership
         new_uid, new_gid = ownership.stored(-1 if uid is None else uid, -1 if gid is None else gid)
         if self._change_override(inode, uid=new_uid, gid=new_gid):
@@ -99,7 +111,7 @@ class MetadataChanges:
                 raise
         if inode.kind == stat.S_IFREG:
             # The backing chown(2) clears setuid and capabilities; setgid only if the group may execute.
-            self.clear_privileges(inode)
+            self.clear_privileges(inode, caller)
 
     def _chmod(self, inode: Inode, mode: int) -> None:
         if self._change_override(inode, mode=mode):
@@ -142,13 +154,17 @@ class MetadataChanges:
         path, follow = self._view.proc_path(inode)
         os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=follow)
 
-    def clear_privileges(self, inode: Inode) -> None:
-        """Take setuid, setgid (of what the group may execute) and file capabilities away: the contents changed."""
+    def clear_privileges(self, inode: Inode, caller: Caller) -> None:
+        """Take setuid, setgid and file capabilities away, because ``caller`` changed the contents or the owner.
+
+        Setgid without group execute goes only if the caller is not in the group (kernel: setattr_should_drop_sgid).
+        """
         if inode.kind != stat.S_IFREG:
             return
-        mode = self._view.attributes(inode).mode
+        attributes = self._view.attributes(inode)
+        mode = attributes.mode
         keep = stat.S_IMODE(mode) & ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
+        if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not _in_group(caller, attributes.gid)):
             keep &= ~stat.S_ISGID
         if keep != stat.S_IMODE(mode):
             self._copy_up.ensure(inode, data=False)

@@ -174,7 +174,7 @@ class UnionRequests:
             await self.copy_up(inode, size=0 if truncate else None)
         file = self.tree.open(inode, flags)
         if truncate and caller.uid != 0:
-            self.tree.clear_privileges(inode)
+            self.tree.clear_privileges(inode, caller)
         return file
 
     def read_cached(self, handle: int, offset: int, size: int) -> bytes | bytearray | None:

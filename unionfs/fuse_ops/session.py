@@ -70,6 +70,7 @@ class _Session:
         self._record_path: str | None = None
         self._accepted = trio.Event()
         self._announced = False
+        self._gone = False
         self._cancel_scope = trio.CancelScope()
 
     def run(self) -> None:
@@ -101,6 +102,7 @@ class _Session:
                 nursery.start_soon(self._announce)
                 # The kernel's INIT is answered as soon as the callback returns, before any task runs again.
                 await self._transport.serve(self._accepted.set)
+                self._gone = True
                 nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:
@@ -174,12 +176,14 @@ class _Session:
     def _mount_point(self) -> str | None:
         """The path by which our mount is reached, or None when there is none.
 
-        It may have been moved meanwhile, and a path that another mount covers would unmount the other one.
+        It may have been moved meanwhile, and a path that another mount covers would unmount the other one. The kernel
+        gives the id of a mount that is gone to the next one, so the device counts too: while we serve it, it is ours.
         """
-        if self._mount is None:
+        if self._mount is None or self._gone:
             return None
-        on_top = {mount.mount_point: mount.mount_id for mount in mountinfo.read_mounts()}
-        return next((point for point, number in on_top.items() if number == self._mount.mount_id), None)
+        ours = (self._mount.mount_id, self._mount.minor)
+        on_top = {mount.mount_point: (mount.mount_id, mount.minor) for mount in mountinfo.read_mounts()}
+        return next((point for point, ids in on_top.items() if ids == ours), None)
 
     def _record(self) -> None:
         if self._mount is None:
