@@ -34,6 +34,8 @@ class IdMapping:
     """
 
     def __init__(self, uids: Sequence[IdRange] = (), gids: Sequence[IdRange] = ()) -> None:
+        self.uids = tuple(sorted(uids, key=lambda r: r.container))
+        self.gids = tuple(sorted(gids, key=lambda r: r.container))
         self._uids = _Ranges(uids)
         self._gids = _Ranges(gids)
 

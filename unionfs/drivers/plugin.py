@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 from unionfs.archive.changes import Change, ChangeKind
-from unionfs.archive.idmapping import IdMapping
+from unionfs.archive.idmapping import IdMapping, IdRange
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Capabilities, CreateOptions
 from unionfs.drivers.ids import check_layer_id, is_layer_id
@@ -59,8 +59,8 @@ def connect(
             {
                 "Home": home,
                 "Opts": list(options) or None,
-                "UIDMaps": _ranges(id_mapping._uids._by_container),
-                "GIDMaps": _ranges(id_mapping._gids._by_container),
+                "UIDMaps": _ranges(id_mapping.uids),
+                "GIDMaps": _ranges(id_mapping.gids),
             },
         )
         return PluginDriver(name, transport, _capabilities(transport))
@@ -234,9 +234,9 @@ def _capabilities(transport: PluginTransport) -> Capabilities:
     return Capabilities(reproduces_exact_diffs=bool({**reply, **nested}.get("reproducesexactdiffs")))
 
 
-def _ranges(ranges: Sequence[tuple[int, int, int]]) -> list[dict[str, int]] | None:
+def _ranges(ranges: Sequence[IdRange]) -> list[dict[str, int]] | None:
     """A mapping as the engine writes it (its description has other names)."""
-    return [{"container_id": container, "host_id": host, "size": count} for container, host, count in ranges] or None
+    return [{"container_id": r.container, "host_id": r.host, "size": r.count} for r in ranges] or None
 
 
 def _without_empty(arguments: dict[str, Any]) -> dict[str, Any]:
