@@ -149,6 +149,27 @@ def test_an_unlinked_name_does_not_take_the_others_data(tree: UnionTree, dirs: P
     tree.close_file(handle)
 
 
+def test_no_descriptor_for_a_reader_does_not_undo_a_copy(
+    tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong after the copy is in its place must not take it away again."""
+    os.link(dirs / "low2" / "file", dirs / "low2" / "other")
+    file = tree.lookup(tree.root, b"file")
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tree.copy_up, "_switch_handles", fail)
+        with pytest.raises(OSError, match="too many"):
+            tree.open(file, os.O_RDWR)
+    assert tree.attributes(file).size == len("contents")
+    handle = tree.open(file, os.O_RDWR)
+    os.pwrite(handle.fd, b"CON", 0)
+    tree.close_file(handle)
+    assert (dirs / "upper" / "file").read_text() == "CONtents"
+
+
 def test_readers_follow_a_copy_up(tree: UnionTree) -> None:
     file = tree.lookup(tree.root, b"file")
     reader, writer = tree.open(file, os.O_RDONLY), tree.open(file, os.O_WRONLY)

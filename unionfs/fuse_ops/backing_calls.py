@@ -10,7 +10,7 @@ import struct
 from typing import Final
 
 from unionfs.fuse_ops.attributes import Attributes
-from unionfs.fuse_ops.syscalls import AT_FDCWD
+from unionfs.fuse_ops.syscalls import AT_FDCWD, check
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,12 +31,6 @@ _CAP_SYS_ADMIN: Final = 21
 _STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + "qIi" * 4 + "IIII14Q")
 
 
-def _check(result: int) -> None:
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-
-
 def may_pass_through() -> bool:
     """Whether the kernel lets this process register backing files: CAP_SYS_ADMIN outside of user namespaces."""
     try:
@@ -51,14 +45,14 @@ def may_pass_through() -> bool:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with all its modes; may take long."""
-    _check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
+    check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
 
 
 def statx(path: bytes, *, follow: bool) -> bytes:
     """The struct statx of ``path``, with the time of birth where the file system has it."""
     buffer = ctypes.create_string_buffer(256)
     flags = 0 if follow else _AT_SYMLINK_NOFOLLOW
-    _check(_libc.statx(AT_FDCWD, path, flags, ctypes.c_uint(_STATX_BASIC_AND_BTIME), buffer))
+    check(_libc.statx(AT_FDCWD, path, flags, ctypes.c_uint(_STATX_BASIC_AND_BTIME), buffer))
     return buffer.raw
 
 

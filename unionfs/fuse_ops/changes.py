@@ -162,7 +162,7 @@ class NamespaceChanges:
             st = self._view.real_stat(inode)
             self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
         # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
-        if self._is_free(directory, directory_fd, name):
+        if self._is_free(directory_fd, name):
             os.link(source, name, dst_dir_fd=directory_fd, follow_symlinks=follow)
         else:
             temp = upper.temp_name()
@@ -181,7 +181,8 @@ class NamespaceChanges:
             return 0
         return 0o700 if kind == stat.S_IFDIR else 0o600
 
-    def _is_free(self, directory: Inode, directory_fd: int, name: bytes) -> bool:
+    @staticmethod
+    def _is_free(directory_fd: int, name: bytes) -> bool:
         """Whether the upper directory has not even a whiteout under ``name`` (which is not in the merged tree)."""
         try:
             os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
@@ -207,7 +208,7 @@ class NamespaceChanges:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
         directory_fd = self._copy_up.ensure_directory(directory)
         is_dir = stat.S_ISDIR(mode)
-        if self._is_free(directory, directory_fd, name):
+        if self._is_free(directory_fd, name):
             make(directory_fd, name)
             try:
                 st = self._finish_new(directory, directory_fd, directory_fd, name, mode, caller, rdev)
@@ -270,16 +271,7 @@ class NamespaceChanges:
         inode = self._view.lookup(directory, name)
         if inode.kind == stat.S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(name))
-        directory_fd = self._copy_up.ensure_directory(directory)
-        hidden = self.hides_lower(directory, name)
-        self.keep_for_users(inode)
-        if not inode.upper:
-            self._add_whiteout(upper, directory, directory_fd, name)
-        elif hidden:
-            self._replace(upper, directory, directory_fd, name, is_dir=False)
-        else:
-            upper.remove(directory_fd, name, directory=False)
-        self.removed(inode, directory, name)
+        self._remove(upper, inode, directory, name)
 
     def rmdir(self, directory: Inode, name: bytes) -> None:
         """Remove an empty directory."""
@@ -289,28 +281,26 @@ class NamespaceChanges:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(name))
         if not self._view.is_empty(inode):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
+        self._remove(upper, inode, directory, name)
+
+    def _remove(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
+        is_dir = inode.kind == stat.S_IFDIR
         directory_fd = self._copy_up.ensure_directory(directory)
         hidden = self.hides_lower(directory, name)
         self.keep_for_users(inode)
         if not inode.upper:
-            self._add_whiteout(upper, directory, directory_fd, name)
+            upper.whiteout(directory_fd, name)
         elif hidden:
-            self._replace(upper, directory, directory_fd, name, is_dir=True)
+            upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
         else:
-            upper.remove(directory_fd, name, directory=True)
+            upper.remove(directory_fd, name, directory=is_dir)
+        if hidden or not inode.upper:
+            self.note_whiteout(directory, name)
         self.removed(inode, directory, name)
 
     def hides_lower(self, directory: Inode, name: bytes) -> bool:
         """Whether a lower layer would show ``name`` if the upper one did not say otherwise."""
         return bool(directory.lowers) and self._view.lower_hit(directory, name) is not None
-
-    def _add_whiteout(self, upper: UpperDir, directory: Inode, directory_fd: int, name: bytes) -> None:
-        upper.whiteout(directory_fd, name)
-        self.note_whiteout(directory, name)
-
-    def _replace(self, upper: UpperDir, directory: Inode, directory_fd: int, name: bytes, *, is_dir: bool) -> None:
-        upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
-        self.note_whiteout(directory, name)
 
     def note_whiteout(self, directory: Inode, name: bytes) -> None:
         """Keep what is remembered of an upper directory in step with a whiteout just made in it."""

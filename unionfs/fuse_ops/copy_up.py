@@ -144,13 +144,16 @@ class CopyUp:
             layer, path = inode.lower
             self._dress(upper, job.temp, job.st, layer.proc_path(path))
             self._install_file(upper, inode, job.temp, job.st)
-            inode.lower = inode.data = None
-            inode.metacopy = False
-            self._switch_handles(inode, job.target_fd)
         except BaseException:
             self.abort(job)
             raise
-        job.close()
+        # From here on the copy is the file: whatever fails must not take it away.
+        inode.lower = inode.data = None
+        inode.metacopy = False
+        try:
+            self._switch_handles(inode, job.target_fd)
+        finally:
+            job.close()
 
     def abort(self, job: CopyUpJob) -> None:
         """Give up: the file stays what it was."""
@@ -159,9 +162,9 @@ class CopyUp:
             self._upper.discard(job.temp)
         else:
             with contextlib.suppress(OSError):  # a metacopy stays a file without data
-                self._view.upper_at(job.inode)
-                os.truncate(self._view.proc_path(job.inode)[0], 0)
-                os.truncate(self._view.proc_path(job.inode)[0], job.st.st_size)
+                path, _ = self._view.proc_path(job.inode)
+                os.truncate(path, 0)
+                os.truncate(path, job.st.st_size)
 
     # -- parts ------------------------------------------------------------------------------------------------
 

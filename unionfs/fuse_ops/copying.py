@@ -5,7 +5,6 @@ These functions know descriptors and paths only, so a worker thread can run the 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -122,15 +121,3 @@ def copy_attributes(dir_fd: int, name: bytes, st: os.stat_result) -> None:
 def copy_times(dir_fd: int, name: bytes, st: os.stat_result) -> None:
     """Give the object ``name`` the access and modification time of ``st``, to the nanosecond."""
     os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
-
-
-@contextlib.contextmanager
-def times_kept(fd_or_path: int | bytes):  # type: ignore[no-untyped-def]
-    """Restore the times of a directory whose contents change although, in the merged tree, they do not."""
-    st = os.stat(fd_or_path)
-    yield
-    with contextlib.suppress(OSError):
-        os.utime(
-            b"/proc/self/fd/%d" % fd_or_path if isinstance(fd_or_path, int) else fd_or_path,
-            ns=(st.st_atime_ns, st.st_mtime_ns),
-        )

@@ -23,7 +23,7 @@ import trio
 from unionfs.fuse_ops import backing_calls, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
-from unionfs.fuse_ops.inodes import ROOT_INO, Inode
+from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
@@ -565,7 +565,11 @@ class DirectTransport:
 
     def _open_reply(self, request: Request, file: OpenFile, open_flags: int) -> bytes:
         if open_flags & p.OPEN_KILL_SUIDGID:
-            self._tree.clear_privileges(file.inode, request)
+            try:
+                self._tree.clear_privileges(file.inode, request)
+            except OSError:
+                self._tree.close_file(file)
+                raise
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
 
     def _create(self, request: Request) -> bytes:
@@ -729,6 +733,3 @@ def _encode_device(device: int) -> int:
 
 def _decode_device(device: int) -> int:
     return os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | (device >> 12 & 0xFFF00))
-
-
-assert ROOT_INO == 1

@@ -174,7 +174,11 @@ class UnionRequests:
             await self.copy_up(inode, size=0 if truncate else None)
         file = self.tree.open(inode, flags)
         if truncate and caller.uid != 0:
-            self.tree.clear_privileges(inode, caller)
+            try:
+                self.tree.clear_privileges(inode, caller)
+            except OSError:
+                self.tree.close_file(file)
+                raise
         return file
 
     def read_cached(self, handle: int, offset: int, size: int) -> bytes | bytearray | None:

@@ -43,7 +43,8 @@ _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
 
-def _check(result: int, what: bytes = b"") -> int:
+def check(result: int, what: bytes = b"") -> int:
+    """The result of a C call, or the OSError that its errno says; ``what`` is the name it was about."""
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), os.fsdecode(what) or None)
@@ -57,7 +58,7 @@ def open_confined(dir_fd: int, path: bytes, flags: int) -> int:
     EXDEV if the path would leave the directory.
     """
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _CONFINED)
-    return _check(_syscall(_NR_OPENAT2, ctypes.c_int(dir_fd), ctypes.c_char_p(path), how, ctypes.c_size_t(24)), path)
+    return check(_syscall(_NR_OPENAT2, ctypes.c_int(dir_fd), ctypes.c_char_p(path), how, ctypes.c_size_t(24)), path)
 
 
 def clone_mount_read_only(path: str) -> int:
@@ -67,7 +68,7 @@ def clone_mount_read_only(path: str) -> int:
     part of the copy, as in the kernel's overlayfs.
     """
     raw = os.fsencode(path)
-    fd = _check(
+    fd = check(
         _syscall(
             _NR_OPEN_TREE,
             ctypes.c_int(AT_FDCWD),
@@ -78,7 +79,7 @@ def clone_mount_read_only(path: str) -> int:
     )
     try:
         attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0)
-        _check(
+        check(
             _syscall(
                 _NR_MOUNT_SETATTR,
                 ctypes.c_int(fd),
@@ -97,7 +98,7 @@ def clone_mount_read_only(path: str) -> int:
 
 def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int) -> None:
     """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT."""
-    _check(
+    check(
         _libc.renameat2(
             ctypes.c_int(old_dir_fd),
             ctypes.c_char_p(old),
@@ -120,7 +121,7 @@ def file_handle(dir_fd: int, name: bytes) -> FileHandle:
     """The handle of ``name`` in ``dir_fd`` (``b""`` for the descriptor itself); EOPNOTSUPP where there is none."""
     buffer = ctypes.create_string_buffer(struct.pack("Ii", _MAX_HANDLE_BYTES, 0), 8 + _MAX_HANDLE_BYTES)
     mount_id = ctypes.c_int()
-    _check(
+    check(
         _libc.name_to_handle_at(
             ctypes.c_int(dir_fd),
             ctypes.c_char_p(name),
@@ -137,7 +138,7 @@ def file_handle(dir_fd: int, name: bytes) -> FileHandle:
 def open_handle(mount_fd: int, handle: FileHandle) -> int:
     """An O_PATH descriptor of the file behind ``handle``; needs CAP_DAC_READ_SEARCH; ESTALE if it is gone."""
     raw = struct.pack("Ii", len(handle.data), handle.type) + handle.data
-    return _check(_libc.open_by_handle_at(ctypes.c_int(mount_fd), raw, ctypes.c_int(os.O_PATH | os.O_CLOEXEC)))
+    return check(_libc.open_by_handle_at(ctypes.c_int(mount_fd), raw, ctypes.c_int(os.O_PATH | os.O_CLOEXEC)))
 
 
 def filesystem_uuid(fd: int) -> bytes:
@@ -157,7 +158,7 @@ def reflink(source_fd: int, target_fd: int) -> None:
 
 def syncfs(fd: int) -> None:
     """Write back everything of the file system that ``fd`` (not O_PATH) is on."""
-    _check(_libc.syncfs(ctypes.c_int(fd)))
+    check(_libc.syncfs(ctypes.c_int(fd)))
 
 
 def mount_id(fd: int) -> int:
