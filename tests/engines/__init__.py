@@ -1,0 +1,1 @@
+"""Tests of ``unionfs.engines`` that need no engine."""
