@@ -127,3 +127,23 @@ class StoreLockedError(LayerStoreError):
 
 class TarSplitError(LayerStoreError):
     """A tar-split stream that cannot be read."""
+
+
+class SnapshotterError(UnionfsError):
+    """Something in a snapshotter that cannot be done on this host."""
+
+
+class SnapshotNotFoundError(SnapshotterError, LookupError):
+    """A snapshot's name that does not exist (containerd's ErrNotFound)."""
+
+
+class SnapshotExistsError(SnapshotterError):
+    """A snapshot's name that is taken (containerd's ErrAlreadyExists)."""
+
+
+class SnapshotStateError(SnapshotterError):
+    """A snapshot that this cannot be done with as it is (containerd's ErrFailedPrecondition)."""
+
+
+class SnapshotArgumentError(SnapshotterError, ValueError):
+    """Arguments that can never work (containerd's ErrInvalidArgument)."""
