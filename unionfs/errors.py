@@ -147,3 +147,15 @@ class SnapshotStateError(SnapshotterError):
 
 class SnapshotArgumentError(SnapshotterError, ValueError):
     """Arguments that can never work (containerd's ErrInvalidArgument)."""
+
+
+class RunError(UnionfsError):
+    """A container that cannot be run."""
+
+
+class CommandNotFoundError(RunError):
+    """A command that the container's files do not have."""
+
+
+class CommandNotExecutableError(RunError):
+    """A command that is there, and cannot be executed."""
