@@ -196,44 +196,30 @@ def _base(many_ids: bool) -> LayerTar:
 
 def _layers(many_ids: bool) -> list[LayerTar]:
     # Each names the directories that it changes: one that is only implied gets the time of the unpacking.
-    second = (
-        LayerTar()
-        .dir("d4")
-        .dir("whiteout")
-        .whiteout("d1")
-        .dir("d2")
-        .opaque("d2")
-        .file("d2/new", "new 2\n")
-        .dir("d3")
-        .whiteout("d3/old")
-    )
-    second.whiteout("d4/sub").file("d4/added", "added\n").whiteout("whiteout/only").whiteout("whiteout/back")
+    second = LayerTar()
+    second.whiteout("d1").dir("d2").opaque("d2").file("d2/new", "new 2\n").dir("d3").whiteout("d3/old")
+    second.dir("d4").whiteout("d4/sub").file("d4/added", "added\n")
+    second.dir("whiteout").whiteout("whiteout/only").whiteout("whiteout/back")
     # The name exists again in the very layer that hides it: a whiteout is for the layers below.
-    second.whiteout("whiteout/x").file("whiteout/x", "new x\n").whiteout("whiteout/dir").dir("whiteout/dir")
-    second.file("whiteout/dir/new", "new\n")
-    third = (
-        LayerTar().file("turns/dir", "a file now\n").dir("turns/file").file("turns/file/inside", "a directory now\n")
+    second.whiteout("whiteout/x").file("whiteout/x", "new x\n")
+    second.whiteout("whiteout/dir").dir("whiteout/dir").file("whiteout/dir/new", "new\n")
+    third = LayerTar()
+    third.dir("turns").file("turns/dir", "a file now\n").dir("turns/file").file(
+        "turns/file/inside", "a directory now\n"
     )
     third.dir("turns/link", 0o700).file("turns/link/x", "was a link\n").symlink("turns/again", "file")
-    third.dir("d1").file("d1/came-back", "d1 is another\n").file("whiteout/back", "again\n")
+    third.dir("d1").file("d1/came-back", "d1 is another\n").dir("whiteout").file("whiteout/back", "again\n")
     # The layer of a step that changed nothing.
     empty = LayerTar()
-    fifth = (
-        LayerTar()
-        .dir("d2", 0o750, (1000, 1000))
-        .file("d2/later", "after opaque\n")
-        .dir("d2/sub")
-        .file("d2/sub/x", "x\n")
-    )
-    fifth.dir("links").whiteout("links/b").file("links/p", "alone\n").dir("d3", 0o711).opaque("d3/sub").file(
-        "d3/sub/other", "other\n"
-    )
+    fifth = LayerTar()
+    fifth.dir("d2", 0o750, (1000, 1000)).file("d2/later", "after opaque\n").dir("d2/sub").file("d2/sub/x", "x\n")
+    fifth.dir("links").whiteout("links/b").file("links/p", "alone\n")
+    fifth.dir("d3", 0o711).dir("d3/sub").opaque("d3/sub").file("d3/sub/other", "other\n")
     fifth.dir("turns").whiteout("turns/dir").dir("turns/dir").file("turns/dir/third", "a directory again\n")
-    sixth = LayerTar().dir("modes", 0o2770, (5, 50)).file("modes/setuid", "changed\n", 0o6711, (1000, 1000))
-    sixth.dir("links").dir("names").dir("new").file("new/a", "n\n").link("new/b", "new/a").link(
-        "links/new", "new/a"
-    ).dir("d4", 0o755, mtime=BEFORE_1970)
-    sixth.file("names/.w", "not a whiteout\n").file("names/wh.x", "neither\n")
+    sixth = LayerTar()
+    sixth.dir("modes", 0o2770, (5, 50)).file("modes/setuid", "changed\n", 0o6711, (1000, 1000))
+    sixth.dir("new").dir("links").file("new/a", "n\n").link("new/b", "new/a").link("links/new", "new/a")
+    sixth.dir("d4", mtime=BEFORE_1970).dir("names").file("names/.w", "not a whiteout\n").file("names/wh.x", "neither\n")
     return [_base(many_ids), second, third, empty, fifth, sixth]
 
 
