@@ -159,3 +159,23 @@ class CommandNotFoundError(RunError):
 
 class CommandNotExecutableError(RunError):
     """A command that is there, and cannot be executed."""
+
+
+class ImageError(UnionfsError):
+    """Something with an image that cannot be done."""
+
+
+class ImageFormatError(ImageError):
+    """An image, or an archive or directory of images, that cannot be understood or contradicts itself."""
+
+
+class ImageNotFoundError(ImageError, LookupError):
+    """A name or an id that no image has."""
+
+
+class ImageInUseError(ImageError):
+    """An image that cannot be removed while something needs it; the message says what."""
+
+
+class RegistryError(ImageError):
+    """A registry that refused, or gave a wrong answer, or none."""

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from unionfs.cli.held_images import images_in
 from unionfs.cli.layer_output import (
     find_layer,
     human_size,
@@ -278,6 +279,10 @@ def rm(root: str | None, driver: str, parents: bool, layers: Sequence[str]) -> N
 
 def _users(store: LayerStore, one: Layer) -> list[str]:
     users = [f"container {printable(name)}" for name in _containers(store, one)]
+    held = images_in(store)
+    if held is not None:
+        of = [image for image in held.all() if image.chain_id == one.chain_id]
+        users += [f"image {image.names[0] if image.names else short(image.image_id)}" for image in of]
     users += [
         f"layer {short(chain_id)}" for chain_id, other in store.map().items() if other.stored.parent is one.stored
     ]

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from unionfs.cli.held_images import images_in
 from unionfs.errors import LayerDoesNotExistError, LayerStoreError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def opened(root: str | None, driver: str, *, recover: bool = True) -> Iterator[L
     from unionfs.layers import open_store
 
     with open_store(root, driver, recover=recover) as store:
+        images_in(store)
         if store.unreadable and recover:
             count = len(store.unreadable)
             click.echo(f"unionfs: {count} stored {plural(count, 'thing')} cannot be read; run unionfs fsck", err=True)
