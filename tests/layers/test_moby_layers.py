@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -19,7 +20,7 @@ from unionfs.layers.disassemble import disassemble
 from unionfs.layers.empty import EMPTY_LAYER, is_empty
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ChainID, create_chain_id, diff_id_of
-from unionfs.layers.metadata import LayerRecord
+from unionfs.layers.metadata import LayerRecord, MountRecord
 
 
 def read(root: str, path: str) -> str:
@@ -330,3 +331,77 @@ def test_an_adoption_that_fails_leaves_the_tree(shop: Workshop) -> None:
     shop.reopen()
     assert shop.store.driver.exists(tree)
     shop.store.driver.remove(tree)
+
+
+def test_mount_migration(shop: Workshop) -> None:
+    """TestMountMigration; row 120: a container's tree that a driver has becomes a read-write layer."""
+    base = shop.store.register(
+        io.BytesIO(archive([member("etc/"), member("root/"), member("root/.bashrc", "# Boring")]))
+    )
+    driver, tree = shop.store.driver, random_ids.new_id()
+    driver.create_read_write(f"{tree}-init", base.cache_id)
+    fill = driver.get(f"{tree}-init")
+    write("etc/hosts", "127.0.0.1 localhost")(fill)
+    driver.put(f"{tree}-init")
+    driver.create_read_write(tree, f"{tree}-init")
+    fill = driver.get(tree)
+    write("etc/hosts", "127.0.0.1 changed", 0o600)(fill)
+    write("root/.bashrc", "# Updated configuration")(fill)
+    write("root/testfile1.txt", "nothing valuable")(fill)
+    driver.put(tree)
+
+    with pytest.raises(LayerStoreError, match="graph ID does not exist: '0000"):
+        shop.store.adopt_rw_layer("migration-mount", "0" * 64, base.chain_id)
+    for other in ("nope", f"{tree}-init"):
+        with pytest.raises(LayerStoreError, match="invalid mount id value"):
+            shop.store.adopt_rw_layer("migration-mount", other, base.chain_id)
+    with pytest.raises(LayerStoreError, match="belongs to a layer already"):
+        shop.store.adopt_rw_layer("migration-mount", base.cache_id, base.chain_id)
+    first = shop.store.adopt_rw_layer("migration-mount", tree, base.chain_id)
+    assert [(change.path, change.kind) for change in first.changes()] == [
+        (b"/etc", ChangeKind.MODIFY),
+        (b"/etc/hosts", ChangeKind.MODIFY),
+        (b"/root", ChangeKind.MODIFY),
+        (b"/root/.bashrc", ChangeKind.MODIFY),
+        (b"/root/testfile1.txt", ChangeKind.ADD),
+    ]
+    with pytest.raises(MountNameConflictError, match="mount already exists with name migration-mount"):
+        shop.store.create_rw_layer("migration-mount", base.chain_id)
+    with pytest.raises(MountNameConflictError, match="name conflict, mismatched parent"):
+        shop.store.adopt_rw_layer("migration-mount", tree)
+    with pytest.raises(MountNameConflictError, match="mount already exists: migration-mount"):
+        other = random_ids.new_id()
+        driver.create_read_write(other)
+        shop.store.adopt_rw_layer("migration-mount", other)
+    driver.remove(other)
+    assert base.release() == [], "the read-write layer needs it"
+
+    store = shop.reopen()
+    second = store.adopt_rw_layer("migration-mount", tree, base.chain_id)
+    third = store.get_rw_layer("migration-mount")
+    assert second.mount() == third.mount()
+    assert read(second.mount(), "etc/hosts") == "127.0.0.1 changed"
+    for handle in (second, second, third):
+        handle.unmount()
+    assert second.release() == []
+    assert [gone.chain_id for gone in third.release()] == [base.chain_id]
+    assert shop.trees() == set()
+
+
+def test_an_adoption_of_a_container_that_fails_leaves_its_tree(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = random_ids.new_id()
+    shop.store.driver.create_read_write(tree)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+        broken.setattr(FileMetadataStore, "commit_mount", fail)
+        shop.store.adopt_rw_layer("c", tree)
+    assert shop.store.leftovers() == []
+    # Nor does the next start remove it, should this one die in the middle.
+    shop.store.records.begin_mount("c", MountRecord(mount_id=tree), adopting=True)
+    shop.reopen()
+    assert shop.store.driver.exists(tree)
+    assert shop.store.adopt_rw_layer("c", tree).release() == []
+    assert not shop.store.driver.exists(tree)

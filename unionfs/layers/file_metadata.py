@@ -6,7 +6,7 @@
     sha256/<digits>-<random>-removing/
     mounts/<name>/                  mount-id  init-id  parent
     tmp/write-set-<random>/         a layer that is being registered
-    tmp/adopt-set-<random>/         a layer that is being made of a tree that was there before
+    tmp/adopt-set-<random>/         a layer, read-write or not, that is being made of a tree that was there before
     tmp/mount-set-<random>/         a read-write layer that is being made
     tmp/mount-removing-<random>/    one that is being removed
     lock                            unionfs.layers.lock
@@ -121,10 +121,10 @@ class FileMetadataStore:
         disk.sync_dir(where)
         return FileTransaction(self, where, cache_id)
 
-    def begin_mount(self, name: str, record: MountRecord) -> FileMountTransaction:
+    def begin_mount(self, name: str, record: MountRecord, *, adopting: bool = False) -> FileMountTransaction:
         """See :meth:`MetadataStore.begin_mount`."""
         target = self._mount_path(name)
-        where = self._new_set(_MOUNT_SET)
+        where = self._new_set(_ADOPT_SET if adopting else _MOUNT_SET)
         disk.write_file(os.path.join(where, "mount-id"), record.mount_id.encode())
         if record.init_id:
             disk.write_file(os.path.join(where, "init-id"), record.init_id.encode())

@@ -187,8 +187,10 @@ class MetadataStore(Protocol):
         among the :meth:`leftovers`.
         """
 
-    def begin_mount(self, name: str, record: MountRecord) -> MountTransaction:
+    def begin_mount(self, name: str, record: MountRecord, *, adopting: bool = False) -> MountTransaction:
         """Start making a read-write layer. A damaged one of that name makes way at the commit.
+
+        ``adopting`` is as for :meth:`begin`.
 
         Raises:
             LayerStoreError: the name cannot be one.

@@ -41,11 +41,12 @@ from unionfs.layers.metadata import (
     Leftover,
     MetadataStore,
     MountRecord,
+    MountTransaction,
     Removal,
     Transaction,
     Unreadable,
 )
-from unionfs.layers.random_ids import INIT_SUFFIX, new_id
+from unionfs.layers.random_ids import INIT_SUFFIX, is_valid_id, new_id
 from unionfs.layers.rw_layer import RWLayer, StoredMount
 
 _log = logging.getLogger(__name__)
@@ -263,9 +264,7 @@ class LayerStore:
             LayerDamagedError: the tree is not what the record is of.
         """
         if not self.driver.exists(tree):
-            raise LayerStoreError(
-                f"graph ID does not exist: {tree!r}; give the id of a tree of the {self.driver.name} driver"
-            )
+            raise _no_tree(self.driver, tree)
         if tree in self.driver_ids():
             raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
         with self._pinned(parent) as pin, self._at_work(tree):
@@ -506,19 +505,64 @@ class LayerStore:
                 )
                 stored = StoredMount(name, record, pin.layer)
                 transaction = self.records.begin_mount(name, record)
-                kept = False
                 try:
                     self._create_trees(stored, mount_label, init, dict(storage_options or {}))
-                    self._sync(record.init_id, record.mount_id)
-                    transaction.commit()
-                    kept = pin.keep = True
+                    self._commit_mount(transaction, stored, pin)
                 finally:
-                    if not kept:
+                    if not pin.keep:
                         self._abandon(transaction.cancel, record.mount_id, record.init_id)
-                with self._mount_lock:
-                    self._mounts[name] = stored
-                    self.unreadable = [one for one in self.unreadable if one.name != name]
                 return self._rw_handle(stored)
+
+    def adopt_rw_layer(self, name: str, tree: str, parent: str = "") -> RWLayer:
+        """Make a tree that the driver has already a read-write layer (Docker's CreateRWLayerByGraphID); a handle on it.
+
+        A tree ``TREE-init`` becomes its init layer. Adopting the same once more only gives another handle.
+
+        Args:
+            name: what it is to be called.
+            tree: the driver's id, which must have the form of a mount-id: 64 hexadecimal digits. The tree must have
+                been made on its init layer, or else on the tree of ``parent``.
+            parent: the chain id of the layer below, ``""`` for none.
+
+        Raises:
+            MountNameConflictError: the name is taken by another tree, or by this one on another parent.
+            LayerDoesNotExistError: there is no ``parent``.
+            LayerStoreError: there is no such tree, or it belongs to something else. It stays as it is.
+        """
+        if not is_valid_id(tree) or tree.endswith(INIT_SUFFIX):
+            raise LayerStoreError(
+                f"invalid mount id value {tree[:100]!r}; a tree is adopted by its 64 hexadecimal digits"
+            )
+        if not self.driver.exists(tree):
+            raise _no_tree(self.driver, tree)
+        init = tree + INIT_SUFFIX
+        record = MountRecord(mount_id=tree, init_id=init if self.driver.exists(init) else "", parent=ChainID(parent))
+        with self._names.hold(name):
+            with self._mount_lock:
+                known = self._mounts.get(name)
+            if known is not None:
+                _check_same_mount(known, record)
+                return self._rw_handle(known)
+            if tree in self.driver_ids():
+                raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
+            with self._pinned(parent) as pin, self._at_work(tree, init):
+                stored = StoredMount(name, record, pin.layer)
+                transaction = self.records.begin_mount(name, record, adopting=True)
+                try:
+                    self._commit_mount(transaction, stored, pin)
+                finally:
+                    if not pin.keep:
+                        self._abandon(transaction.cancel)
+                return self._rw_handle(stored)
+
+    def _commit_mount(self, transaction: MountTransaction, stored: StoredMount, pin: _Pin) -> None:
+        """Make it a read-write layer, once its trees are on the disk."""
+        self._sync(stored.record.init_id, stored.record.mount_id)
+        transaction.commit()
+        pin.keep = True
+        with self._mount_lock:
+            self._mounts[stored.name] = stored
+            self.unreadable = [one for one in self.unreadable if one.name != stored.name]
 
     def _create_trees(
         self, stored: StoredMount, mount_label: str, init: Callable[[str], None] | None, options: dict[str, str]
@@ -661,6 +705,23 @@ def _check_depth(parent: StoredLayer | None) -> None:
     if parent is not None and parent.depth() >= MAX_DEPTH:
         raise MaxDepthExceededError(
             f"max depth exceeded: {parent.chain_id} has {MAX_DEPTH} layers already; make do with fewer"
+        )
+
+
+def _no_tree(driver: Driver, tree: str) -> LayerStoreError:
+    return LayerStoreError(
+        f"graph ID does not exist: {tree[:100]!r}; give the id of a tree of the {driver.name} driver"
+    )
+
+
+def _check_same_mount(known: StoredMount, record: MountRecord) -> None:
+    if known.record.mount_id != record.mount_id:
+        raise MountNameConflictError(
+            f"mount already exists: {known.name} is of the tree {known.record.mount_id}; choose another name"
+        )
+    if known.record.parent != record.parent:
+        raise MountNameConflictError(
+            f"name conflict, mismatched parent: {known.name} stands on {known.record.parent or 'nothing'}; name that"
         )
 
 
