@@ -7,9 +7,11 @@ import logging.handlers
 import os
 
 
-def to_stderr(debug: bool) -> None:
-    """Log to stderr: everything with ``debug``, else what an operator should know."""
-    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="unionfs-mount: %(message)s", force=True)
+def to_stderr(debug: bool, program: str = "unionfs-mount") -> None:
+    """Log to stderr, every line with the name of the ``program``: everything with ``debug``, else what an operator
+    should know.
+    """
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format=f"{program}: %(message)s", force=True)
 
 
 def to_syslog() -> None:

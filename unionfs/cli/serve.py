@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import click
 
+from unionfs.cli.serve_docker import docker_plugin
+
 
 @click.group()
 def serve() -> None:
     """Serve container engines that run on this machine."""
+
+
+serve.add_command(docker_plugin)

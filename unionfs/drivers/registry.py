@@ -59,6 +59,17 @@ class Registry:
         """All names, sorted."""
         return sorted(self._drivers)
 
+    def init_of(self, name: str) -> InitFunc:
+        """What makes the registered driver ``name``, for who has a home of another name; never a plugin.
+
+        Raises:
+            NotSupportedError: none is registered by that name.
+        """
+        init = self._drivers.get(name)
+        if init is None:
+            raise NotSupportedError(f"there is no driver {name}; use one of {', '.join(self.names())}")
+        return init
+
     def get_driver(
         self, name: str, root: str, options: Sequence[str] = (), id_mapping: IdMapping | None = None
     ) -> Driver:

@@ -1,0 +1,71 @@
+"""Running the application: hypercorn on trio, until a signal, and then until the last call has ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as serve_with_hypercorn
+from starlette.types import ASGIApp
+
+from unionfs.engines.docker_plugin.app import make_app
+from unionfs.engines.docker_plugin.gate import CallGate
+from unionfs.engines.docker_plugin.listener import Listener
+from unionfs.engines.docker_plugin.service import GraphDriverService
+
+_log = logging.getLogger(__name__)
+
+
+def run(service: GraphDriverService, listener: Listener) -> None:
+    """Serve until SIGTERM or SIGINT; calls that run are finished first. A second signal ends the process at once."""
+    trio.run(_run, service, listener)
+
+
+async def _run(service: GraphDriverService, listener: Listener) -> None:
+    gate = CallGate()
+    stopping = trio.Event()
+
+    async def watch(signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            name = signal.Signals(number).name
+            if stopping.is_set():
+                _log.warning("%s again: ending in the middle of %d calls", name, gate.running)
+                os._exit(1)  # a thread in a driver, or an engine that does not read, cannot be ended otherwise
+            _log.info("%s: ending%s", name, f" when {gate.running} calls are finished" if gate.running else "")
+            listener.withdraw()
+            stopping.set()
+
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, signals)
+            await serve(make_app(service, gate), listener.socket, stopping.wait)
+            nursery.cancel_scope.cancel()
+
+
+async def serve(app: ASGIApp, listening: socket.socket, stopping: Callable[[], Awaitable[Any]]) -> None:
+    """Serve ``app`` on a listening socket, which is not closed, until ``stopping`` returns and all calls have ended."""
+    config = Config()
+    # hypercorn makes a socket object of a descriptor and owns it.
+    config.bind = [f"fd://{os.dup(listening.fileno())}"]
+    config.accesslog = None
+    config.errorlog = _own_log()
+    config.include_server_header = False
+    # An idle connection is the engine's to close. If it were closed here while a request is on its way, the engine
+    # would repeat the request without its body (spec section 3.2).
+    config.keep_alive_timeout = math.inf
+    config.graceful_timeout = math.inf
+    await serve_with_hypercorn(cast(Any, app), config, shutdown_trigger=cast(Any, stopping), mode="asgi")
+
+
+def _own_log() -> logging.Logger:
+    """hypercorn's words go where ours go, without its greeting."""
+    log = logging.getLogger(f"{__name__}.hypercorn")
+    log.setLevel(logging.WARNING)
+    return log
