@@ -1,8 +1,9 @@
 """The transport that reads /dev/fuse itself: what pyfuse3 cannot express, with less time per request.
 
-One task reads requests and answers most of them on the spot; those that have to wait for something become tasks of
-their own. After a request the reader looks again for a moment before it goes to sleep: programs send their requests
-one after the other, and waking up takes longer than answering.
+One task reads requests and answers most of them on the spot; those that wait for the disk are answered by a thread,
+and those that go on with the tree after that become tasks of their own. After a request the reader looks again for a
+moment before it goes to sleep: programs send their requests one after the other, and waking up takes longer than
+answering.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
 from unionfs.fuse_ops.requests import UnionRequests
 from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.waiting_calls import WaitingCalls
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ _MAX_WRITE: Final = 1 << 20  # bytes; the kernel's limit is 256 pages
 _BUFFER_SIZE: Final = _MAX_WRITE + 4096
 _LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
 _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
+_ALONE_AFTER: Final = 32  # requests in a row by one thread of one program, after which nobody else is taken to wait
+_SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _TIMEOUT_MAX: Final = 2**63 - 1
 _NO_REPLY: Final = b""
 
@@ -76,6 +80,9 @@ class DirectTransport:
         self._accepted: Callable[[], None] = lambda: None
         self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
+        self._calls = WaitingCalls()
+        self._sender = -1  # the thread that the last request came from
+        self._mixed = _ALONE_AFTER  # how many requests of one sender are missing until it counts as alone
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
@@ -156,6 +163,8 @@ class DirectTransport:
         async with trio.open_nursery() as nursery:
             while await self._turn(buffer, nursery):
                 await trio.lowlevel.checkpoint()
+            # The mount is gone, and with it whoever waited; but the descriptors in use must not be closed yet.
+            await trio.to_thread.run_sync(self._calls.close)
             nursery.cancel_scope.cancel()
 
     async def _turn(self, buffer: bytearray, nursery: trio.Nursery) -> bool:
@@ -189,6 +198,11 @@ class DirectTransport:
         body: bytes | memoryview = message[p.IN_HEADER.size :]
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
+        if pid != self._sender or not pid:  # 0: a program of another PID namespace, whichever
+            self._sender = pid
+            self._mixed = _ALONE_AFTER
+        elif self._mixed:
+            self._mixed -= 1
         request = Request(unique, node, uid, gid, pid, body)
         if self._tell:
             log.debug("%s of %#x by process %d: %r", _name(code), node, pid, bytes(body[:80]))
@@ -210,6 +224,19 @@ class DirectTransport:
         finally:
             self._waiting -= 1
         self._reply(reply)
+
+    def _answer_in_thread(self, request: Request, code: int, call: Callable[[], bytes]) -> bytes:
+        """Let a thread answer with what ``call`` returns, which waits for the disk and knows nothing of the tree."""
+
+        def answer() -> None:
+            try:
+                reply = call()
+            except Exception as error:
+                reply = self._failure(request, code, error)
+            self._reply(reply)
+
+        self._calls.start(answer)
+        return _NO_REPLY
 
     def _failure(self, request: Request, code: int, error: Exception) -> bytes:
         number = errno.EIO
@@ -592,15 +619,17 @@ class DirectTransport:
         entry = (inode.ino, 0, s, s, ns, ns, *self._attr(attributes))
         return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
 
-    def _read(self, request: Request) -> Answer:
+    def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        data = self._requests.read_cached(handle, offset, size)
-        if data is None:
-            return self._read_disk(request, handle, offset, size)
-        return self._data(request, data)
-
-    async def _read_disk(self, request: Request, handle: int, offset: int, size: int) -> bytes:
-        return self._data(request, await self._requests.read(handle, offset, size))
+        fd = self._requests.files[handle].fd
+        if not self._mixed and size <= _SHORT_READ:
+            # One program that waits for its own answers: nobody is held up if the disk has to be waited for here,
+            # and whoever comes meanwhile waits for no more than this.
+            return self._data(request, os.pread(fd, size, offset))
+        data = self._requests.read_cached(fd, offset, size)
+        if data is not None:
+            return self._data(request, data)
+        return self._answer_in_thread(request, Opcode.READ, lambda: self._data(request, os.pread(fd, size, offset)))
 
     def _write(self, request: Request) -> bytes:
         handle, offset, size, write_flags, _, _, _ = p.WRITE_IN.unpack_from(request.body)
@@ -617,16 +646,28 @@ class DirectTransport:
         self._requests.release(handle)
         return self._empty(request)
 
-    async def _fsync(self, request: Request) -> bytes:
+    def _fsync(self, request: Request) -> bytes:
         handle, flags, _ = p.FSYNC_IN.unpack_from(request.body)
-        await self._requests.fsync(handle, data_only=bool(flags & p.FSYNC_FDATASYNC))
-        return self._empty(request)
+        file = self._requests.files[handle]
+        if not file.inode.upper:
+            return self._empty(request)
+        fd, sync = file.fd, os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync
 
-    async def _fallocate(self, request: Request) -> bytes:
+        def call() -> bytes:
+            sync(fd)
+            return self._empty(request)
+
+        return self._answer_in_thread(request, Opcode.FSYNC, call)
+
+    def _fallocate(self, request: Request) -> bytes:
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
         fd = self._requests.files[handle].fd
-        await trio.to_thread.run_sync(backing_calls.fallocate, fd, mode, offset, length)
-        return self._empty(request)
+
+        def call() -> bytes:
+            backing_calls.fallocate(fd, mode, offset, length)
+            return self._empty(request)
+
+        return self._answer_in_thread(request, Opcode.FALLOCATE, call)
 
     def _lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
@@ -635,13 +676,15 @@ class DirectTransport:
         found = os.lseek(self._requests.files[handle].fd, offset, whence)
         return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
 
-    async def _copy_file_range(self, request: Request) -> bytes:
+    def _copy_file_range(self, request: Request) -> bytes:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
-        fds = self._requests.files[source].fd, self._requests.files[target].fd
-        copied = await trio.to_thread.run_sync(
-            os.copy_file_range, *fds, min(length, 1 << 30), source_offset, target_offset
-        )
-        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+        source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
+
+        def call() -> bytes:
+            copied = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_offset, target_offset)
+            return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+
+        return self._answer_in_thread(request, Opcode.COPY_FILE_RANGE, call)
 
     async def _ioctl(self, request: Request) -> bytes:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)

@@ -259,10 +259,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        data = self._requests.read_cached(fh, off, size)
-        if data is None:
-            return await self._requests.read(fh, off, size)
-        return data  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        return await self._requests.read(fh, off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     @_handler
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:

@@ -181,9 +181,9 @@ class UnionRequests:
                 raise
         return file
 
-    def read_cached(self, handle: int, offset: int, size: int) -> bytes | bytearray | None:
+    @staticmethod
+    def read_cached(fd: int, offset: int, size: int) -> bytes | bytearray | None:
         """Up to ``size`` bytes if they are in the page cache (or past the end); None if the disk must be waited for."""
-        fd = self.files[handle].fd
         buffer = bytearray(size)
         try:
             count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
@@ -199,9 +199,11 @@ class UnionRequests:
             del buffer[count:]
         return buffer
 
-    async def read(self, handle: int, offset: int, size: int) -> bytes:
+    async def read(self, handle: int, offset: int, size: int) -> bytes | bytearray:
         """Up to ``size`` bytes, waiting for the disk in a thread."""
-        return await trio.to_thread.run_sync(os.pread, self.files[handle].fd, size, offset)
+        fd = self.files[handle].fd
+        data = self.read_cached(fd, offset, size)
+        return await trio.to_thread.run_sync(os.pread, fd, size, offset) if data is None else data
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of ``data``; a short count only when the disk is full half-way."""

@@ -1,0 +1,80 @@
+"""Threads for calls that wait for the disk, where each call sends its own answer.
+
+Handing a call to trio's threads and taking its result back costs two changes of thread and a turn of the scheduler,
+about as much as reading a small file. A reply may be written to /dev/fuse by any thread, so nothing has to come back.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+_THREADS_MAX: Final = 16
+_IDLE_S: Final = 5.0  # a thread that has nothing to do for so long ends
+
+Call = Callable[[], None]
+
+
+class WaitingCalls:
+    """Runs calls in threads of its own, which are started when all others are busy.
+
+    ``limit`` is how many calls may wait at the same time; further ones queue up behind them.
+    """
+
+    def __init__(self, limit: int = _THREADS_MAX) -> None:
+        self._limit = limit
+        self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._open = 0  # calls that are queued or running
+        self._closed = False
+
+    def __len__(self) -> int:
+        return self._open
+
+    def start(self, call: Call) -> None:
+        """Run ``call`` in a thread, soon. It must not raise."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("no further calls are taken")
+            self._open += 1
+            if self._open > len(self._threads) and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._work, name="unionfs-waiting", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        self._queue.put(call)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                call = self._queue.get(timeout=_IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    # A call that was counted but not queued yet may rely on this thread.
+                    if self._open >= len(self._threads) and not self._closed:
+                        continue
+                    self._threads.discard(threading.current_thread())
+                    return
+            if call is None:
+                return
+            try:
+                call()
+            except Exception:
+                log.exception("a call in a thread failed")
+            with self._lock:
+                self._open -= 1
+
+    def close(self) -> None:
+        """Wait until all calls have ended; none can be started any more."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for _ in threads:
+            self._queue.put(None)
+        for thread in threads:
+            thread.join()
