@@ -1,10 +1,19 @@
-"""Registering and exporting take the same memory whatever the layer's size."""
+"""Registering and exporting take the same memory whatever the layer's size.
+
+``UNIONFS_TEST_LAYER_MIB=4096`` shows it with a layer of 4 GiB, for which the temporary directory needs 8.1 GiB: the
+layer, and the copy of a stream that cannot be rewound.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+LAYER_MIB = int(os.environ.get("UNIONFS_TEST_LAYER_MIB", "300"))
 
 # In a process of its own: what counts is the largest amount it ever had.
 PROGRAM = """
@@ -39,18 +48,22 @@ with open_store(sys.argv[1], "vfs") as store:
     big = store.register(Big(int(sys.argv[2])))
     assert big.diff_size == int(sys.argv[2])
     big.verify()
-    print(peak() - before)
+    print(before, peak())
     big.release()
 """
 
 
+@pytest.mark.timeout(120 + LAYER_MIB // 4)
 def test_memory_does_not_grow_with_the_layer(tmp_path: Path, repository: Path) -> None:
-    """Issue 4, point 6, at a size that is quick; the spool of what cannot be rewound is on disk."""
+    """Issue 4, point 6: through 200 MB; the spool of what cannot be rewound is on disk."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "root", str(300 << 20)],
+        [sys.executable, "-c", PROGRAM, tmp_path / "root", str(LAYER_MIB << 20)],
         cwd=repository,
         check=True,
         capture_output=True,
         text=True,
     )
-    assert int(done.stdout) < 30 << 20
+    before, peak = (int(number) for number in done.stdout.split())
+    print(f"{LAYER_MIB} MiB took {peak >> 20} MiB of memory, {(peak - before) >> 20} MiB more than 1 MiB took")
+    assert peak - before < 30 << 20
+    assert peak < 200_000_000

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 
 from tests.layers.archives import archive, member
 from tests.layers.conftest import Workshop, write
+from tests.layers.hammer import hammer
 from unionfs.errors import (
     ActiveMountError,
     ArchiveError,
@@ -760,36 +761,55 @@ def test_where_stores_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_many_threads(shop: Workshop) -> None:
     """16 threads register, get, release, create, mount and remove; the counts are right at the end."""
-    store = shop.store
-    base = store.register(stream(BASE))
-    tars = [archive([member("shared", "x"), member(f"layer{number}", "y" * number)]) for number in range(4)]
-    failures: list[BaseException] = []
-    mounting = threading.Semaphore(2)  # a file system server each; there are only so many cores
+    hammer(shop.store, turns=4)
 
-    def work(number: int) -> None:
-        try:
-            for turn in range(4):
-                layer = store.register(stream(tars[(number + turn) % 4]), base.chain_id)
-                again = store.get(layer.chain_id)
-                rw = store.create_rw_layer(f"c{number}-{turn}", layer.chain_id)
-                layer.release()
-                if turn == 0 and number % 4 == 0:
-                    with mounting, rw.mounted() as path:
-                        assert Path(path, "shared").read_text() == "x"
-                rw.release()
-                again.release()
-        except BaseException as error:
-            failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert store.map().keys() == {base.chain_id}
-    assert store.reference_count(base.chain_id) == 1
-    assert store.rw_layers() == {}
+def test_many_processes_of_many_threads(driver: str, tmp_path: Path) -> None:
+    """Issue 4, point 5: of 4 processes at the same moment one has the store, and the others are told which."""
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "tests.layers.hammer", str(root), driver]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+            for _ in range(4)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+
+        def answers(line: str) -> list[str]:
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write(line)
+                process.stdin.flush()
+            return said()
+
+        def said() -> list[str]:
+            return [process.stdout.readline().strip() for process in processes if process.stdout is not None]
+
+        assert said() == ["ready"] * 4
+        first = answers("open it\n")
+        assert sorted(line.partition(" ")[0] for line in first) == ["open", *["refused"] * 3], first
+        owner = processes[first.index("open")].pid
+        for line in first:
+            assert line == "open" or f"is in use by process {owner}; close it there" in line
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("hammer\n")
+            process.stdin.flush()
+        for process, line in zip(processes, first, strict=True):
+            assert process.stdout is not None
+            rest = process.stdout.read().split("\n")
+            assert rest == [*(["open"] if line != "open" else []), "done", ""], rest
+            assert process.wait() == 0
+    shop = Workshop(root, driver)
+    assert shop.store.map() == {}
+    shop.assert_nothing_leaked()
+    assert fsck(shop.store, deep=True) == []
+    shop.store.close()
 
 
 def test_the_same_layer_from_many_threads(vfs_shop: Workshop) -> None:
