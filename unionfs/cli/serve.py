@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from unionfs.cli.serve_docker import docker_plugin
+from unionfs.cli.serve_snapshotter import snapshotter
 
 
 @click.group()
@@ -13,3 +14,4 @@ def serve() -> None:
 
 
 serve.add_command(docker_plugin)
+serve.add_command(snapshotter)

@@ -1,0 +1,178 @@
+"""The files of snapshots, in directories laid out as those of containerd's overlayfs snapshotter.
+
+::
+
+    root/                     0700
+      lock                    the process that uses it
+      metadata.sqlite3        what snapshots there are (:mod:`.store`)
+      empty/                  what a tree without parents is made over
+      snapshots/              0700
+        N/                    0700; N-creating and N-removing while it is neither there nor gone
+          fs/                 what the snapshot itself has; overlayfs' upper directory, later a lower one
+          work/               overlayfs' work directory
+          union/              where our file system is mounted, for snapshots that need it
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from unionfs.archive.overlay_view import join
+from unionfs.archive.rooted import RootedDir
+from unionfs.drivers import home, removal
+from unionfs.drivers.ids import REMOVING
+from unionfs.engines.snapshotter.contract import Usage
+from unionfs.errors import DriverError, SnapshotterError
+from unionfs.fuse_ops import unmount
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
+_REDIRECTS = ("trusted.overlay.redirect", "user.overlay.redirect")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPaths:
+    """Where the parts of one snapshot are, as absolute paths."""
+
+    base: str
+
+    @property
+    def fs(self) -> str:
+        """What the snapshot itself has."""
+        return self.base + "/fs"
+
+    @property
+    def work(self) -> str:
+        """The work directory."""
+        return self.base + "/work"
+
+    @property
+    def union(self) -> str:
+        """The mount point."""
+        return self.base + "/union"
+
+
+class Measured(NamedTuple):
+    """What a look at all files of a snapshot told."""
+
+    usage: Usage
+    redirected: bool
+    """Whether a directory was renamed, so that overlayfs finds its contents under another name in the parents."""
+
+
+class SnapshotDirectories:
+    """The directories below one root. Its callers see to it that a number is used by one of them at a time.
+
+    Args:
+        root: made where it does not exist.
+
+    Raises:
+        SnapshotterError: the directories cannot be made.
+    """
+
+    def __init__(self, root: str) -> None:
+        owner = (os.geteuid(), os.getegid())
+        try:
+            home.ensure_dir(os.path.abspath(root), 0o700, owner)
+            # Without links, as the mount table will show it.
+            self.root = os.path.realpath(root)
+            self._snapshots = os.path.join(self.root, "snapshots")
+            self.empty = os.path.join(self.root, "empty")
+            for path in (self._snapshots, self.empty):
+                home.ensure_dir(path, 0o700, owner)
+        except DriverError as error:
+            raise SnapshotterError(
+                str(error).replace("the driver's directory", "the snapshotter's directory")
+            ) from error
+        self._numbers = itertools.count(1 + max(self._present(), default=0))
+
+    def paths(self, number: int) -> SnapshotPaths:
+        """The parts of a snapshot, existing or not."""
+        return SnapshotPaths(f"{self._snapshots}/{number}")
+
+    def create(self, parents: Sequence[int]) -> int:
+        """Make the directories of a new snapshot and return its number.
+
+        Args:
+            parents: the snapshots that it stands on, nearest first; its root directory is as the nearest one's.
+        """
+        number = next(self._numbers)
+        owner, mode = (os.geteuid(), os.getegid()), 0o755
+        with home.new_dir(self._snapshots, str(number), 0o700, owner) as base:
+            new = SnapshotPaths(base)
+            if parents:
+                above = os.stat(self.paths(parents[0]).fs)
+                owner, mode = (above.st_uid, above.st_gid), stat.S_IMODE(above.st_mode)
+            home.make_dir(new.fs, mode, owner)
+            os.mkdir(new.work, 0o700)
+            os.mkdir(new.union, 0o700)
+            home.sync_dir(base)
+        home.sync_dir(self._snapshots)
+        return number
+
+    def sync(self, number: int) -> None:
+        """Bring everything in a snapshot to stable storage."""
+        unmount.sync_mount(self.paths(number).fs)
+
+    def measure(self, number: int) -> Measured:
+        """Count what a snapshot takes on disk, as du(1) does: blocks, a file with several names once."""
+        return _measure(self.paths(number).fs)
+
+    def set_aside(self, number: int) -> None:
+        """Take a snapshot's directory away, with what is mounted in it; :meth:`delete_set_aside` deletes it."""
+        removal.set_aside(self._snapshots, str(number))
+
+    def recover(self, known: Iterable[int]) -> None:
+        """Delete what an earlier process left that belongs to no snapshot of ``known``; only before any is created."""
+        for number in self._present() - set(known):
+            self.set_aside(number)
+        removal.sweep(self._snapshots)
+
+    def delete_set_aside(self) -> None:
+        """Delete what :meth:`set_aside` took away. What cannot be deleted is logged, and tried again next time."""
+        for name in sorted(os.listdir(self._snapshots)):
+            if name.endswith(REMOVING):
+                try:
+                    removal.delete(os.path.join(self._snapshots, name))
+                except DriverError as error:
+                    _log.warning("%s", error)
+
+    def _present(self) -> set[int]:
+        return {int(name) for name in os.listdir(self._snapshots) if name.isascii() and name.isdigit()}
+
+
+def _measure(path: str) -> Measured:
+    blocks, seen, redirected = 0, set[tuple[int, int]](), False
+    with RootedDir(path) as top:
+        todo = [b""]
+        while todo:
+            rel = todo.pop()
+            try:
+                fd = top.open_dir(rel)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # replaced meanwhile: an active snapshot may be in use
+            try:
+                info = os.fstat(fd)
+                seen.add((info.st_dev, info.st_ino))
+                blocks += info.st_blocks
+                redirected = redirected or any(name in _REDIRECTS for name in os.listxattr(fd))
+                for name in map(os.fsencode, os.listdir(fd)):
+                    try:
+                        info = os.lstat(name, dir_fd=fd)
+                    except FileNotFoundError:
+                        continue
+                    if stat.S_ISDIR(info.st_mode):
+                        todo.append(join(rel, name))
+                    elif (info.st_dev, info.st_ino) not in seen:
+                        seen.add((info.st_dev, info.st_ino))
+                        blocks += info.st_blocks
+            finally:
+                os.close(fd)
+    return Measured(Usage(blocks * _BLOCK_BYTES, len(seen)), redirected)
