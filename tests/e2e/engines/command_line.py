@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.e2e.engines.private import Cell
-from tests.e2e.engines.scenario import EVERYTHING, Part
+from tests.e2e.engines.scenario import EVERYTHING, Fault, Part
 
 _BUILD_S = 240.0
 
@@ -28,7 +28,10 @@ class CommandLineEngine:
     environment: Mapping[str, str] = field(default_factory=dict)
     run_options: tuple[str, ...] = ()
     build_options: tuple[str, ...] = ()
+    remove_options: tuple[str, ...] = ("-f",)
     parts: frozenset[Part] = EVERYTHING
+    faults: tuple[Fault, ...] = ()
+    """Where its storage is known to be wrong; empty for ours."""
 
     def __call__(self, *words: str | Path, timeout_s: float = 120.0) -> str:
         """Run a command of the client; returns what it wrote. Raises CommandFailedError."""
@@ -94,7 +97,7 @@ class CommandLineEngine:
     def remove_all(self) -> None:
         """Remove all containers and images."""
         if found := self.containers():
-            self("rm", "-f", *found)
+            self("rm", *self.remove_options, *found)
         if found := self("images", "-q").split():
             self("rmi", "-f", *dict.fromkeys(found))
 

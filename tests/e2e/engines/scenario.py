@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -31,6 +32,8 @@ Part = Literal["diff", "commit", "build", "save", "export", "copy", "restart"]
 EVERYTHING: frozenset[Part] = frozenset({"diff", "commit", "build", "save", "export", "copy", "restart"})
 Tree = dict[str, dict[str, str]]
 """Path, without a slash in front, to what is known of it."""
+Fault = tuple[str, str]
+"""Where a storage is known to be wrong: patterns, as of a shell, for a step and for a path (or line) in it."""
 
 AT_ONCE = 20
 # What engines put into a container, beneath what the image has; below /dev etc. too.
@@ -47,7 +50,7 @@ rm -r d2; mkdir d2; echo 1 >d2/again
 mv d4 d5
 mv d5/old d5/renamed
 rm -r turns/file; echo file >turns/file
-rm turns/again; mkdir turns/again; echo x >turns/again/x
+rm turns/again; mkdir turns/again
 echo changed >>links/a
 rm links/q
 chmod 600 modes/all
@@ -68,7 +71,7 @@ dd if=/dev/zero of=data/sparse bs=1 count=1 seek=2097151 conv=notrunc 2>/dev/nul
 # "docker diff" of it. Paths are whole names, the parents of a change are changed too.
 EXPECTED_DIFF = """
 C etc|C etc/passwd|C d2|A d2/again|D d2/new|D d2/later|D d2/sub|D d4|A d5|A d5/added|A d5/renamed|C turns|C turns/file
-C turns/again|A turns/again/x|C links|C links/a|D links/q|C modes|C modes/all|C modes/owned|C data|C data/block
+C turns/again|C links|C links/a|D links/q|C modes|C modes/all|C modes/owned|C data|C data/block
 C data/odd|C data/sparse|C kinds|A kinds/new-link|A kinds/new-fifo|D kinds/absolute|C names|D names/-dash|A made
 A made/deep|A made/deep/er|A made/deep/er/file|A made/hard|C whiteout|D whiteout/dir|A whiteout/moved
 A whiteout/moved/new
@@ -140,6 +143,8 @@ class Engine(Protocol):
     cell: Cell
     parts: frozenset[Part]
     """The optional parts that it can do; the others are left out."""
+    faults: tuple[Fault, ...]
+    """Where its storage is known to be wrong; empty for ours."""
 
     def load(self, archive: Path) -> None:
         """Load an image from a docker-archive."""
@@ -198,25 +203,30 @@ class Record:
     lists: dict[str, list[str]] = field(default_factory=dict)
 
 
-def differences(ours: Record, theirs: Record, leave_out: Iterable[tuple[str, str]] = ()) -> list[str]:
+def is_known(faults: Iterable[Fault], step: str, what: str) -> bool:
+    """Whether a path or line of a step is among the known faults."""
+    return any(fnmatchcase(step, one) and fnmatchcase(what, two) for one, two in faults)
+
+
+def differences(ours: Record, theirs: Record, faults: Iterable[Fault] = ()) -> list[str]:
     """One line for each thing that differs.
 
     Args:
         ours: of the engine on our storage.
         theirs: of the engine on its own.
-        leave_out: pairs of a step and a path (or line) in it, where the engine's own storage is known to be wrong.
+        faults: where it is its own storage that is known to be wrong; not looked at.
     """
-    skipped = set(leave_out)
+    known = tuple(faults)
     lines = []
     for step in sorted(ours.trees.keys() | theirs.trees.keys()):
         one, two = ours.trees.get(step, {}), theirs.trees.get(step, {})
         for path in sorted(one.keys() | two.keys()):
-            if (step, path) not in skipped and one.get(path) != two.get(path):
+            if not is_known(known, step, path) and one.get(path) != two.get(path):
                 lines.append(f"{step}: {path}: ours {one.get(path)}, theirs {two.get(path)}")
     for step in sorted(ours.lists.keys() | theirs.lists.keys()):
         mine, yours = set(ours.lists.get(step, [])), set(theirs.lists.get(step, []))
-        lines += [f"{step}: only ours: {line}" for line in sorted(mine - yours) if (step, line) not in skipped]
-        lines += [f"{step}: only theirs: {line}" for line in sorted(yours - mine) if (step, line) not in skipped]
+        lines += [f"{step}: only ours: {line}" for line in sorted(mine - yours) if not is_known(known, step, line)]
+        lines += [f"{step}: only theirs: {line}" for line in sorted(yours - mine) if not is_known(known, step, line)]
     return lines
 
 
@@ -315,7 +325,7 @@ def play(engine: Engine, image: AwkwardImage) -> Record:
 
     engine.load(image.archive)
     fresh = record.trees["fresh"] = census(engine.run(TAG, "/bin/census"))
-    assert_holds(fresh, EXPECTED)
+    assert_holds(fresh, {path: text for path, text in EXPECTED.items() if not is_known(engine.faults, "fresh", path)})
     assert_linked(fresh, EXPECTED_LINKS)
 
     # Two containers of one image: what one does, the other does not see.
@@ -323,13 +333,13 @@ def play(engine: Engine, image: AwkwardImage) -> Record:
     engine.execute("one", "/bin/sh", "-c", CHANGE)
     changed = record.trees["changed"] = census(engine.execute("one", "/bin/census"))
     assert without_times(census(engine.execute("two", "/bin/census"))) == without_times(fresh)
-    assert_linked(changed, [{"links/a", "links/far/c"}, {"made/hard", "made/deep/er/file"}])
-    assert len(changed["links/a"]["md5"]) == 32
+    # Whether the other names of a file that was hard-linked in a layer change with it is the storage's to say.
+    assert_linked(changed, [{"made/hard", "made/deep/er/file"}])
 
     if "diff" in engine.parts:
         record.lists["diff"] = sorted(line for line in engine.diff("one") if not _is_of_the_engine(line[2:]))
         expected = {line for lines in EXPECTED_DIFF.split("\n") for line in lines.split("|") if line}
-        lacking = expected - set(record.lists["diff"])
+        lacking = {line for line in expected - {*record.lists["diff"]} if not is_known(engine.faults, "diff", line)}
         assert not lacking, f"the engine's diff lacks {sorted(lacking)}"
     if "export" in engine.parts:
         engine.export("one", work / "export.tar")

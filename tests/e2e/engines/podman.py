@@ -1,0 +1,129 @@
+"""Podman and Buildah in a private root, as root and as an ordinary user, on our storage or on their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tests.e2e.engines.command_line import CommandLineEngine
+from tests.e2e.engines.private import REPOSITORY, USER, USER_ID, private_cell
+from tests.e2e.engines.scenario import Fault
+
+Storage = Literal["unionfs", "stock"]
+PROGRAM = REPOSITORY / ".venv/bin/unionfs-mount"
+
+# Podman's own defaults ask for systemd, for limits that need CAP_SYS_RESOURCE and for a bridge; crun does not run on
+# a machine with both kinds of control groups.
+CONTAINERS_CONF = """\
+[containers]
+netns = "none"
+default_ulimits = ["nofile=4096:4096", "nproc=16384:16384"]
+log_driver = "k8s-file"
+[engine]
+cgroup_manager = "cgroupfs"
+runtime = "runc"
+events_logger = "file"
+"""
+
+# Of containers/storage 1.43 on the kernel's overlayfs.
+FAULTS: tuple[Fault, ...] = (
+    # A directory that a layer hides and makes again is merged with the hidden one.
+    ("*", "*whiteout/*/old"),
+    # "podman diff" reads the upper directory: it leaves out what an opaque directory hides, a directory that only
+    # its entries changed, and that a name's kind is another.
+    ("diff", "[CD] d2*"),
+    ("diff", "C data"),
+    ("diff", "C modes"),
+    ("diff", "C turns/again"),
+)
+
+
+def storage_conf(graph_root: Path, run_root: str, storage: Storage, more: str = "") -> str:
+    """The configuration of containers/storage: ours as docs/podman.md has it, or its own overlay driver."""
+    program = f'mount_program = "{PROGRAM}"\n' if storage == "unionfs" else ""
+    return (
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{graph_root}"\nrunroot = "{run_root}"\n'
+        f"[storage.options]\n{more}[storage.options.overlay]\n{program}"
+    )
+
+
+@dataclass
+class Podman(CommandLineEngine):
+    """Podman in a cell."""
+
+    graph_root: Path = Path()
+
+    @property
+    def home(self) -> Path:
+        """The layers' directory of the storage driver."""
+        return self.graph_root / "overlay"
+
+    def restart(self) -> None:
+        """There is no daemon. What comes nearest: the containers' processes are killed, and started again."""
+        names = self("ps", "--format", "{{.Names}}").split()
+        self("kill", "--signal", "KILL", *names)
+        self("wait", *names)
+        self("start", *names)
+
+    def leftovers(self) -> list[str]:
+        """Layers on disk and in the lists of containers/storage."""
+        found = [name for name in os.listdir(self.home) if name != "l" and not name.startswith(".")]
+        found += os.listdir(self.home / "l")
+        for kind in ("layers", "images", "containers"):
+            path = self.graph_root / f"overlay-{kind}/{kind}.json"
+            if path.exists():
+                found += [one["id"] for one in json.loads(path.read_text())]
+        return found
+
+    def layer_directory(self, name: str) -> Path:
+        """The directory of a container's layer."""
+        merged = self("inspect", "--format", "{{.GraphDriver.Data.UpperDir}}", name).strip()
+        return Path(merged).parent
+
+    def end(self) -> None:
+        """Remove everything, end the process that keeps a user's namespace, and see that nothing is left."""
+        self.remove_all()
+        if self.user is not None:
+            self("system", "migrate")
+        self.cell.assert_quiet()
+
+
+@contextlib.contextmanager
+def podman(storage: Storage, user: Literal["root", "rootless"], more: str = "") -> Iterator[Podman]:
+    """Podman with nothing in it; what it leaves behind at the end fails the test.
+
+    Args:
+        storage: ours or its own.
+        user: whom it runs as.
+        more: further lines for ``[storage.options]``.
+    """
+    with private_cell(etc={"containers.conf": CONTAINERS_CONF, "registries.conf": ""}) as cell:
+        if user == "root":
+            graph_root = cell.root / "store"
+            (cell.root / "etc/storage.conf").write_text(storage_conf(graph_root, f"{cell.root}/run", storage, more))
+        else:
+            graph_root = cell.root / "home/.local/share/containers/storage"
+            home = cell.root / "home/.config/containers"
+            home.mkdir(parents=True)
+            (home / "storage.conf").write_text(
+                storage_conf(graph_root, f"/run/user/{USER_ID}/containers", storage, more)
+            )
+            for path in (home, home.parent, home / "storage.conf"):
+                os.chown(path, USER_ID, USER_ID)
+        engine = Podman(
+            f"podman {user} {storage}",
+            cell,
+            ("podman",),
+            user=USER if user == "rootless" else None,
+            faults=FAULTS if storage == "stock" else (),
+            remove_options=("-f", "-t", "0"),
+            build_options=("--network", "none", "--layers", "-q"),
+            graph_root=graph_root,
+        )
+        yield engine
+        engine.end()
