@@ -343,7 +343,8 @@ class CopyUp:
     def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
         """Let files that were opened before the copy-up see what is written after it."""
         for handle in inode.handles or ():
-            handle.switch(os.open(b"/proc/self/fd/%d" % upper_fd, os.O_RDONLY | os.O_CLOEXEC))
+            if handle.has_fd:
+                handle.switch(os.open(b"/proc/self/fd/%d" % upper_fd, os.O_RDONLY | os.O_CLOEXEC))
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 

@@ -332,7 +332,10 @@ class DirectTransport:
         if options.acl and options.xattrs:
             wanted |= Init.POSIX_ACL
         # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
-        if options.passthrough and offered & Init.PASSTHROUGH and backing_calls.may_pass_through():
+        privileged = backing_calls.may_pass_through()
+        # What is passed through needs its descriptor at once, and without an upper directory everything may be.
+        self._tree.opens_late = privileged and not self._tree.read_only
+        if options.passthrough and offered & Init.PASSTHROUGH and privileged:
             wanted |= Init.PASSTHROUGH | Init.HANDLE_KILLPRIV_V2
             self._passthrough = Passthrough(self._fd, read_only=self._tree.read_only)
         elif options.writeback and not self._tree.read_only:

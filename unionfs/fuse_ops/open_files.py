@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from unionfs.fuse_ops.inodes import Inode
 
@@ -29,17 +30,36 @@ def backing_flags(flags: int) -> int:
 
 
 class OpenFile:
-    """A client's open file. ``fd`` stays the same number for its life; copy-up puts another file behind it."""
+    """A client's open file. ``fd`` stays the same number for its life; copy-up puts another file behind it.
 
-    __slots__ = ("fd", "inode", "writable")
+    With ``open_late`` in the place of a descriptor, there is none until it is needed: what the kernel has in its page
+    cache is never read from us.
+    """
 
-    def __init__(self, inode: Inode, fd: int, *, writable: bool) -> None:
+    __slots__ = ("_fd", "_open_late", "inode", "writable")
+
+    def __init__(
+        self, inode: Inode, fd: int, *, writable: bool, open_late: Callable[[Inode], int] | None = None
+    ) -> None:
         self.inode = inode
-        self.fd = fd
+        self._fd = fd
         self.writable = writable
+        self._open_late = open_late
         if inode.handles is None:
             inode.handles = []
         inode.handles.append(self)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the real file; raises OSError where it is opened now and cannot be."""
+        if self._fd < 0:
+            assert self._open_late is not None
+            self._fd = self._open_late(self.inode)
+        return self._fd
+
+    @property
+    def has_fd(self) -> bool:
+        return self._fd >= 0
 
     def switch(self, fd: int) -> None:
         """Put the file behind ``fd`` behind this one, atomically for a read going on in a thread; takes ``fd``."""
@@ -51,7 +71,8 @@ class OpenFile:
         self.inode.handles.remove(self)
         if not self.inode.handles:
             self.inode.handles = None
-        os.close(self.fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class OpenDir:

@@ -43,6 +43,7 @@ class UnionTree:
         self._cache = cache
         self._lock_fd = -1
         self.options = options
+        self.opens_late = False
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
         self.copy_up = CopyUp(self.view)
@@ -89,7 +90,9 @@ class UnionTree:
     def open(self, inode: Inode, flags: int) -> OpenFile:
         """Open a regular file with a client's ``flags``; copies it up if they allow writing.
 
-        With O_TRUNC no data is copied. Raises EIO for a metacopy whose data is missing.
+        With O_TRUNC no data is copied. Raises EIO for a metacopy whose data is missing. Where :attr:`opens_late` says
+        so, a lower file is opened when it is read first: only for a server that may open every file of every layer,
+        since a program expects to be refused now.
         """
         if inode.kind != stat.S_IFREG:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
@@ -97,24 +100,30 @@ class UnionTree:
         truncate = bool(flags & os.O_TRUNC)
         if writable or truncate:
             self.copy_up.ensure(inode, size=0 if truncate else None)
+        if self.opens_late and not inode.upper and not inode.metacopy:
+            return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
         wanted = backing_flags(flags)
-        if inode.upper and not inode.metacopy:
-            if truncate:
-                wanted |= os.O_TRUNC
-            path, follow = self.view.proc_path(inode)
-            if follow:
-                wanted &= ~os.O_NOFOLLOW
-            try:
-                fd = os.open(path, wanted)
-            except PermissionError:
-                # An unprivileged server may be allowed to write a file, but not to read it.
-                if wanted & os.O_ACCMODE != os.O_RDWR:
-                    raise
-                fd = os.open(path, (wanted & ~os.O_ACCMODE) | os.O_WRONLY)
-        else:
+        if truncate:
+            wanted |= os.O_TRUNC
+        return OpenFile(inode, self._open_real(inode, wanted), writable=writable)
+
+    def _open_to_read(self, inode: Inode) -> int:
+        return self._open_real(inode, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def _open_real(self, inode: Inode, flags: int) -> int:
+        if not inode.upper or inode.metacopy:
             layer, data_path = self.view.data_source(inode)
-            fd = layer.open(data_path, wanted)
-        return OpenFile(inode, fd, writable=writable)
+            return layer.open(data_path, flags)
+        path, follow = self.view.proc_path(inode)
+        if follow:
+            flags &= ~os.O_NOFOLLOW
+        try:
+            return os.open(path, flags)
+        except PermissionError:
+            # An unprivileged server may be allowed to write a file, but not to read it.
+            if flags & os.O_ACCMODE != os.O_RDWR:
+                raise
+            return os.open(path, (flags & ~os.O_ACCMODE) | os.O_WRONLY)
 
     def close_file(self, handle: OpenFile) -> None:
         """End the use of an open file."""
