@@ -12,6 +12,7 @@ from unionfs import __version__
 from unionfs.cli.container import container
 from unionfs.cli.layer import layer
 from unionfs.cli.mount_commands import mount, mounts, umount
+from unionfs.cli.run import run, start
 from unionfs.cli.serve import serve
 from unionfs.cli.store import fsck, gc
 from unionfs.errors import UnionfsError
@@ -28,8 +29,9 @@ def unionfs(debug: bool) -> None:
         os.environ[_DEBUG] = "1"
 
 
-for command in (mount, umount, mounts, layer, container, fsck, gc, serve):
+for command in (mount, umount, mounts, layer, container, run, fsck, gc, serve):
     unionfs.add_command(command)
+container.add_command(start)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,274 @@
+"""A container from its creation to its end: read-write layer, mount, configuration, and cleaning up.
+
+Everything here is done with the layer store open. While a container runs it is closed, so that others can work; what
+they must know is in the container's :class:`Place`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from unionfs.engines.run import host_files, spec
+from unionfs.engines.run.executable import check_command
+from unionfs.engines.run.process import make_process
+from unionfs.engines.run.records import Place, Record, Running, boot_id
+from unionfs.engines.run.rootfs import RootFs
+from unionfs.engines.run.runtime import Runtime, find_runtime
+from unionfs.engines.run.users import resolve_user
+from unionfs.errors import MountNameConflictError, RunError, UnionfsError
+from unionfs.layers import LayerStore, RWLayer
+
+_log = logging.getLogger(__name__)
+
+_SHORT_DIGITS = 12  # of an id as a host name
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A container that is mounted and configured, and waits to be started.
+
+    Attributes:
+        place: locked.
+        mount_id: its id for the runtime, too.
+    """
+
+    name: str
+    mount_id: str
+    place: Place
+    runtime: Runtime
+    terminal: bool
+    interactive: bool
+
+
+class Containers:
+    """The containers of an open layer store.
+
+    Args:
+        store: must stay open as long as this is used.
+        rootless: we are root of a user namespace only.
+    """
+
+    def __init__(self, store: LayerStore, *, rootless: bool = False) -> None:
+        self._store = store
+        self._rootless = rootless
+        # Only a store in files can say where it is.
+        image_root = os.path.dirname(store.records.root)  # type: ignore[attr-defined]
+        self._directory = os.path.join(image_root, "containers")
+        # One handle for each: the last one that is released removes the layer.
+        self._handles: dict[str, RWLayer] = {}
+
+    def prepare_new(self, record: Record, chain_id: str, runtime: str = "") -> Ready:
+        """Make a container on a layer, and :meth:`prepare` it. If that fails, it is gone again.
+
+        Args:
+            record: how it is to be run; an empty name becomes a random one.
+            chain_id: the layer, ``""`` for none.
+            runtime: the name of one; empty for the best that is there.
+
+        Raises:
+            RunError: the name is taken, or the container cannot be run.
+            LayerDoesNotExistError: there is no such layer.
+            MountError: the mount failed.
+        """
+        place, rw = self._create(record, chain_id)
+        try:
+            return self.prepare(place, runtime)
+        except BaseException:
+            self._store.release_rw_layer(rw, keep_parents=True)
+            place.remove()
+            raise
+
+    def _create(self, record: Record, chain_id: str) -> tuple[Place, RWLayer]:
+        record = record.model_copy(update={"name": record.name or secrets.token_hex(6)})
+        directories, files = spec.mount_points(record.options)
+
+        def init(path: str) -> None:
+            with RootFs(path) as rootfs:
+                for name in directories:
+                    rootfs.make_dir(name)
+                for name in files:
+                    rootfs.make_file(name)
+
+        try:
+            rw = self._store.create_rw_layer(record.name, chain_id, init=init)
+        except MountNameConflictError as error:
+            raise RunError(
+                f"there is a container {record.name} already; start it again with: unionfs container start "
+                f"{record.name}, or remove it with: unionfs container rm {record.name}"
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST):
+                raise RunError(
+                    f"nothing can be mounted on {os.fsdecode(error.filename or '?')} in this image "
+                    f"({error.strerror}); give another destination"
+                ) from error
+            raise
+        self._handles[rw.mount_id] = rw
+        place = Place(self._directory, rw.mount_id)
+        try:
+            place.make(record)
+        except BaseException:
+            self._store.release_rw_layer(rw, keep_parents=True)
+            raise
+        return place, rw
+
+    def find(self, name: str) -> Place:
+        """The place of a container that can be started again.
+
+        Raises:
+            MountDoesNotExistError: there is no container of this name.
+            RunError: it was made by something else than :meth:`prepare_new`.
+        """
+        place = Place(self._directory, self._store.get_mount_id(name))
+        if not place.exists():
+            raise RunError(
+                f"container {name} was not made by unionfs run, so there is nothing to start in it; mount it (unionfs "
+                "container mount), or commit it and run the layer (unionfs run --layer)"
+            )
+        return place
+
+    def prepare(self, place: Place, runtime: str = "") -> Ready:
+        """Mount a container and write its configuration. On failure it is as it was; see :meth:`finish`.
+
+        Args:
+            place: of the container.
+            runtime: the name of one; empty for the best that is there.
+
+        Raises:
+            RunError: it is running, mounted, or cannot be run.
+            MountError: the mount failed.
+        """
+        record = place.record()
+        if record.options.terminal and not os.isatty(0):
+            raise RunError("-t needs a terminal as standard input; leave it out")
+        found = find_runtime(runtime, place.state, rootless=self._rootless)
+        rw = self._rw_layer(record.name, place.mount_id)
+        if rw is None:
+            raise RunError(f"container {record.name} was removed; unionfs container ls shows those that are there")
+        if not place.take():
+            raise RunError(f"container {record.name} is running; end it first, or run another one of its image")
+        if rw.is_mounted():
+            place.let_go()
+            raise RunError(f"container {record.name} is mounted; run: unionfs container umount {record.name}")
+        try:
+            place.mark_running(
+                Running(pid=os.getpid(), boot=boot_id(), runtime=found.name, path=found.path, rootless=self._rootless)
+            )
+            self._configure(place, record, found, rw.mount())
+        except BaseException:
+            self._end(place, rw)
+            place.let_go()
+            raise
+        options = record.options
+        return Ready(record.name, rw.mount_id, place, found, options.terminal, options.interactive)
+
+    def _configure(self, place: Place, record: Record, runtime: Runtime, path: str) -> None:
+        options = record.options
+        for source in (volume.source for volume in options.volumes):
+            if not os.path.exists(source):
+                raise RunError(f"volume {source}: it is not there any more; make it, or remove the container")
+        hostname = options.hostname or place.mount_id[:_SHORT_DIGITS]
+        with RootFs(path) as rootfs:
+            user = resolve_user(rootfs, options.user or record.config.user)
+            process = make_process(record.config, options, user, hostname)
+            hidden = options.destinations
+            check_command(rootfs, process.args[0], process.search, process.cwd, [*hidden, "/dev", "/proc", "/sys"])
+            if not any(process.cwd == one or process.cwd.startswith(one + "/") for one in hidden):
+                try:
+                    rootfs.make_dir(process.cwd)
+                except OSError as error:
+                    raise RunError(f"working directory {process.cwd}: {error.strerror}; give another (-w)") from error
+        host_files.write_host_files(place.path, hostname, options.network)
+        made = spec.build_spec(
+            process,
+            options,
+            rootfs=path,
+            files=place.path,
+            hostname=hostname,
+            init=_init_program() if options.init else "",
+            rootless=self._rootless,
+        )
+        with suppress(FileNotFoundError):
+            os.unlink(place.log)
+        with open(place.spec, "w", encoding="utf-8", errors="surrogateescape") as file:
+            json.dump(made, file, ensure_ascii=False)
+
+    def finish(self, place: Place) -> None:
+        """End a container whose lock we hold: its processes, its mount, and itself if it is to be removed.
+
+        Raises:
+            OSError, UnionfsError: something is in the way. The lock is given back, and :meth:`sweep` tries again.
+        """
+        try:
+            record = place.record()
+            rw = self._rw_layer(record.name, place.mount_id)
+            self._end(place, rw)
+            if record.remove and rw is not None:
+                self._store.release_rw_layer(rw, keep_parents=True)
+            if record.remove or rw is None:
+                place.remove()
+        finally:
+            place.let_go()
+
+    def sweep(self) -> None:
+        """End and clean up the containers whose runner died, and forget those that were removed.
+
+        What cannot be cleaned up is said in the log and left for the next time.
+        """
+        known = {mount.record.mount_id for mount in self._store.rw_layers().values()}
+        for place in list(self._places()):
+            gone = place.mount_id not in known
+            if not (gone or place.is_marked_running()) or not place.take():
+                continue
+            try:
+                if gone:
+                    self._end(place, None)
+                    place.remove()
+                else:
+                    self.finish(place)
+            except (UnionfsError, OSError) as error:
+                _log.warning("container %s cannot be cleaned up yet: %s", place.mount_id[:_SHORT_DIGITS], error)
+            finally:
+                place.let_go()
+
+    def _places(self) -> Iterator[Place]:
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return
+        for name in names:
+            yield Place(self._directory, name)
+
+    def _rw_layer(self, name: str, mount_id: str) -> RWLayer | None:
+        mount = self._store.rw_layers().get(name)
+        if mount is None or mount.record.mount_id != mount_id:
+            return None
+        if mount_id not in self._handles:
+            self._handles[mount_id] = self._store.get_rw_layer(name)
+        return self._handles[mount_id]
+
+    def _end(self, place: Place, rw: RWLayer | None) -> None:
+        """End the processes and unmount."""
+        with suppress(RunError):  # damaged: then nobody knows how to end it
+            running = place.running()
+            if running is not None and running.boot == boot_id() and os.path.isdir(place.state):
+                Runtime(running.runtime, running.path, place.state, running.rootless).delete(place.mount_id)
+        if rw is not None and rw.is_mounted():
+            rw.unmount()
+        place.mark_ended()
+
+
+def _init_program() -> str:
+    for name in ("catatonit", "tini-static", "docker-init"):
+        path = shutil.which(name) or shutil.which(name, path="/usr/libexec/podman")
+        if path is not None:
+            return path
+    raise RunError("--init needs the program catatonit; install it: apt install catatonit")

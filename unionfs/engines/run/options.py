@@ -1,0 +1,173 @@
+"""What a person may say about a container that is to be run, checked before anything is made."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from unionfs.errors import RunError
+
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?\Z")  # 64 is the kernel's limit
+_TMPFS_OPTION = re.compile(r"((size|nr_inodes|nr_blocks|mode|uid|gid)=[0-9]+[kmg%]?|ro|rw|noexec|exec)\Z", re.I)
+
+
+class Volume(BaseModel):
+    """A directory or file of the host shown in the container.
+
+    Attributes:
+        source: its absolute path on the host.
+        destination: its absolute path in the container.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    destination: str
+    read_only: bool = False
+
+
+class Tmpfs(BaseModel):
+    """An empty file system in memory.
+
+    Attributes:
+        destination: its absolute path in the container.
+        options: of the mount, such as ``size=64m``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    options: tuple[str, ...] = ()
+
+
+class RunOptions(BaseModel):
+    """Everything that is not the image's; kept with the container, which is started again with the same.
+
+    Attributes:
+        command: replaces the image's ``cmd``; empty leaves it.
+        entrypoint: replaces the image's entrypoint and drops its ``cmd``; None leaves both, ``""`` is none.
+        env: ``NAME=value`` each, over the image's.
+        workdir, user: replace the image's; empty leaves them.
+        hostname: empty for one made from the container's id.
+        network: the host's, or an own one that has nothing but a loopback device.
+        init: run the command under a small process 1 that reaps children and passes signals on.
+        capabilities: names without ``CAP_``, such as ``NET_RAW``; None for the default ones.
+        new_privileges: whether setuid programs and file capabilities give any.
+        seccomp: refuse the system calls of :mod:`unionfs.engines.run.seccomp`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    command: tuple[str, ...] = ()
+    entrypoint: str | None = None
+    env: tuple[str, ...] = ()
+    workdir: str = ""
+    user: str = ""
+    hostname: str = ""
+    network: Literal["host", "none"] = "host"
+    volumes: tuple[Volume, ...] = ()
+    tmpfs: tuple[Tmpfs, ...] = ()
+    read_only: bool = False
+    interactive: bool = False
+    terminal: bool = False
+    init: bool = False
+    capabilities: tuple[str, ...] | None = None
+    new_privileges: bool = True
+    seccomp: bool = True
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Where something is shown in the container that is not in its image."""
+        return (*(one.destination for one in self.volumes), *(one.destination for one in self.tmpfs))
+
+
+def parse_volume(text: str) -> Volume:
+    """The volume that ``SOURCE:DESTINATION[:ro|rw]`` means; a relative source counts from the working directory.
+
+    Raises:
+        RunError: it is written differently, or there is no such source.
+    """
+    source, _, rest = text.partition(":")
+    destination, _, mode = rest.partition(":")
+    if not source or not destination or mode not in ("", "ro", "rw"):
+        raise RunError(f"volume {text[:200]}: write SOURCE:DESTINATION or SOURCE:DESTINATION:ro")
+    if "/" not in source and source not in (".", ".."):
+        raise RunError(f"volume {text[:200]}: there are no named volumes; for a directory here write ./{source}")
+    path = os.path.abspath(source)
+    if not os.path.exists(path):
+        raise RunError(f"volume {text[:200]}: there is no {path}; make it first")
+    return Volume(source=path, destination=_destination(destination, f"volume {text[:200]}"), read_only=mode == "ro")
+
+
+def parse_tmpfs(text: str) -> Tmpfs:
+    """The file system that ``DESTINATION[:OPTION,...]`` means.
+
+    Raises:
+        RunError: it is written differently.
+    """
+    destination, _, words = text.partition(":")
+    options = tuple(word for word in words.split(",") if word)
+    for option in options:
+        if _TMPFS_OPTION.match(option) is None:
+            raise RunError(f"tmpfs {text[:200]}: there is no option {option}; use size=64m, mode=1777, ro or noexec")
+    return Tmpfs(destination=_destination(destination, f"tmpfs {text[:200]}"), options=options)
+
+
+def parse_hostname(text: str) -> str:
+    """``text`` if it may be a host name.
+
+    Raises:
+        RunError: it may not.
+    """
+    if _HOSTNAME.match(text) is None:
+        raise RunError(f"hostname {text[:100]}: use letters, digits, '-' and '.', 64 at most")
+    return text
+
+
+def parse_env(words: Iterable[str], own: Mapping[str, str]) -> tuple[str, ...]:
+    """``NAME=value`` as it is, ``NAME`` with the value that it has here, or left out where it has none.
+
+    Args:
+        words: as they were given, the last one of a name counts.
+        own: our environment.
+
+    Raises:
+        RunError: a word without a name.
+    """
+    found = []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not name or any(c.isspace() for c in name):
+            raise RunError(f"environment {word[:100]!r}: write NAME=value, or NAME to pass on what it is here")
+        if equals:
+            found.append(word)
+        elif name in own:
+            found.append(f"{name}={own[name]}")
+    return tuple(found)
+
+
+def read_env_file(path: str) -> list[str]:
+    """The words of a file with one on each line; empty lines and those that begin with ``#`` are left out.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\r\n").lstrip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise RunError(f"environment file {path}: {reason}") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _destination(text: str, what: str) -> str:
+    path = posixpath.normpath(text)
+    if not path.startswith("/") or path.strip("/") == "":
+        raise RunError(f"{what}: {text or 'the destination'} must be an absolute path in the container, not its root")
+    return "/" + path.lstrip("/")

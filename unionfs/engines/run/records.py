@@ -1,0 +1,177 @@
+"""What is known of a container beside its files, on disk: how it is run, and whether somebody is running it.
+
+One directory for each, named after the read-write layer's mount id, beside the layer store's own files::
+
+    image/DRIVER/containers/<mount id>/
+        container.json    a Record
+        running.json      a Running; only while it runs, or after whoever ran it died
+        lock              held (flock(2)) by whoever runs it: the kernel lets go of it with the process
+        config.json ...   what the runtime is given, and its log and state
+
+A directory whose read-write layer is gone is useless, and removed by the next one who looks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unionfs.engines.images.model import ImageConfig
+from unionfs.engines.images.safe_files import replace_file
+from unionfs.engines.run.options import RunOptions
+from unionfs.errors import RunError
+from unionfs.layers.disk import ensure_dir
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Record(BaseModel):
+    """How a container is run.
+
+    Attributes:
+        name: of the read-write layer.
+        image: what a person called it.
+        remove: the container goes when it ends.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    image: str
+    config: ImageConfig
+    options: RunOptions
+    remove: bool = False
+
+
+class Running(BaseModel):
+    """A container that is started.
+
+    Attributes:
+        pid: whose child it is.
+        boot: of which boot, since process ids mean nothing in the next one.
+        runtime, path: the runtime's name and program.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    boot: str
+    runtime: str
+    path: str
+    rootless: bool = False
+
+
+class Place:
+    """The directory of one container.
+
+    Args:
+        parent: the directory of all of them.
+        mount_id: the container's read-write layer.
+    """
+
+    def __init__(self, parent: str, mount_id: str) -> None:
+        self.mount_id = mount_id
+        self.path = os.path.join(parent, mount_id)
+        self._lock = -1
+
+    @property
+    def state(self) -> str:
+        """The directory for the runtime."""
+        return os.path.join(self.path, "runtime")
+
+    @property
+    def log(self) -> str:
+        """The file for the runtime's errors."""
+        return os.path.join(self.path, "log")
+
+    @property
+    def spec(self) -> str:
+        """The runtime configuration."""
+        return os.path.join(self.path, "config.json")
+
+    def make(self, record: Record) -> None:
+        """Make the directory.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        ensure_dir(self.path, 0o700)
+        replace_file(self._file("container.json"), record.model_dump_json().encode())
+
+    def exists(self) -> bool:
+        """Whether it was made."""
+        return os.path.exists(self._file("container.json"))
+
+    def record(self) -> Record:
+        """How the container is run.
+
+        Raises:
+            RunError: the file is damaged or missing.
+        """
+        found = _read(self._file("container.json"), Record)
+        if found is None:
+            raise RunError(f"{self.path} has no container.json; remove the container")
+        return found
+
+    def running(self) -> Running | None:
+        """Who runs it; None if nobody does. To be believed about a process only while the lock is held by others."""
+        return _read(self._file("running.json"), Running)
+
+    def is_marked_running(self) -> bool:
+        """Whether it was started and the end was not noted."""
+        return os.path.exists(self._file("running.json"))
+
+    def mark_running(self, running: Running) -> None:
+        """Note that it is started; before that, so that nothing is started that nobody knows of."""
+        replace_file(self._file("running.json"), running.model_dump_json().encode())
+
+    def mark_ended(self) -> None:
+        """Note that it has ended, and remove what was only needed while it ran."""
+        shutil.rmtree(self.state, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self._file("running.json"))
+
+    def take(self) -> bool:
+        """Take the lock; False if somebody runs the container."""
+        fd = os.open(self._file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._lock = fd
+        return True
+
+    def let_go(self) -> None:
+        """Give the lock back; twice is harmless."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def remove(self) -> None:
+        """Remove the directory. What cannot be removed now is next time."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+
+def boot_id() -> str:
+    """What tells this boot of the machine from others."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _read(path: str, model: type[_Model]) -> _Model | None:
+    try:
+        with open(path, "rb") as file:
+            return model.model_validate_json(file.read())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged; remove the container with: unionfs container rm --force") from error
