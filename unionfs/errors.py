@@ -25,6 +25,10 @@ class MountError(UnionfsError):
     """The kernel or the host refused the mount."""
 
 
+class SupervisorError(UnionfsError):
+    """The supervisor cannot listen where it is to."""
+
+
 class ArchiveError(UnionfsError):
     """A tar archive that cannot be read, unpacked or made."""
 

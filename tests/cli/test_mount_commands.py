@@ -182,6 +182,7 @@ def test_mounts(layers: Sandbox) -> None:
     assert found.pop("minor") == os.minor(os.stat(layers.target).st_dev)
     assert found.pop("started") > 0
     assert found.pop("transport").startswith(("pyfuse3", "direct"))
+    assert found.pop("supervised") is False
     assert found == {
         "target": layers.target,
         "state": "serving",

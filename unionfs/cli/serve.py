@@ -6,6 +6,7 @@ import click
 
 from unionfs.cli.serve_docker import docker_plugin
 from unionfs.cli.serve_snapshotter import snapshotter
+from unionfs.cli.serve_supervisor import supervisor
 
 
 @click.group()
@@ -15,3 +16,4 @@ def serve() -> None:
 
 serve.add_command(docker_plugin)
 serve.add_command(snapshotter)
+serve.add_command(supervisor)

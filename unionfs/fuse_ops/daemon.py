@@ -32,6 +32,18 @@ def inherited_fds() -> list[int]:
     return [fd for fd in fds if fd > 2 and _is_open(fd)]
 
 
+def release_caller() -> None:
+    """Give up what is the caller's: his standard descriptors and his working directory."""
+    # The directory that we were started in may have to be unmounted while we live.
+    os.chdir("/")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
 def daemonize(serve: Callable[[Ready], int]) -> int:
     """Run ``serve`` in a child process and return 0 as soon as it has called its argument, else 1.
 
@@ -63,14 +75,7 @@ def _serve_and_exit(serve: Callable[[Ready], int], writing: int) -> None:
         os.setsid()
 
         def ready() -> None:
-            # The directory that we were started in may have to be unmounted while we live.
-            os.chdir("/")
-            sys.stdout.flush()
-            sys.stderr.flush()
-            null = os.open(os.devnull, os.O_RDWR)
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
-            os.close(null)
+            release_caller()
             # Fails when the parent was killed while it waited: then nobody knows of the mount, and it must end.
             os.write(writing, b"r")
             os.close(writing)

@@ -31,6 +31,8 @@ class MountRecord:
     workdir: str | None
     options: list[str]
     transport: str = "pyfuse3"
+    supervised: bool = False
+    """Whether the process is a copy of the supervisor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

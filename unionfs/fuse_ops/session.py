@@ -32,14 +32,16 @@ def run_session(
     *,
     ready: Callable[[], None],
     statistics: Callable[[], Mapping[str, object]] | None = None,
+    supervised: bool = False,
 ) -> None:
     """Mount through ``transport`` on ``target`` and serve until the mount is gone.
 
     ``target`` is an absolute path without symbolic links. ``ready`` is called once the kernel has accepted the
     session, when every access to the mount is answered. SIGTERM and SIGINT unmount; the second one ends the session
-    at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to be.
+    at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to
+    be. ``supervised`` is for the record: this process is a copy of the supervisor.
     """
-    session = _Session(transport, options, target, ready, statistics)
+    session = _Session(transport, options, target, ready, statistics, supervised=supervised)
     # From the mount until somebody listens, a signal has to wait: its default is to die and leave a dead mount.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
@@ -60,12 +62,15 @@ class _Session:
         target: str,
         ready: Callable[[], None],
         statistics: Callable[[], Mapping[str, object]] | None,
+        *,
+        supervised: bool,
     ) -> None:
         self._transport = transport
         self._options = options
         self._target = target
         self._ready = ready
         self._statistics = statistics
+        self._supervised = supervised
         self._mount: mountinfo.Mount | None = None
         self._record_path: str | None = None
         self._accepted = trio.Event()
@@ -204,6 +209,7 @@ class _Session:
                 workdir=options.workdir,
                 options=list(options.fuse_words),
                 transport=self._transport.name,
+                supervised=self._supervised,
             )
         )
 

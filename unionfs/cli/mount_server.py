@@ -1,0 +1,280 @@
+"""Serving a mount as the command line of ``unionfs-mount`` says.
+
+Its calling convention is fuse-overlayfs' own. Nothing heavy is imported before the command line is known to be right,
+and nothing that only people need at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import resource
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from unionfs import __version__
+from unionfs.errors import MountError, OptionError, UnionfsError
+from unionfs.fuse_ops import mountinfo
+from unionfs.fuse_ops.daemon import Ready, daemonize, inherited_fds, open_standard_fds
+from unionfs.fuse_ops.options import MountOptions, parse_options
+from unionfs.fuse_ops.supervisor.wire import DeclinedError
+
+_USAGE = """\
+usage: unionfs-mount [-f] [-d] -o OPTION[,OPTION...] [SOURCE] TARGET
+
+Mounts a union of directories on TARGET and returns when it can be used.
+SOURCE is the name that the mount table shows.
+
+    -o lowerdir=TOP:...:BOTTOM   the read-only directories to stack
+    -o upperdir=DIR              the directory that takes all changes; without it the mount is read-only
+    -o workdir=DIR               needed with upperdir: an empty directory on the same file system
+    -o OPTION                    others are described in docs/unionfs-mount.md
+    -f                           stay in the foreground
+    -d, --debug                  stay in the foreground and tell every request
+    -h, --help                   print this
+    -V, --version                print the versions
+"""
+
+# mount.fuse3 with drop_privileges mounts by itself and hands over the open /dev/fuse.
+_HANDED_OVER = re.compile(r"/dev/fd/(\d+)\Z")
+
+
+@dataclass(slots=True)
+class _CommandLine:
+    texts: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    foreground: bool = False
+    debug: bool = False
+    help: bool = False
+    version: bool = False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program with these words and return its exit status."""
+    return _reported(lambda: _run(arguments), "UNIONFS_DEBUG" in os.environ, _say)
+
+
+def serve_in_copy(arguments: Sequence[str], ready: Ready) -> int:
+    """What a copy of the supervisor does: see :data:`unionfs.fuse_ops.supervisor.worker.Serve`."""
+
+    def run() -> int:
+        line = _read_command_line(arguments)
+        if line.help or line.version or line.foreground or line.debug:
+            raise DeclinedError("this needs a process of the caller's own")
+        options, target = _prepare(line)
+        return _serve(options, target, [], ready, supervised=True)
+
+    return _reported(run, False, _say)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    open_standard_fds()
+    fds = inherited_fds()
+    line = _read_command_line(arguments)
+    if line.help:
+        print(_USAGE, end="")
+        return 0
+    if line.version:
+        print(_versions())
+        return 0
+    options, target = _prepare(line)
+    handed_over = _HANDED_OVER.match(target)
+    if handed_over:
+        fds = [fd for fd in fds if fd != int(handed_over.group(1))]
+    if line.foreground or options.debug:
+        return _serve(options, target, fds, None)
+    return daemonize(lambda ready: _serve(options, target, fds, ready))
+
+
+def _prepare(line: _CommandLine) -> tuple[MountOptions, str]:
+    """The options and the mount point that the command line names, checked, and this process made fit to serve."""
+    if not line.names:
+        raise OptionError("no mount point is given; usage: unionfs-mount -o OPTIONS [SOURCE] TARGET")
+    if len(line.names) > 2:
+        raise OptionError(
+            f"{len(line.names)} names are given ({' '.join(line.names[:4])}), but only SOURCE and TARGET are "
+            "expected; quote names with spaces"
+        )
+    *source, target = line.names
+    parsed = parse_options(line.texts, source[0] if source else None)
+    options = replace(parsed.options, debug=parsed.options.debug or line.debug)
+    if parsed.ignored:
+        _say(f"unknown options are ignored: {','.join(parsed.ignored)}")
+    if not os.path.exists("/proc/self/mountinfo"):
+        _say("/proc is not mounted here; without it the mount cannot be listed nor unmounted on a signal")
+    if not _HANDED_OVER.match(target):
+        target = _checked_target(target)
+
+    # A container opens more files than the soft limit of a login shell, and each is one of ours.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0)  # the kernel has applied the caller's already
+    return options, target
+
+
+def _serve(
+    options: MountOptions, target: str, fds: Sequence[int], ready: Ready | None, *, supervised: bool = False
+) -> int:
+    """Open the layers and serve them until the mount is gone; ``ready`` makes a daemon of us."""
+
+    in_background = False
+
+    def serve() -> int:
+        # Here and not at the top: these take most of the start-up time, and what they make stays for good, so
+        # looking for garbage among it is time lost, now and later.
+        gc.disable()
+        from unionfs.cli import logs
+        from unionfs.fuse_ops.session import run_session
+        from unionfs.fuse_ops.stack import open_tree
+        from unionfs.fuse_ops.transport import choose_transport
+
+        gc.freeze()
+        gc.enable()
+        logs.to_stderr(options.debug)
+
+        def become_daemon() -> None:
+            nonlocal in_background
+            if ready is not None:
+                # What the caller left open, a lock or a pipe, must not live as long as the mount. Not earlier: a
+                # layer may be named by such a descriptor.
+                for fd in fds:
+                    os.close(fd)
+                ready()
+                logs.to_syslog()
+                in_background = True
+
+        tree = open_tree(options)
+        try:
+            for warning in tree.warnings:
+                _say(warning)
+            run_session(
+                choose_transport(tree, options),
+                options,
+                target,
+                ready=become_daemon,
+                statistics=getattr(tree, "statistics", None),
+                supervised=supervised,
+            )
+        finally:
+            tree.close()
+        return 0
+
+    def tell(text: str) -> None:
+        if not in_background:
+            _say(text)
+        else:
+            import logging
+
+            logging.getLogger(__name__).error("%s", text)
+
+    return _reported(serve, options.debug or "UNIONFS_DEBUG" in os.environ, tell)
+
+
+def _checked_target(target: str) -> str:
+    """``target`` as an absolute path without links, known to be a directory that we can mount on."""
+    path = mountinfo.canonical(target)
+    top = mountinfo.top_mount(path)
+    if top is not None and top.is_union:
+        raise MountError(_occupied(target, path))
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise MountError(f"mount point {target} does not exist; create it with: mkdir -p {target}") from None
+    except OSError as error:
+        raise MountError(f"mount point {target} cannot be used: {error.strerror}; choose another") from None
+    if not is_directory:
+        raise MountError(f"mount point {target} is not a directory; name a directory")
+    return path
+
+
+def _occupied(target: str, path: str) -> str:
+    try:
+        os.statvfs(path)  # the one question that the kernel never answers from memory
+    except OSError as error:
+        return (
+            f"mount point {target} has a dead mount, whose server is gone ({error.strerror}); "
+            f"remove it with: unionfs umount --lazy {target}"
+        )
+    return f"mount point {target} is busy: a union is mounted there; unmount it with: unionfs umount {target}"
+
+
+def _read_command_line(arguments: Sequence[str]) -> _CommandLine:
+    # Options may follow names, as mount.fuse3 writes them, and the value of -o may be glued to it.
+    line = _CommandLine()
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            line.names += rest
+        elif argument == "-o":
+            text = next(rest, None)
+            if text is None:
+                raise OptionError("-o is the last word; write the mount options after it")
+            line.texts.append(text)
+        elif argument.startswith("-o"):
+            line.texts.append(argument[2:])
+        elif argument == "-f":
+            line.foreground = True
+        elif argument in ("-d", "--debug"):
+            line.debug = True
+        elif argument in ("-h", "--help"):
+            line.help = True
+        elif argument in ("-V", "--version"):
+            line.version = True
+        elif argument == "-s":
+            pass  # libfuse's "single thread"; requests are served by one already
+        elif argument.startswith("-") and argument != "-":
+            raise OptionError(f"unknown option {argument}; see unionfs-mount --help")
+        else:
+            line.names.append(argument)
+    return line
+
+
+def _versions() -> str:
+    import ctypes
+    from importlib.metadata import version
+
+    lines = [f"unionfs-mount: version {__version__}", f"pyfuse3 version: {version('pyfuse3')}"]
+    try:
+        package_version = ctypes.CDLL("libfuse3.so.3").fuse_pkgversion
+        package_version.restype = ctypes.c_char_p
+        lines.append(f"FUSE library version: {package_version().decode()}")
+    except (OSError, AttributeError):
+        lines.append("FUSE library version: unknown")
+    lines.append(f"kernel version: {os.uname().release}")
+    return "\n".join(lines)
+
+
+def _reported(run: Callable[[], int], debug: bool, tell: Callable[[str], None]) -> int:
+    """Run ``run``; whatever it raises becomes one line and the exit status 1."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return 130
+    except DeclinedError:
+        raise
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        tell(_in_words(error))
+        return 1
+
+
+def _in_words(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # of trio's nurseries, with one exception as a rule
+        error = error.exceptions[0]
+    if isinstance(error, UnionfsError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{where}{error.strerror or error}; run with -d to see where"
+    return f"internal error: {type(error).__name__}: {error}; run with -d to see where, and report it"
+
+
+def _say(text: str) -> None:
+    # One line whatever the names in it contain.
+    print(f"unionfs-mount: {text}".replace("\n", "\\n"), file=sys.stderr)

@@ -1,0 +1,117 @@
+"""What a client and the supervisor say to each other, and where they meet.
+
+The client sends one request, with its descriptors 0, 1 and 2 beside it (SCM_RIGHTS). Then both say single bytes:
+
+========== ================== =======================================================================================
+worker     ``TAKEN``          it has become like the caller, and waits
+client     ``GO``             it still waits for this mount; without it the worker does nothing
+worker     ``READY``          the mount can be used
+worker     ``FAILED``         it cannot be mounted, and the caller's stderr says why
+worker     ``DECLINED``       nothing has been done: start a server yourself. Also the meaning of an end before ``GO``
+========== ================== =======================================================================================
+
+Only ``os`` and ``sys`` are imported: the mount program reads this module before it does anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from unionfs import __version__
+
+TYPE_CHECKING = False  # typing takes 3 ms
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Final
+
+SWITCH: Final = "UNIONFS_SUPERVISOR"
+"""The environment variable: ``0`` for no supervisor, or the path of another socket."""
+
+TAKEN: Final = b"t"
+GO: Final = b"g"
+READY: Final = b"r"
+FAILED: Final = b"f"
+DECLINED: Final = b"d"
+
+MAX_REQUEST_BYTES: Final = 16 << 20  # more than execve(2) takes: a quarter of the stack limit, 6 MiB at most
+LENGTH_BYTES: Final = 4
+
+_MAGIC: Final = "unionfs supervisor 1"
+_PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
+
+
+class DeclinedError(Exception):
+    """The supervisor must not, or cannot, do this; the caller is to do it himself."""
+
+
+class Request:
+    """One wish for a mount.
+
+    Args:
+        argv: the command line as ``ps`` is to show it; its last words are those of unionfs-mount.
+        word_count: how many they are.
+        environment: the caller's environment variables.
+        namespaces: the inode numbers of the caller's mount and user namespace, as it sees them.
+    """
+
+    __slots__ = ("argv", "environment", "namespaces", "word_count")
+
+    def __init__(
+        self, argv: Sequence[str], word_count: int, environment: Mapping[str, str], namespaces: tuple[int, int]
+    ) -> None:
+        self.argv = list(argv)
+        self.word_count = word_count
+        self.environment = dict(environment)
+        self.namespaces = namespaces
+
+    @property
+    def words(self) -> list[str]:
+        """The words of unionfs-mount."""
+        return self.argv[len(self.argv) - self.word_count :]
+
+    def pack(self) -> bytes:
+        """The request as it is sent, its length first. No field can contain the zero byte that ends it."""
+        numbers = (*self.namespaces, self.word_count, len(self.argv))
+        fields = [*_greeting(), *map(str, numbers), *self.argv]
+        fields += [f"{name}={value}" for name, value in self.environment.items()]
+        body = os.fsencode("\0".join(fields))
+        return len(body).to_bytes(LENGTH_BYTES, sys.byteorder) + body
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Request:
+        """The request that was sent, without its length; ValueError for that of another version or installation."""
+        greeting, fields = _greeting(), os.fsdecode(body).split("\0")
+        if fields[: len(greeting)] != greeting:
+            raise ValueError("the caller has another version")
+        mount_ns, user_ns, word_count, argc = map(int, fields[len(greeting) : len(greeting) + 4])
+        rest = fields[len(greeting) + 4 :]
+        if not 0 <= word_count <= argc <= len(rest):
+            raise ValueError("the numbers of words are wrong")
+        environment = dict(field.split("=", 1) for field in rest[argc:] if "=" in field[1:])
+        return cls(rest[:argc], word_count, environment, (mount_ns, user_ns))
+
+
+def _greeting() -> list[str]:
+    # Two installations may be of the same version, and their Pythons may differ.
+    return [_MAGIC, __version__, _PACKAGE, sys.version]
+
+
+def socket_paths() -> list[str]:
+    """Where a supervisor for this process may listen, the preferred place first; empty when it is switched off."""
+    chosen = os.environ.get(SWITCH)
+    if chosen:
+        return [chosen] if os.path.isabs(chosen) else []
+    name = "supervisor.sock"
+    try:
+        namespace = os.stat("/proc/self/ns/user").st_ino
+    except OSError:
+        return []  # without /proc nobody can tell who the caller is
+    if namespace != _INITIAL_USER_NAMESPACE:
+        name = f"supervisor-{namespace}.sock"  # the directory is shared with the namespace around
+    directories = ["/run/unionfs"] if os.geteuid() == 0 else []
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isabs(runtime):
+        directories.append(os.path.join(runtime, "unionfs"))
+    return [os.path.join(directory, name) for directory in directories]
