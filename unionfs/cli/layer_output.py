@@ -42,13 +42,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For programs
 
 
 @contextmanager
-def opened(root: str | None, driver: str, *, recover: bool = True) -> Iterator[LayerStore]:
-    """The store, and a word about what in it cannot be used."""
+def opened(root: str | None, driver: str, *, recover: bool = True, hold_images: bool = True) -> Iterator[LayerStore]:
+    """The store, and a word about what in it cannot be used.
+
+    Args:
+        root, driver: of :func:`store_options`.
+        recover: see :class:`LayerStore`.
+        hold_images: let its images hold their layers; off for who opens the images.
+    """
     # Here and not at the top: the commands that have nothing to do with layers start faster without.
     from unionfs.layers import open_store
 
     with open_store(root, driver, recover=recover) as store:
-        images_in(store)
+        if hold_images:
+            images_in(store)
         if store.unreadable and recover:
             count = len(store.unreadable)
             click.echo(f"unionfs: {count} stored {plural(count, 'thing')} cannot be read; run unionfs fsck", err=True)

@@ -10,6 +10,7 @@ import click
 
 from unionfs import __version__
 from unionfs.cli.container import container
+from unionfs.cli.image import image
 from unionfs.cli.layer import layer
 from unionfs.cli.mount_commands import mount, mounts, umount
 from unionfs.cli.run import run, start
@@ -29,7 +30,7 @@ def unionfs(debug: bool) -> None:
         os.environ[_DEBUG] = "1"
 
 
-for command in (mount, umount, mounts, layer, container, run, fsck, gc, serve):
+for command in (mount, umount, mounts, layer, image, container, run, fsck, gc, serve):
     unionfs.add_command(command)
 container.add_command(start)
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
 from unionfs.engines.images.model import MAX_CONFIG_BYTES, Image, parse_image
 from unionfs.engines.images.names import ImageNames
@@ -30,7 +32,7 @@ from unionfs.errors import (
     ImageNotFoundError,
     LayerDoesNotExistError,
 )
-from unionfs.layers import LayerHandle, LayerMetadata, LayerStore
+from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore
 from unionfs.layers.disk import delete, ensure_dir, sync_dir
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
@@ -159,6 +161,30 @@ class ImageStore:
         """Whether all layers of the image are there."""
         with self._lock:
             return not image.chain_id or image.image_id in self._handles
+
+    def meant(self, text: str, image: Image) -> list[Reference]:
+        """The name with a tag by which ``text`` found the image; none for an id or a digest."""
+        reference = self._reference_meant(text, image)
+        return [reference] if reference is not None and reference.tag else []
+
+    def layers_of(self, image: Image) -> Sequence[Layer]:
+        """The image's layers, the lowest first. They are views, which pin nothing.
+
+        Raises:
+            ImageError: they are not all there.
+        """
+        layer = self.layers.map().get(image.chain_id)
+        found: list[Layer] = []
+        while layer is not None:
+            found.append(layer)
+            layer = layer.parent
+        if len(found) != len(image.diff_ids):
+            raise ImageError(f"layers of image {image.image_id} are missing; pull or import it again")
+        return found[::-1]
+
+    def spool(self) -> BinaryIO:
+        """A temporary file beside the images, which nobody else sees and which is gone when it is closed."""
+        return tempfile.TemporaryFile(dir=self.root)
 
     def users(self, image: Image) -> list[str]:
         """The read-write layers that stand on the image, unless another image has the same layers."""

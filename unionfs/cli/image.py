@@ -1,0 +1,272 @@
+"""``unionfs image``: images without an engine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from unionfs.cli.image_progress import layer_bars
+from unionfs.cli.layer_output import (
+    human_size,
+    json_option,
+    opened,
+    print_json,
+    print_table,
+    printable,
+    short,
+    store_options,
+)
+from unionfs.errors import ImageError
+
+if TYPE_CHECKING:
+    from unionfs.engines.images import Image, ImageStore
+
+_FORMATS = ("docker-archive", "oci-tar", "oci-dir")
+_COMPRESSIONS = ("none", "gzip", "zstd")
+
+platform_option = click.option(
+    "--platform", metavar="OS/ARCH", default="", help="Such as linux/arm64. [default: this machine's]"
+)
+
+
+@click.group()
+def image() -> None:
+    """Keep images: get them from archives, directories and registries, and give them back.
+
+    IMAGE is a name, such as alpine or localhost:5000/app:v1, an image's id, or its first digits.
+    """
+
+
+@contextmanager
+def opened_images(root: str | None, driver: str) -> Iterator[ImageStore]:
+    """The images of a store."""
+    from unionfs.engines.images import ImageStore
+
+    with opened(root, driver, hold_images=False) as store:
+        images = ImageStore(store)
+        for image_id, why in images.unreadable.items():
+            click.echo(f"unionfs: image {short(image_id)} cannot be used: {why}; pull or import it again", err=True)
+        yield images
+
+
+@image.command("import")
+@click.option("--name", "-n", metavar="NAME", default="", help="What to call it. [default: what it is called there]")
+@click.option("--only", metavar="IMAGE", default="", help="The one of this name, tag or id, where there are several.")
+@platform_option
+@json_option
+@store_options
+@click.argument("source", metavar="SOURCE")
+def import_(root: str | None, driver: str, name: str, only: str, platform: str, as_json: bool, source: str) -> None:
+    """Store the images of an archive or a directory, and print their ids.
+
+    SOURCE is what docker save, podman save or skopeo wrote: an archive for Docker, or an OCI layout as an archive or a
+    directory. Archives may be compressed; - is stdin.
+    """
+    from unionfs.engines.images import Platform, import_images, parse_reference
+
+    if source == "-" and sys.stdin.isatty():
+        raise ImageError("stdin is a terminal; name a file, or redirect an archive")
+    if source != "-" and not os.path.exists(source):
+        raise ImageError(f"{source}: does not exist; name an archive or the directory of an OCI layout")
+    names = [parse_reference(name).with_default_tag()] if name else None
+    chosen = Platform.parse(platform) if platform else None
+    with opened_images(root, driver) as images, layer_bars() as report:
+        found = import_images(
+            images,
+            sys.stdin.buffer if source == "-" else source,
+            platform=chosen,
+            only=only,
+            names=names,
+            report=report,
+        )
+        _tell(images, found, as_json)
+
+
+def _tell(images: ImageStore, found: Sequence[Image], as_json: bool) -> None:
+    if as_json:
+        print_json([facts(images, images.get(one.image_id)) for one in found])
+        return
+    for one in found:
+        click.echo(one.image_id)
+
+
+def facts(images: ImageStore, one: Image) -> dict[str, object]:
+    """An image for programs."""
+    complete = images.is_complete(one)
+    layers = images.layers_of(one) if complete else []
+    return {
+        "id": one.image_id,
+        "names": list(one.names),
+        "platform": str(one.platform),
+        "created": one.created,
+        "complete": complete,
+        "chain_id": one.chain_id,
+        "size": sum(layer.diff_size for layer in layers),
+        "layers": [
+            {"diff_id": layer.diff_id, "chain_id": layer.chain_id, "cache_id": layer.cache_id, "size": layer.diff_size}
+            for layer in layers
+        ],
+    }
+
+
+@image.command("ls")
+@json_option
+@store_options
+def list_images(root: str | None, driver: str, as_json: bool) -> None:
+    """List the images."""
+    with opened_images(root, driver) as images:
+        found = images.all()
+        if as_json:
+            print_json([facts(images, one) for one in found])
+            return
+        if not found:
+            click.echo("There are no images.")
+            return
+        rows = []
+        for one in found:
+            complete = images.is_complete(one)
+            size = sum(layer.diff_size for layer in images.layers_of(one)) if complete else 0
+            tags = [name for name in one.names if "@" not in name]
+            for name in tags or one.names[:1] or ("-",):
+                rows.append(
+                    (
+                        name,
+                        short(one.image_id),
+                        str(one.platform),
+                        printable(one.created[:10]) or "-",
+                        str(len(one.diff_ids)),
+                        human_size(size) if complete else "incomplete",
+                    )
+                )
+        print_table(("NAME", "ID", "PLATFORM", "CREATED", "LAYERS", "SIZE"), rows, right=("LAYERS", "SIZE"))
+
+
+@image.command()
+@json_option
+@store_options
+@click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
+def inspect(root: str | None, driver: str, as_json: bool, names: Sequence[str]) -> None:
+    """Show all that is known about images."""
+    with opened_images(root, driver) as images:
+        found = [images.get(text) for text in names]
+        if as_json:
+            print_json([_details(images, one) for one in found])
+            return
+        for one in found:
+            _show(images, one)
+
+
+def _details(images: ImageStore, one: Image) -> dict[str, object]:
+    return {
+        **facts(images, one),
+        "author": one.author,
+        "config": one.config.model_dump(mode="json"),
+        "history": [step.model_dump(mode="json") for step in one.history],
+        "containers": images.users(one),
+    }
+
+
+def _show(images: ImageStore, one: Image) -> None:
+    config = one.config
+    size = sum(layer.diff_size for layer in images.layers_of(one)) if images.is_complete(one) else None
+    lines: list[tuple[str, str | Sequence[str]]] = [
+        ("id", one.image_id),
+        ("names", one.names),
+        ("platform", str(one.platform)),
+        ("created", one.created),
+        ("author", one.author),
+        ("size", "layers are missing; pull or import it again" if size is None else human_size(size)),
+        ("entrypoint", config.entrypoint),
+        ("command", config.cmd),
+        ("user", config.user),
+        ("working directory", config.working_dir),
+        ("stop signal", config.stop_signal),
+        ("environment", config.env),
+        ("exposed ports", config.exposed_ports),
+        ("volumes", config.volumes),
+        ("labels", [f"{key}={value}" for key, value in config.labels.items()]),
+        ("containers", images.users(one)),
+    ]
+    for title, value in lines:
+        if isinstance(value, str):
+            click.echo(f"{title}: {printable(value) or '-'}")
+        else:
+            click.echo(f"{title}:" + ("".join(f"\n  {printable(text)}" for text in value) or " -"))
+    click.echo("layers:")
+    if size is None:
+        for diff_id in one.diff_ids:
+            click.echo(f"  {diff_id}")
+    for layer in images.layers_of(one) if size is not None else ():
+        click.echo(f"  {layer.diff_id}  {human_size(layer.diff_size):>9}  chain {short(layer.chain_id)}")
+    click.echo("history:" + ("" if one.history else " -"))
+    for step in one.history:
+        click.echo(f"  {printable(step.created[:10]) or '-'}  {printable(step.created_by or step.comment)[:100]}")
+
+
+@image.command()
+@click.option("--force", "-f", is_flag=True, help="Also with several names, or with containers; their layers stay.")
+@store_options
+@click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
+def rm(root: str | None, driver: str, force: bool, names: Sequence[str]) -> None:
+    """Take names away, and with the last one the image and those of its layers that nothing else needs."""
+    with opened_images(root, driver) as images:
+        for text in names:
+            removed = images.remove(text, force=force)
+            for name in removed.untagged:
+                click.echo(f"untagged {name}")
+            if removed.image_id:
+                click.echo(f"removed {removed.image_id}")
+            for layer in removed.layers:
+                click.echo(f"removed layer {layer.chain_id}")
+
+
+@image.command()
+@store_options
+@click.argument("name", metavar="IMAGE")
+@click.argument("new", metavar="NAME")
+def tag(root: str | None, driver: str, name: str, new: str) -> None:
+    """Give an image one more name. Another image that had it loses it."""
+    from unionfs.engines.images import parse_reference
+
+    with opened_images(root, driver) as images:
+        images.tag(name, parse_reference(new))
+
+
+@image.command()
+@click.option(
+    "--output", "-o", metavar="PATH", default="-", help="A file, or the directory for oci-dir. [default: stdout]"
+)
+@click.option("--format", "-f", "kind", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)
+@click.option(
+    "--compress",
+    type=click.Choice(_COMPRESSIONS),
+    help="How the layers are compressed. [default: none for docker-archive, otherwise gzip]",
+)
+@store_options
+@click.argument("name", metavar="IMAGE")
+def export(root: str | None, driver: str, output: str, kind: str, compress: str | None, name: str) -> None:
+    """Write an image to an archive or a directory. The same image gives the same bytes each time.
+
+    A docker-archive is for docker load, podman load and skopeo; oci-tar and oci-dir are OCI layouts.
+    """
+    from unionfs.engines.images import Format, LayerCompression, export_stream, export_to
+
+    form = Format(kind)
+    compression = LayerCompression(compress) if compress else None
+    if output == "-":
+        if form is Format.OCI_DIRECTORY:
+            raise click.UsageError("--format oci-dir needs --output", click.get_current_context())
+        if sys.stdout.isatty():
+            raise ImageError("an archive is nothing for a terminal; name a file with --output, or redirect")
+    with opened_images(root, driver) as images, layer_bars() as report:
+        one = images.get(name)
+        names = images.meant(name, one)
+        if output == "-":
+            export_stream(images, one, sys.stdout.buffer, form, names=names, compression=compression, report=report)
+        else:
+            export_to(images, one, output, form, names=names, compression=compression, report=report)
