@@ -96,12 +96,11 @@ class Ownership:
         self.squash_gid = options.squash_gid
         self.squashed = options.squash_uid is not None or options.squash_gid is not None
         self._override_names = _OVERRIDE_NAMES.get(options.xattr_permissions, ())
-        self._plain = not (self.uid_map or self.gid_map or self.squashed)
-
-    @property
-    def overrides(self) -> bool:
+        self.overrides = bool(self._override_names)
         """Whether owner and mode are kept in an attribute."""
-        return bool(self._override_names)
+        self._plain = not (self.uid_map or self.gid_map or self.squashed)
+        self.plain = self._plain and not self.overrides
+        """Whether owners and modes are shown as they are."""
 
     def shown(self, uid: int, gid: int) -> tuple[int, int]:
         """Owner and group to show for those on disk."""

@@ -24,6 +24,7 @@ import trio
 from unionfs.fuse_ops import backing_calls, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
+from unionfs.fuse_ops.direct_listing import DirectListing
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
@@ -87,6 +88,7 @@ class DirectTransport:
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
         self._keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
+        self._listing = DirectListing(tree, self._valid_s, self._valid_ns)
         self._handlers: dict[int, Callable[[Request], Answer]] = defaultdict(lambda: self._unknown)
         for code, handler in self._table().items():
             self._handlers[code] = handler
@@ -122,7 +124,7 @@ class DirectTransport:
             Opcode.OPENDIR: self._opendir,
             Opcode.READDIR: self._readdir,
             Opcode.READDIRPLUS: self._readdirplus,
-            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.RELEASEDIR: self._empty,
             Opcode.INIT: self._init,
             Opcode.INTERRUPT: lambda request: _NO_REPLY,  # what is going on ends by itself, soon
             Opcode.DESTROY: self._empty,
@@ -269,41 +271,19 @@ class DirectTransport:
     def _data(request: Request, data: bytes | bytearray) -> bytes:
         return p.OUT_HEADER.pack(p.OUT_HEADER.size + len(data), 0, request.unique) + data
 
-    @staticmethod
-    def _attr(a: Attributes) -> tuple[int, ...]:
-        atime, atime_ns = divmod(a.atime_ns, 1_000_000_000)
-        mtime, mtime_ns = divmod(a.mtime_ns, 1_000_000_000)
-        ctime, ctime_ns = divmod(a.ctime_ns, 1_000_000_000)
-        wrap = 0xFFFF_FFFF_FFFF_FFFF  # times before 1970 are negative; the field is not, but the kernel reads it so
-        return (
-            a.ino,
-            a.size,
-            a.blocks,
-            atime & wrap,
-            mtime & wrap,
-            ctime & wrap,
-            atime_ns,
-            mtime_ns,
-            ctime_ns,
-            a.mode,
-            a.nlink,
-            a.uid,
-            a.gid,
-            _encode_device(a.rdev),
-            a.blksize,
-            0,
-        )
-
     def _entry(self, request: Request, inode: Inode) -> bytes:
-        attributes = self._requests.remembered(inode)
+        return self._entry_with(request, inode, self._tree.attributes(inode))
+
+    def _entry_with(self, request: Request, inode: Inode, attributes: Attributes) -> bytes:
+        inode.lookups += 1
         s, ns = self._valid_s, self._valid_ns
         return p.ENTRY_REPLY.pack(
-            p.ENTRY_REPLY.size, 0, request.unique, inode.ino, 0, s, s, ns, ns, *self._attr(attributes)
+            p.ENTRY_REPLY.size, 0, request.unique, inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes)
         )
 
     def _attr_reply(self, request: Request, attributes: Attributes) -> bytes:
         return p.ATTR_REPLY.pack(
-            p.ATTR_REPLY.size, 0, request.unique, self._valid_s, self._valid_ns, 0, *self._attr(attributes)
+            p.ATTR_REPLY.size, 0, request.unique, self._valid_s, self._valid_ns, 0, *p.attr_fields(attributes)
         )
 
     # -- session ----------------------------------------------------------------------------------------------
@@ -390,12 +370,12 @@ class DirectTransport:
     def _lookup(self, request: Request) -> bytes:
         body = request.body
         assert isinstance(body, bytes)
-        inode = self._tree.find(self._inode(request), body[: body.index(0)])
-        if inode is None:  # a miss for the kernel to remember
+        found = self._tree.view.child(self._inode(request), body[: body.index(0)])
+        if found is None:  # a miss for the kernel to remember
             return p.ENTRY_REPLY.pack(
                 p.ENTRY_REPLY.size, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0, *(0,) * 16
             )
-        return self._entry(request, inode)
+        return self._entry_with(request, *found)
 
     def _forget(self, request: Request) -> bytes:
         self._forget_one(request.node, p.U64.unpack_from(request.body)[0])
@@ -419,7 +399,7 @@ class DirectTransport:
         directory = self._inode(request)
         mode = self._masked(directory, mode, umask)
         name = request.name(p.MKNOD_IN.size)
-        return self._entry(request, self._tree.mknod(directory, name, mode, _decode_device(device), request))
+        return self._entry(request, self._tree.mknod(directory, name, mode, p.decode_device(device), request))
 
     def _mkdir(self, request: Request) -> bytes:
         mode, umask = p.MKDIR_IN.unpack_from(request.body)
@@ -619,7 +599,7 @@ class DirectTransport:
     def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
         attributes = self._requests.remembered(inode)
         s, ns = self._valid_s, self._valid_ns
-        entry = (inode.ino, 0, s, s, ns, ns, *self._attr(attributes))
+        entry = (inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes))
         return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
 
     def _read(self, request: Request) -> bytes:
@@ -703,54 +683,33 @@ class DirectTransport:
     # -- directories ------------------------------------------------------------------------------------------
 
     def _opendir(self, request: Request) -> bytes:
-        handle = self._requests.open_directory(self._inode(request))
-        flags = int(Open.CACHE_DIR | Open.KEEP_CACHE) if self._keep_cache else 0
-        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, flags, 0)
+        if self._keep_cache:
+            # Nothing has to be kept for an open directory, so the kernel need not tell of it. After this it does not
+            # ask again, and keeps the listings of all directories.
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, 0, 0, 0)
 
     def _readdir(self, request: Request) -> bytes:
-        return self._list(request, plus=False)
+        _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=False)
 
     def _readdirplus(self, request: Request) -> bytes:
-        return self._list(request, plus=True)
+        _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=True)
 
-    def _list(self, request: Request, *, plus: bool) -> bytes:
-        handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        directory, names = self._requests.names(handle, offset)
-        answer = bytearray(p.OUT_HEADER.size)
-        room = size + len(answer)
-        header = p.ENTRY.size if plus else 0
-        for position in range(offset, len(names) + 2):
-            name = names[position - 2] if position > 1 else (b".", b"..")[position]
-            length = -(-(p.DIRENT.size + len(name)) // 8) * 8
-            if len(answer) + header + length > room:
-                break
-            if position < 2:
-                inode = directory if position == 0 else directory.parent or directory
-                attributes = self._tree.attributes(inode)
-            else:
-                child = self._requests.child(directory, name)
-                if child is None:
-                    continue
-                inode, attributes = child
-            if plus:
-                s, ns = self._valid_s, self._valid_ns
-                # The kernel does not take "." and ".." as looked up.
-                node = inode.ino if position > 1 else 0
-                answer += p.ENTRY.pack(node, 0, s, s, ns, ns, *self._attr(attributes))
-                if position > 1:
-                    inode.lookups += 1
-            answer += p.DIRENT.pack(attributes.ino, position + 1, len(name), stat.S_IFMT(attributes.mode) >> 12)
-            answer += name.ljust(length - p.DIRENT.size, b"\0")
-        p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, request.unique)
-        return bytes(answer)
+    def _fsyncdir(self, request: Request) -> bytes:
+        fd = self._tree.open_upper_directory(self._inode(request))
+        if fd < 0:
+            return self._empty(request)
 
-    def _releasedir(self, request: Request) -> bytes:
-        self._requests.release_directory(p.U64.unpack_from(request.body)[0])
-        return self._empty(request)
+        def call() -> bytes:
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            return self._empty(request)
 
-    async def _fsyncdir(self, request: Request) -> bytes:
-        await self._requests.sync_directory(p.FSYNC_IN.unpack_from(request.body)[0])
-        return self._empty(request)
+        return self._answer_in_thread(request, Opcode.FSYNCDIR, call)
 
     def close(self) -> None:
         """Give the connection up; what still waits for an answer gets ENOTCONN."""
@@ -769,13 +728,3 @@ def _name(code: int) -> str:
 
 def _time_ns(seconds: int, nanoseconds: int) -> int:
     return (seconds - (1 << 64) if seconds >> 63 else seconds) * 1_000_000_000 + nanoseconds
-
-
-def _encode_device(device: int) -> int:
-    """A device number in the kernel's 32 bit form (new_encode_dev)."""
-    major, minor = os.major(device), os.minor(device)
-    return (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
-
-
-def _decode_device(device: int) -> int:
-    return os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | (device >> 12 & 0xFFF00))

@@ -146,7 +146,13 @@ class LowerStack:
     def lookup_indexed(self, stack: Sequence[LowerDir], index: DirIndex, name: bytes) -> LowerHit | None:
         """As :meth:`lookup`, asking only the layers that ``index`` says have the name."""
         positions = index.names.get(name)
-        return None if positions is None else self._lookup_at(stack, positions, name, marks_matter=False)
+        if positions is None:
+            return None
+        top = stack[positions[0]]
+        st = os.stat(name, dir_fd=top.layer.dir_fd(top.path), follow_symlinks=False)
+        if stat.S_ISDIR(st.st_mode):
+            return self._lookup_at(stack, positions, name, marks_matter=False)
+        return LowerHit(st, (), top.layer, top.join(name), positions[0])  # the index has no whiteouts
 
     def _lookup_at(
         self, stack: Sequence[LowerDir], positions: Sequence[int], name: bytes, *, marks_matter: bool

@@ -134,11 +134,16 @@ class MergedView:
 
     def find(self, directory: Inode, name: bytes) -> Inode | None:
         """As :meth:`lookup`, None instead of an exception. No caller holds a cached descriptor across this."""
+        found = self.find_with_stat(directory, name)
+        return None if found is None else found[0]
+
+    def find_with_stat(self, directory: Inode, name: bytes) -> tuple[Inode, os.stat_result | None] | None:
+        """As :meth:`find`; beside the inode lstat(2) of its real object, if that had to be asked for just now."""
         self._cache.trim()
         if directory.children is not None:
             child = directory.children.get(name)
             if child is not None:
-                return child
+                return child, None
         if len(name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
         if name.startswith(MARK) or directory.orphan:
@@ -148,12 +153,16 @@ class MergedView:
             st, hides_lower = self.upper_state(directory, name)
             if st is not None:
                 if stat.S_ISDIR(st.st_mode):
-                    return self._adopt_upper_dir(directory, name, st, merge=not hides_lower)
-                return self._adopt_upper_file(directory, name, st)
+                    return self._adopt_upper_dir(directory, name, st, merge=not hides_lower), st
+                return self._adopt_upper_file(directory, name, st), st
         if hides_lower or not directory.lowers:
             return None
         hit = self.lower_hit(directory, name)
-        return None if hit is None else self._adopt_lower(directory, name, hit)
+        if hit is None:
+            return None
+        inode = self._adopt_lower(directory, name, hit)
+        # A further name of a file that was copied up under another one: what was found is not what it is now.
+        return inode, None if inode.upper else hit.st
 
     def upper_state(self, directory: Inode, name: bytes) -> tuple[os.stat_result | None, bool]:
         """What the upper layer says of ``name``: lstat of an object (None without one), and whether it hides lowers."""
@@ -341,18 +350,27 @@ class MergedView:
         """What stat(2) shows of ``inode``."""
         return self.present(inode, self.real_stat(inode))
 
+    def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
+        """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
+        found = self.find_with_stat(directory, name)
+        if found is None:
+            return None
+        inode, st = found
+        return inode, self.present(inode, self.real_stat(inode) if st is None else st)
+
     def present(self, inode: Inode, st: os.stat_result) -> Attributes:
         """The attributes to show for ``inode``, given those of its real object."""
         uid, gid, mode, rdev = st.st_uid, st.st_gid, st.st_mode, st.st_rdev
-        if self.ownership.overrides:
-            path, _ = self.proc_path(inode)
-            override = self.ownership.read_override(path, stat.S_IFMT(mode))
-            if override is not None:
-                uid, gid = override.uid, override.gid
-                rdev = override.rdev
-                mode = override.mode if stat.S_IFMT(override.mode) else override.mode | stat.S_IFMT(mode)
-                inode.kind = stat.S_IFMT(mode)
-        uid, gid = self.ownership.shown(uid, gid)
+        if not self.ownership.plain:
+            if self.ownership.overrides:
+                path, _ = self.proc_path(inode)
+                override = self.ownership.read_override(path, stat.S_IFMT(mode))
+                if override is not None:
+                    uid, gid = override.uid, override.gid
+                    rdev = override.rdev
+                    mode = override.mode if stat.S_IFMT(override.mode) else override.mode | stat.S_IFMT(mode)
+                    inode.kind = stat.S_IFMT(mode)
+            uid, gid = self.ownership.shown(uid, gid)
         blocks = st.st_blocks
         if inode.kind == stat.S_IFDIR:
             merged = len(inode.lowers) > 1 or (inode.upper and inode.lowers)

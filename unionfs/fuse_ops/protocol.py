@@ -5,9 +5,12 @@ Source: include/uapi/linux/fuse.h. All numbers are in the machine's byte order w
 
 from __future__ import annotations
 
+import os
 import struct
 from enum import IntEnum, IntFlag
 from typing import Final
+
+from unionfs.fuse_ops.attributes import Attributes
 
 MAJOR: Final = 7
 MINOR: Final = 45
@@ -152,3 +155,40 @@ DIRENT: Final = struct.Struct("=QQII")
 BACKING_OPEN: Final = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 BACKING_CLOSE: Final = 0x4004E502  # _IOW(229, 2, uint32_t)
 BACKING_MAP: Final = struct.Struct("=iIQ")
+
+
+def attr_fields(a: Attributes) -> tuple[int, ...]:
+    """The fields of struct fuse_attr (``ATTR``) for attributes."""
+    atime, atime_ns = divmod(a.atime_ns, 1_000_000_000)
+    mtime, mtime_ns = divmod(a.mtime_ns, 1_000_000_000)
+    ctime, ctime_ns = divmod(a.ctime_ns, 1_000_000_000)
+    wrap = 0xFFFF_FFFF_FFFF_FFFF  # times before 1970 are negative; the field is not, but the kernel reads it so
+    return (
+        a.ino,
+        a.size,
+        a.blocks,
+        atime & wrap,
+        mtime & wrap,
+        ctime & wrap,
+        atime_ns,
+        mtime_ns,
+        ctime_ns,
+        a.mode,
+        a.nlink,
+        a.uid,
+        a.gid,
+        encode_device(a.rdev) if a.rdev else 0,
+        a.blksize,
+        0,
+    )
+
+
+def encode_device(device: int) -> int:
+    """A device number in the kernel's 32 bit form (new_encode_dev)."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
+
+
+def decode_device(device: int) -> int:
+    """The device number behind the kernel's 32 bit form."""
+    return os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | (device >> 12 & 0xFFF00))

@@ -244,8 +244,7 @@ class UnionRequests:
     def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
         """An entry of a listing; None if it was removed since."""
         try:
-            inode = self.tree.find(directory, name)
-            return None if inode is None else (inode, self.tree.attributes(inode))
+            return self.tree.view.child(directory, name)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 return None

@@ -1,0 +1,94 @@
+"""The answers to READDIR and READDIRPLUS: as many entries as fit, packed one after the other."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import Final
+
+from unionfs.fuse_ops import protocol as p
+from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.listing import DOT, DOT_DOT, Listings
+from unionfs.fuse_ops.tree import UnionTree
+
+_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
+
+
+class DirectListing:
+    """Lists directories of a tree for a kernel that believes what it is told for some time.
+
+    ``valid_s`` and ``valid_ns`` are that time.
+    """
+
+    def __init__(self, tree: UnionTree, valid_s: int, valid_ns: int) -> None:
+        self._tree = tree
+        self._child = tree.view.child
+        self._listings = Listings(tree.view)
+        self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
+
+    def answer(self, unique: int, directory: Inode, offset: int, size: int, *, plus: bool) -> bytes:
+        """Entries of ``directory`` after ``offset``, at most ``size`` bytes of them, with the header of a reply.
+
+        With ``plus`` each has attributes, and the kernel takes it as looked up. Raises OSError where the first
+        entry cannot be told; an error of a later one ends the answer, and is met again by whoever goes on.
+        """
+        answer = bytearray(p.OUT_HEADER.size)
+        room = size + len(answer)
+        if offset < DOT_DOT:
+            self._add_dots(answer, directory, offset, plus=plus)
+            offset = DOT_DOT
+            listing, position = self._listings.start(directory), 0
+        else:
+            listing, position = self._listings.go_on(directory, offset)
+        offsets, names = listing
+        count = len(names)
+        if position == count:
+            self._listings.drop(directory)
+        header = p.DIRENT.size + (p.ENTRY.size if plus else 0)
+        while position < count:
+            # Names of one offset come together or not at all: the kernel goes on after it.
+            end = position + 1
+            if end < count and offsets[end] == offsets[position]:
+                while end < count and offsets[end] == offsets[position]:
+                    end += 1
+                if len(answer) + sum(header + len(name) + 7 for name in names[position:end]) > room:
+                    break
+            elif len(answer) + header + (len(names[position]) + 7 & ~7) > room:
+                break
+            for name in names[position:end]:
+                try:
+                    child = self._child(directory, name)
+                except OSError as error:
+                    if error.errno in _GONE:
+                        continue
+                    if len(answer) > p.OUT_HEADER.size:
+                        count = 0  # what was found so far has counted as looked up
+                        break
+                    raise
+                if child is not None:
+                    self._add(answer, name, offsets[position], *child, plus=plus)
+            position = end
+        p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, unique)
+        return bytes(answer)
+
+    def _add(
+        self, answer: bytearray, name: bytes, offset: int, inode: Inode, attributes: Attributes, *, plus: bool
+    ) -> None:
+        if plus:
+            inode.lookups += 1
+            answer += p.ENTRY.pack(inode.ino, *self._valid, *p.attr_fields(attributes))
+        length = len(name)
+        answer += p.DIRENT.pack(attributes.ino, offset, length, stat.S_IFMT(attributes.mode) >> 12)
+        answer += name
+        answer += bytes(-length % 8)
+
+    def _add_dots(self, answer: bytearray, directory: Inode, offset: int, *, plus: bool) -> None:
+        for after, name, inode in ((DOT, b".", directory), (DOT_DOT, b"..", directory.parent or directory)):
+            if after <= offset:
+                continue
+            attributes = self._tree.attributes(inode)
+            if plus:  # these the kernel does not take as looked up
+                answer += p.ENTRY.pack(0, *self._valid, *p.attr_fields(attributes))
+            answer += p.DIRENT.pack(attributes.ino, after, len(name), stat.S_IFMT(attributes.mode) >> 12)
+            answer += name.ljust(8, b"\0")
