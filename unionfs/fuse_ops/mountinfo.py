@@ -25,6 +25,8 @@ class Mount(NamedTuple):
     mount_point: str
     fs_type: str
     source: str
+    id_mapped: bool = False
+    """Whether the kernel shows other owners through it than those on disk (mount_setattr(2), MOUNT_ATTR_IDMAP)."""
 
     @property
     def is_union(self) -> bool:
@@ -74,8 +76,8 @@ def _is_link(path: str) -> bool:
 def _parse(line: str) -> Mount:
     # The number of optional fields before the dash varies.
     fields, _, tail = line.rstrip("\n").partition(" - ")
-    mount_id, _parent, device, root, mount_point, *_rest = fields.split(" ")
-    fs_type, source, *_options = tail.split(" ")
+    mount_id, _parent, device, root, mount_point, options, *_rest = fields.split(" ")
+    fs_type, source, *_super_options = tail.split(" ")
     major, minor = device.split(":")
     return Mount(
         mount_id=int(mount_id),
@@ -85,6 +87,7 @@ def _parse(line: str) -> Mount:
         mount_point=_unescape(mount_point),
         fs_type=fs_type,
         source=_unescape(source),
+        id_mapped="idmapped" in options.split(","),
     )
 
 

@@ -10,6 +10,7 @@ from unionfs.fuse_ops.layer_dir import DescriptorCache, LayerDir, open_lower, op
 from unionfs.fuse_ops.lower_stack import LowerStack
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
+from unionfs.fuse_ops.raw_ids import unmapped_path
 from unionfs.fuse_ops.tree import UnionTree
 from unionfs.fuse_ops.upper_dir import UpperDir
 from unionfs.fuse_ops.workdir import prepare_workdir, supports_xattrs
@@ -31,8 +32,11 @@ def open_tree(options: MountOptions) -> UnionTree:
     cache = DescriptorCache(min(soft // 8, 2048))
     opened: list[LayerDir] = []
     try:
-        lowers = [_track(opened, open_lower(path, i, cache)) for i, path in enumerate(options.lowerdirs)]
-        data = [_track(opened, open_lower(path, len(lowers) + i, cache)) for i, path in enumerate(options.datadirs)]
+        paths = [*options.lowerdirs, *options.datadirs]
+        if options.uid_map or options.gid_map:
+            paths = [unmapped_path(path) for path in paths]
+        layers = [_track(opened, open_lower(path, i, cache)) for i, path in enumerate(paths)]
+        lowers, data = layers[: len(options.lowerdirs)], layers[len(options.lowerdirs) :]
         upper_layer = None
         if options.upperdir is not None and not options.read_only:
             upper_layer = _track(opened, open_upper(options.upperdir, cache))
