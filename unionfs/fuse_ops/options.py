@@ -42,6 +42,7 @@ class MountOptions:
     datadirs: tuple[str, ...] = ()
     upperdir: str | None = None
     workdir: str | None = None
+    quota_bytes: int = 0
     uid_map: IdMap = field(default_factory=IdMap)
     gid_map: IdMap = field(default_factory=IdMap)
     squash_uid: int | None = None
@@ -80,6 +81,7 @@ class ParsedOptions(NamedTuple):
 _ONCE = frozenset({"lowerdir", "upperdir", "workdir"})
 _REPEATED = frozenset({"lowerdir+", "datadir+"})
 _SETTINGS = _ONCE | {
+    "quota",
     "uidmapping",
     "gidmapping",
     "squash_to_root",
@@ -176,6 +178,7 @@ _NOTHING_TO_DO = frozenset(
     }
 )
 
+_MAX_SIZE = 2**63 - 1
 _MAX_ID = 2**32 - 2  # (uid_t)-1 means "no change" to chown(2), so nothing can be owned by it
 
 
@@ -300,6 +303,11 @@ class _Words:
         value = self.text(key)
         return None if value is None else _number(key, value, value, 0, _MAX_ID)
 
+    def size(self, key: str) -> int:
+        """A number of bytes; 0 when the option is absent."""
+        value = self.text(key)
+        return 0 if value is None else _number(key, value, value, 0, _MAX_SIZE)
+
     def id_map(self, key: str) -> IdMap:
         value = self.text(key)
         if value is None:
@@ -374,6 +382,13 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
     if read_only:
         fuse["ro"] = "ro"
 
+    quota_bytes = words.size("quota")
+    if quota_bytes:
+        # The kernel would take what is written before anybody asks whether there is room.
+        for key in ("writeback", "passthrough"):
+            if words.has(key) and words.flag(key):
+                raise OptionError(f"options quota and {key}=1 exclude each other; leave one of them out")
+
     def absolute(path: str) -> str:
         return path if path.startswith("/") else os.path.join(os.getcwd() if cwd is None else cwd, path)
 
@@ -385,6 +400,7 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         upperdir=None if upperdir is None else absolute(upperdir),
         # A work directory alone has nothing to work for, and must not be emptied.
         workdir=None if workdir is None or upperdir is None else absolute(workdir),
+        quota_bytes=0 if read_only else quota_bytes,
         uid_map=words.id_map("uidmapping"),
         gid_map=words.id_map("gidmapping"),
         squash_uid=0 if squash and squash_uid is None else squash_uid,
@@ -400,8 +416,8 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         metacopy=metacopy,
         xino=words.choice("xino", ("on", "off", "auto"), "auto"),
         userxattr=words.flag("userxattr"),
-        writeback=words.flag("writeback", default=True),
-        passthrough=words.flag("passthrough", default=True),
+        writeback=words.flag("writeback", default=not quota_bytes),
+        passthrough=words.flag("passthrough", default=not quota_bytes),
         transport=words.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
         read_only=read_only,
         debug=words.flag("debug"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from typing import TYPE_CHECKING
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
@@ -14,6 +15,9 @@ from unionfs.fuse_ops.raw_ids import unmapped_path
 from unionfs.fuse_ops.tree import UnionTree
 from unionfs.fuse_ops.upper_dir import UpperDir
 from unionfs.fuse_ops.workdir import prepare_workdir, supports_xattrs
+
+if TYPE_CHECKING:
+    from unionfs.fuse_ops.limited_tree import LimitedTree
 
 MAX_LOWER_LAYERS = 500  # as the kernel's overlayfs
 
@@ -70,7 +74,7 @@ def _assemble(
     try:
         xattrs = _usable_xattrs(options, work.fd)
         upper = UpperDir(upper_layer, work.fd, xattrs)
-        tree = UnionTree(_lower_stack(options, lowers, data, xattrs), upper, cache, options, xattrs)
+        tree = _tree_type(options)(_lower_stack(options, lowers, data, xattrs), upper, cache, options, xattrs)
     except BaseException:
         os.close(work.fd)
         if work.lock_fd >= 0:
@@ -79,6 +83,14 @@ def _assemble(
     tree.hold_lock(work.lock_fd)
     tree.warnings.extend(work.warnings)
     return tree
+
+
+def _tree_type(options: MountOptions) -> type[LimitedTree] | type[UnionTree]:
+    if not options.quota_bytes:
+        return UnionTree
+    from unionfs.fuse_ops.limited_tree import LimitedTree  # here, because few mounts need it
+
+    return LimitedTree
 
 
 def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+from typing import TYPE_CHECKING, NamedTuple
 
 from unionfs.fuse_ops.changes import NamespaceChanges
 from unionfs.fuse_ops.copy_up import CopyUp
@@ -25,6 +26,18 @@ from unionfs.fuse_ops.overlay_format import OverlayXattrs
 from unionfs.fuse_ops.renames import Renames
 from unionfs.fuse_ops.syscalls import syncfs
 from unionfs.fuse_ops.upper_dir import UpperDir
+
+if TYPE_CHECKING:
+    from unionfs.fuse_ops.space_limit import SpaceLimit
+
+
+class TreeParts(NamedTuple):
+    """What changes a tree."""
+
+    copy_up: CopyUp
+    changes: NamespaceChanges
+    renames: Renames
+    metadata: MetadataChanges
 
 
 class UnionTree:
@@ -46,9 +59,9 @@ class UnionTree:
         self.opens_late = False
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
-        self.copy_up = CopyUp(self.view)
-        changes = NamespaceChanges(self.view, self.copy_up)
-        self._metadata = metadata = MetadataChanges(self.view, self.copy_up)
+        self.space: SpaceLimit | None = None  # what limits the upper directory, for those who only have a descriptor
+        self.copy_up, changes, renames, metadata = self._make_parts()
+        self._metadata = metadata
 
         self.root = self.view.root
         self.inodes = self.view.inodes
@@ -65,7 +78,7 @@ class UnionTree:
         self.link = changes.link
         self.unlink = changes.unlink
         self.rmdir = changes.rmdir
-        self.rename = Renames(self.view, self.copy_up, changes).rename
+        self.rename = renames.rename
         self.set_attributes = metadata.set_attributes
         self.clear_privileges = metadata.clear_privileges
         self.get_xattr = metadata.get_xattr
@@ -74,6 +87,11 @@ class UnionTree:
         self.check_xattr = metadata.check_xattr
         self.has_xattr_to_remove = metadata.has_xattr_to_remove
         self.remove_xattr = metadata.remove_xattr
+
+    def _make_parts(self) -> TreeParts:
+        copy_up = CopyUp(self.view)
+        changes = NamespaceChanges(self.view, copy_up)
+        return TreeParts(copy_up, changes, Renames(self.view, copy_up, changes), MetadataChanges(self.view, copy_up))
 
     def use_writeback_cache(self, used: bool) -> None:
         """Say whether the kernel keeps modification times by itself, as it does with its writeback cache."""
