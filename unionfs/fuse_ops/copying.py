@@ -18,6 +18,11 @@ _READ_CHUNK = 1024 * 1024  # bytes per read where the kernel cannot copy between
 # Errors by which a file system says that it cannot copy or clone between these two files, rather than that the copy
 # went wrong.
 _CANNOT = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EPERM})
+# Those that are about the file systems, not the files.
+_NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
+
+# Pairs of devices between which no file can share blocks.
+_no_reflinks: set[tuple[int, int]] = set()
 
 
 def copy_data(source_fd: int, target_fd: int, size: int) -> None:
@@ -28,13 +33,14 @@ def copy_data(source_fd: int, target_fd: int, size: int) -> None:
     """
     if size == 0:
         return
-    if size == os.fstat(source_fd).st_size:
-        try:
-            syscalls.reflink(source_fd, target_fd)
+    st = os.fstat(source_fd)
+    if size == st.st_size:
+        if _reflinked(source_fd, st.st_dev, target_fd):
             return
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
+        if st.st_blocks * 512 >= size <= _READ_CHUNK:  # no holes to look for
+            if _copy_range(source_fd, target_fd, 0, size) < size:
+                os.ftruncate(target_fd, size)
+            return
     offset = 0
     while offset < size:
         try:
@@ -53,7 +59,23 @@ def copy_data(source_fd: int, target_fd: int, size: int) -> None:
     os.ftruncate(target_fd, size)
 
 
-def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> None:
+def _reflinked(source_fd: int, source_device: int, target_fd: int) -> bool:
+    devices = source_device, os.fstat(target_fd).st_dev
+    if devices in _no_reflinks:
+        return False
+    try:
+        syscalls.reflink(source_fd, target_fd)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        if error.errno in _NEVER:  # the others can be about these two files
+            _no_reflinks.add(devices)
+        return False
+    return True
+
+
+def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> int:
+    """Copy up to ``end``; returns how far the source reached."""
     while offset < end:
         try:
             copied = os.copy_file_range(source_fd, target_fd, min(end - offset, _CHUNK), offset, offset)
@@ -68,12 +90,13 @@ def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> None:
     while offset < end:
         data = os.pread(source_fd, min(end - offset, _READ_CHUNK), offset)
         if not data:
-            return  # the source is shorter than it was: the caller's ftruncate makes the rest a hole
+            return offset  # the source is shorter than it was: the caller's ftruncate makes the rest a hole
         view = memoryview(data)
         while view:
             written = os.pwrite(target_fd, view, offset)
             view = view[written:]
             offset += written
+    return offset
 
 
 def copy_xattrs(source: bytes, target: bytes, names: OverlayXattrs) -> None:

@@ -30,6 +30,7 @@ from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.passthrough import Passthrough
+from unionfs.fuse_ops.patience import Patience
 from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
 from unionfs.fuse_ops.requests import UnionRequests
 from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
@@ -42,7 +43,6 @@ _MAX_WRITE: Final = 1 << 20  # bytes; the kernel's limit is 256 pages
 _BUFFER_SIZE: Final = _MAX_WRITE + 4096
 _LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
 _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
-_ALONE_AFTER: Final = 32  # requests in a row by one thread of one program, after which nobody else is taken to wait
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _TIMEOUT_MAX: Final = 2**63 - 1
 _NO_REPLY: Final = b""
@@ -82,8 +82,7 @@ class DirectTransport:
         self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
         self._calls = WaitingCalls()
-        self._sender = -1  # the thread that the last request came from
-        self._mixed = _ALONE_AFTER  # how many requests of one sender are missing until it counts as alone
+        self._patience = self._requests.patience = Patience()
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
@@ -200,11 +199,7 @@ class DirectTransport:
         body: bytes | memoryview = message[p.IN_HEADER.size :]
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
-        if pid != self._sender or not pid:  # 0: a program of another PID namespace, whichever
-            self._sender = pid
-            self._mixed = _ALONE_AFTER
-        elif self._mixed:
-            self._mixed -= 1
+        self._patience.request_from(pid)
         request = Request(unique, node, uid, gid, pid, body)
         if self._tell:
             log.debug("%s of %#x by process %d: %r", _name(code), node, pid, bytes(body[:80]))
@@ -605,13 +600,14 @@ class DirectTransport:
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
         fd = self._requests.files[handle].fd
-        if not self._mixed and size <= _SHORT_READ:
-            # One program that waits for its own answers: nobody is held up if the disk has to be waited for here,
-            # and whoever comes meanwhile waits for no more than this.
-            return self._data(request, os.pread(fd, size, offset))
-        data = self._requests.read_cached(fd, offset, size)
-        if data is not None:
+        if size <= _SHORT_READ and self._patience.may_wait():
+            start = time.perf_counter()
+            data = os.pread(fd, size, offset)
+            self._patience.waited_since(start)
             return self._data(request, data)
+        cached = self._requests.read_cached(fd, offset, size)
+        if cached is not None:
+            return self._data(request, cached)
         return self._answer_in_thread(request, Opcode.READ, lambda: self._data(request, os.pread(fd, size, offset)))
 
     def _write(self, request: Request) -> bytes:
@@ -640,12 +636,15 @@ class DirectTransport:
             sync(fd)
             return self._empty(request)
 
+        if self._patience.may_wait():
+            start = time.perf_counter()
+            answer = call()
+            self._patience.waited_since(start)
+            return answer
         return self._answer_in_thread(request, Opcode.FSYNC, call)
 
-    def _fallocate(self, request: Request) -> Answer:
+    def _fallocate(self, request: Request) -> bytes:
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
-        if self._tree.space is not None:
-            return self._allocate_limited(request, handle, mode, offset, length)
         fd = self._requests.files[handle].fd
 
         def call() -> bytes:
@@ -654,10 +653,6 @@ class DirectTransport:
 
         return self._answer_in_thread(request, Opcode.FALLOCATE, call)
 
-    async def _allocate_limited(self, request: Request, handle: int, mode: int, offset: int, length: int) -> bytes:
-        await self._requests.fallocate(handle, mode, offset, length)
-        return self._empty(request)
-
     def _lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
@@ -665,10 +660,8 @@ class DirectTransport:
         found = os.lseek(self._requests.files[handle].fd, offset, whence)
         return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
 
-    def _copy_file_range(self, request: Request) -> Answer:
+    def _copy_file_range(self, request: Request) -> bytes:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
-        if self._tree.space is not None:
-            return self._copy_limited(request, source, source_offset, target, target_offset, min(length, 1 << 30))
         source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
 
         def call() -> bytes:
@@ -676,12 +669,6 @@ class DirectTransport:
             return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
         return self._answer_in_thread(request, Opcode.COPY_FILE_RANGE, call)
-
-    async def _copy_limited(
-        self, request: Request, source: int, source_offset: int, target: int, target_offset: int, length: int
-    ) -> bytes:
-        copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
-        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
     async def _ioctl(self, request: Request) -> bytes:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 import trio
 
-from unionfs.fuse_ops import backing_calls
 from unionfs.fuse_ops.attributes import Attributes
 from unionfs.fuse_ops.changes import Caller, check_new_name
 from unionfs.fuse_ops.copy_up import CopyUpJob
@@ -21,6 +21,7 @@ from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenDir, OpenFile
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.patience import Patience
 from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 from unionfs.fuse_ops.tree import UnionTree
 
@@ -36,6 +37,7 @@ class UnionRequests:
         self.sync = options.fsync and not options.volatile
         self.files: dict[int, OpenFile] = {}
         self.directories: dict[int, OpenDir] = {}
+        self.patience: Patience | None = None  # of a transport that knows who sends requests
         self._next_handle = 1
         self._copying: dict[Inode, trio.Event] = {}
 
@@ -74,10 +76,18 @@ class UnionRequests:
             return True
         if inode in self._copying:
             return False
-        has_data = inode.kind == stat.S_IFREG and size != 0
-        if has_data and (self.sync or self.tree.view.real_stat(inode).st_size > _INLINE_COPY_BYTES):
+        copies_data = data or not self.options.metacopy
+        if inode.kind != stat.S_IFREG or size == 0 or not copies_data:
+            copy_up.ensure(inode, data=data, size=size)
+            return True
+        if self.sync and (self.patience is None or not self.patience.may_wait()):
             return False
+        if self.tree.view.real_stat(inode).st_size > _INLINE_COPY_BYTES:
+            return False
+        start = time.perf_counter()
         copy_up.ensure(inode, data=data, size=size)
+        if self.patience is not None:
+            self.patience.waited_since(start)
         return True
 
     async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
@@ -207,18 +217,8 @@ class UnionRequests:
         return await trio.to_thread.run_sync(os.pread, fd, size, offset) if data is None else data
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
-        """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""
+        """Write all of ``data``; a short count only when the disk is full half-way."""
         fd = self.files[handle].fd
-        space = self.tree.space
-        if space is None:
-            return self._write_all(fd, offset, data)
-        try:
-            return self._write_all(fd, offset, memoryview(data)[: space.fitting(fd, offset, len(data))])
-        finally:
-            space.written(os.fstat(fd))
-
-    @staticmethod
-    def _write_all(fd: int, offset: int, data: bytes | memoryview) -> int:
         written = os.pwrite(fd, data, offset)
         while written < len(data):
             more = os.pwrite(fd, memoryview(data)[written:], offset + written)
@@ -226,23 +226,6 @@ class UnionRequests:
                 break
             written += more
         return written
-
-    async def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
-        """fallocate(2) where space is limited."""
-        fd, space = self.files[handle].fd, self.tree.space
-        assert space is not None
-        with space.growing(fd, space.allocation(fd, mode, offset, length)):
-            await trio.to_thread.run_sync(backing_calls.fallocate, fd, mode, offset, length)
-
-    async def copy_range(self, source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-        """copy_file_range(2) where space is limited; copies what there is room for."""
-        fd, space = self.files[target].fd, self.tree.space
-        assert space is not None
-        length = space.fitting(fd, target_offset, length)
-        with space.growing(fd, min(length + 2 * space.block_bytes, space.free_bytes)):
-            return await trio.to_thread.run_sync(
-                os.copy_file_range, self.files[source].fd, fd, length, source_offset, target_offset
-            )
 
     async def fsync(self, handle: int, *, data_only: bool) -> None:
         file = self.files[handle]

@@ -1,0 +1,44 @@
+"""When a request may wait for the disk in the thread that serves all others.
+
+Handing a short wait to another thread costs more than the wait. As long as one program alone sends requests, each when
+it has the answer to the one before, nobody is held up by waiting on the spot; whoever comes meanwhile waits for one
+disk access, which he may have to do anyway. When that turns out to be slow, it is left to other threads for a while.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+_IN_A_ROW: Final = 32  # requests of one thread of one program, until it counts as alone
+_SLOW_S: Final = 5e-3
+_PAUSE_S: Final = 2.0
+
+
+class Patience:
+    """Watches who sends requests, and how long waiting takes."""
+
+    __slots__ = ("_missing", "_not_before", "_sender")
+
+    def __init__(self) -> None:
+        self._sender = 0
+        self._missing = _IN_A_ROW
+        self._not_before = 0.0
+
+    def request_from(self, pid: int) -> None:
+        """A request came from the thread ``pid``; 0 is any of another PID namespace."""
+        if pid != self._sender or not pid:
+            self._sender = pid
+            self._missing = _IN_A_ROW
+        elif self._missing:
+            self._missing -= 1
+
+    def may_wait(self) -> bool:
+        """Whether a short wait for the disk is better done here and now."""
+        return not self._missing and time.perf_counter() >= self._not_before
+
+    def waited_since(self, start: float) -> None:
+        """A wait that began when time.perf_counter() was ``start`` is over."""
+        now = time.perf_counter()
+        if now - start > _SLOW_S:
+            self._not_before = now + _PAUSE_S
