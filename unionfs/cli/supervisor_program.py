@@ -51,7 +51,10 @@ def _supervise(socket_path: str | None, idle_s: float) -> End:
     passed = listening.passed_socket()
     if passed is None and socket_path is None:
         raise SupervisorError("no socket is passed and none is named; see unionfs serve supervisor --help")
-    rehearse()
+    import logging.handlers  # what a server imports only once it needs it
+
+    _ = logging.handlers
+    rehearse(serve_in_copy)
     if passed is not None:
         end = supervise(passed, serve_in_copy, idle_s=idle_s)
         if end is End.STALE:

@@ -1,14 +1,91 @@
-"""Loading what a server needs, and doing once what each would do for the first time."""
+"""A mount that does not happen: what a server does for the first time takes three times as long as for the second.
+
+Python has to find out which instructions it can specialise, and a forked process has to copy every page that it
+writes to, reference counts among them. A rehearsal does that while nobody waits for it. The whole way is gone, from
+the words of the command line to the first listing, with a socket in the place of /dev/fuse at whose other end the
+first requests of a kernel are waiting; only mount(2) is left out, and an upper directory.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
 
-def rehearse() -> None:
-    """Import every module that a server with the direct transport uses."""
-    import json
-    import logging.handlers
-    import subprocess
+from unionfs.fuse_ops import protocol as p
+from unionfs.fuse_ops.daemon import Ready
 
-    from unionfs.fuse_ops import direct, mounting, session, stack, transport
+_ROOT: Final = 1  # the node of the root directory
+_HANDLE: Final = 1  # the first that a server gives
+_PAGE_BYTES: Final = 4096
 
-    _ = json, logging.handlers, subprocess, direct, mounting, session, stack, transport
+
+class _CurtainError(BaseException):
+    """Ends the rehearsal once the server is ready; not an Exception, which the server would explain to a person."""
+
+
+def rehearse(serve: Callable[[Sequence[str], Ready], int]) -> bool:
+    """Serve a directory to nobody, with ``serve`` (:data:`unionfs.fuse_ops.supervisor.worker.Serve`).
+
+    Returns whether it went as far as the first listing; when it did not, a mount only takes longer. The limit of open
+    files and the umask are as before.
+    """
+    limits, umask = resource.getrlimit(resource.RLIMIT_NOFILE), os.umask(0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    ended = False
+    try:
+        for request in _first_requests():
+            ours.send(request)
+        directory = os.path.dirname(os.path.abspath(__file__))
+        words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
+        serve(words, _end)
+    except BaseExceptionGroup as group:
+        ended = group.subgroup(_CurtainError) is not None
+    except _CurtainError:
+        ended = True
+    finally:
+        answers = _answers(ours)
+        ours.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.umask(umask)
+    # ENOSYS tells the kernel not to ask such things at all.
+    return ended and len(answers) == len(_first_requests()) and not set(answers) - {0, errno.ENOSYS}
+
+
+def _end() -> None:
+    raise _CurtainError
+
+
+def _answers(kernel: socket.socket) -> list[int]:
+    """The errno of every answer, 0 for success."""
+    errors = []
+    try:
+        while answer := kernel.recv(p.OUT_HEADER.size):
+            errors.append(-p.OUT_HEADER.unpack(answer)[1])
+    except OSError:
+        pass
+    return errors
+
+
+def _first_requests() -> list[bytes]:
+    flags = p.Init.PARALLEL_DIROPS | p.Init.DO_READDIRPLUS | p.Init.INIT_EXT | p.Init.MAX_PAGES
+    # The kernel sends more than our server looks at: struct fuse_init_in has 64 bytes.
+    init = p.INIT_IN.pack(p.MAJOR, p.MINOR, 1 << 17, flags, 0).ljust(64, b"\0")
+    read = p.READ_IN.pack(_HANDLE, 0, _PAGE_BYTES, 0, 0, 0, 0)
+    return [
+        _request(2, p.Opcode.INIT, 0, init),
+        _request(4, p.Opcode.GETATTR, _ROOT, bytes(16)),
+        _request(6, p.Opcode.OPENDIR, _ROOT, p.OPEN_IN.pack(os.O_DIRECTORY, 0)),
+        _request(8, p.Opcode.READDIRPLUS, _ROOT, read),
+        _request(10, p.Opcode.RELEASEDIR, _ROOT, p.READ_IN.pack(_HANDLE, 0, 0, 0, 0, 0, 0)[:24]),
+        _request(12, p.Opcode.STATFS, _ROOT, b""),
+    ]
+
+
+def _request(unique: int, code: p.Opcode, node: int, body: bytes) -> bytes:
+    length = p.IN_HEADER.size + len(body)
+    return p.IN_HEADER.pack(length, code, unique, node, os.getuid(), os.getgid(), os.getpid(), 0, 0) + body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from unionfs.fuse_ops.process_title import set_title
 from unionfs.fuse_ops.supervisor import wire
 from unionfs.fuse_ops.supervisor.caller import examine
 from unionfs.fuse_ops.supervisor.code import LoadedCode
+from unionfs.fuse_ops.supervisor.rehearsal import rehearse
 from unionfs.fuse_ops.supervisor.wire import DeclinedError
 
 Serve = Callable[[Sequence[str], Ready], int]
@@ -48,6 +50,8 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
         serve: the mount program's way to serve.
     """
     supervisor = os.getppid()
+    if not select.select([listener], [], [], 0)[0]:
+        rehearse(serve)
     connection, _ = listener.accept()
     os.write(report, BUSY)
     end_with_parent(0)
