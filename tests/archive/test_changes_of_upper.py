@@ -233,6 +233,13 @@ def test_copied_up_but_identical_is_no_change(upper: Path, lower: Path) -> None:
     assert listed(upper, lower) == []
 
 
+def test_file_that_got_a_further_name_is_a_change(upper: Path, lower: Path) -> None:
+    """Its layer would otherwise have the new name as a file of its own."""
+    copy_up(lower / "etc/hosts", upper / "etc/hosts")
+    os.link(upper / "etc/hosts", upper / "etc/name")
+    assert listed(upper, lower) == ["C /etc", "C /etc/hosts", "A /etc/name"]
+
+
 def test_nanosecond_of_mtime_counts(upper: Path, lower: Path) -> None:
     copy_up(lower / "etc/hosts", upper / "etc/hosts")
     os.utime(upper / "etc/hosts", ns=(1000 * 10**9, 1000 * 10**9 + 1))

@@ -79,7 +79,7 @@ def changes_of_upper(
 
     Reads the upper directory and looks its names up in the lowers, so the time is proportional to what
     changed and not to the size of the image. A file that was copied up but is still identical, contents included, is
-    no change.
+    no change unless it has more names than before.
 
     Args:
         upper: the upper directory (an overlay2 ``diff`` directory).
@@ -236,6 +236,8 @@ class _Comparison:
             return ChangeKind.ADD
         if event.new.is_dir != event.old.is_dir or not self._same(event.new, event.old):
             return ChangeKind.MODIFY
+        if not event.new.is_dir and event.new.stat.st_nlink > event.old.stat.st_nlink:
+            return ChangeKind.MODIFY  # a link to it was added, which an archive makes only to a file that it has
         if event.new.is_dir and ordered and self._sibling_follows(frame, event):
             inside = self._events(event.path, event.new, event.old)
             if next(self._walk(inside, ordered=False), None) is not None:
