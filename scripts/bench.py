@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 
 import click
 
-from bench_parts import documents, plot, stacks, terminal
-from bench_parts.catalog import all_workloads, chosen_workloads
+from bench_parts import documents, image, plot, stacks, terminal
+from bench_parts.catalog import Chosen, all_rows, chosen_workloads
 from bench_parts.errors import BenchError
 from bench_parts.isolation import run_isolated
 from bench_parts.machine import describe
 from bench_parts.peers import Peer, find_peers
+from bench_parts.registering import Registering
+from bench_parts.registrars import Registrar, find_registrars
 from bench_parts.requests import request_counter
 from bench_parts.results import Results, from_json
 from bench_parts.rig import Rig
 from bench_parts.runner import Runner
+from bench_parts.samples import Group
 from bench_parts.scale import FULL, QUICK, SCALES, Scale
-from bench_parts.workload import Workload
+from quickstart_steps.progress import step
 from quickstart_steps.storage import Storage, default_directory
 from unionfs.errors import UnionfsError
 
@@ -104,9 +108,8 @@ def main(
 
 def list_workloads(scale: Scale) -> None:
     """Print the names that ``--only`` takes."""
-    for workload in all_workloads(scale):
-        for row in workload.rows:
-            print(f"{row.name:<16} {row.title}")
+    for row in all_rows(scale):
+        print(f"{row.name:<16} {row.title}" + (", taking an image in" if row.group is Group.IMAGES else ""))
 
 
 def check_writable(path: str) -> None:
@@ -134,9 +137,10 @@ def measure(
     if rootfs is not None and not os.path.isdir(rootfs):
         raise BenchError(f"{rootfs} is not a directory; give an unpacked root file system after --rootfs")
     os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
-    workloads = chosen_workloads(scale, only)
-    peers, missing = find_peers(peer, transport)
-    for line in missing:
+    chosen = chosen_workloads(scale, only)
+    peers, missing = find_peers(peer, transport) if chosen.mounts else ([], [])
+    registrars, more_missing = find_registrars() if chosen.images else ([], [])
+    for line in missing + more_missing:
         print(f"bench: {line}", file=sys.stderr)
     storage = Storage(cache or default_directory())
     with storage.run_directory(keep=False) as directory:
@@ -144,7 +148,16 @@ def measure(
         count = rounds or scale.rounds
         status = run_isolated(
             lambda: inner(
-                storage, directory, found, scale, workloads, peers, count, rootfs, count_requests=count_requests
+                storage,
+                directory,
+                found,
+                scale,
+                chosen,
+                peers,
+                registrars,
+                count,
+                rootfs,
+                count_requests=count_requests,
             ),
             debug=debug,
         )
@@ -160,8 +173,9 @@ def inner(
     directory: str,
     found: str,
     scale: Scale,
-    workloads: list[Workload],
+    chosen: Chosen,
     peers: list[Peer],
+    registrars: list[Registrar],
     rounds: int,
     rootfs: str | None,
     *,
@@ -175,11 +189,14 @@ def inner(
         mounts = os.path.join(directory, "m")
         os.mkdir(mounts)
         rig = Rig(mounts, layers, scale)
-        runner = Runner(rig, workloads, peers, results)
+        runner = Runner(rig, chosen.mounts, peers, results)
         with request_counter() as counter:
             try:
-                runner.run(rounds)
-                if counter is not None and count_requests:
+                if chosen.mounts:
+                    runner.run(rounds)
+                if chosen.images:
+                    Runner(rig, [Registering(packed(layers, directory))], registrars, results).run(rounds)
+                if chosen.mounts and counter is not None and count_requests:
                     runner.count_requests(counter)
             finally:
                 with open(found, "w", encoding="utf-8") as file:
@@ -188,6 +205,15 @@ def inner(
         print(f"bench: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def packed(layers: stacks.Stacks, directory: str) -> image.Image:
+    """The image that is taken in."""
+    with step("Packing the layers as an image"):
+        try:
+            return image.make(layers.debian, os.path.join(directory, "image"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BenchError(f"cannot pack the layers as an image ({error}); make room in {directory}") from error
 
 
 def read(path: str) -> Results:

@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from bench_parts import documents, figures, plot, targets
+from bench_parts import documents, figures, image, plot, targets
 from bench_parts.catalog import all_workloads
 from bench_parts.errors import BenchError
 from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
+from bench_parts.registering import REGISTER, ROWS
+from bench_parts.registrars import OURS
 from bench_parts.results import Cell, Results, from_json, geometric_mean
-from bench_parts.samples import Row, Sample, Unit
+from bench_parts.samples import Group, Row, Sample, Unit
 from bench_parts.scale import TINY
 from bench_parts.splitting import deep_split, entries, image_split, write_layers
+from bench_parts.stacks import Stack
+from unionfs.layers import open_store
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 BENCH = [sys.executable, str(SCRIPTS / "bench.py")]
@@ -81,7 +85,8 @@ def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None
     argv = [*BENCH, "--scale", "tiny", "--no-requests", "--rootfs", str(rootfs), "--cache", str(tmp_path / "cache")]
     done = subprocess.run([*argv, "--json", str(found)], capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 0, done.stderr + done.stdout
-    results = from_json(found.read_text())
+    everything = from_json(found.read_text())
+    results = everything.only(Group.MOUNTS)
 
     peers = [KERNEL, DIRECT, PYFUSE3]
     peers += [FUSE_OVERLAYFS] * bool(shutil.which("fuse-overlayfs"))
@@ -101,8 +106,52 @@ def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None
                 assert cell.samples or cell.reason.startswith("failed: ")
     assert "Targets reached by ours direct" in done.stdout
 
+    images = everything.only(Group.IMAGES)
+    assert list(images.peers) == [OURS, "docker load", "podman load", "umoci unpack"]
+    assert list(images.rows) == ["register", "register-synced", "register-cpu"]
+    for name, row in images.rows.items():
+        assert row.title in done.stdout
+        for peer in images.peers:
+            cell = images.cell(name, peer)
+            assert len(cell.samples) == 1, f"{name} with {peer}: {cell.reason}"
+            assert cell.samples[0].value > 0
+
     assert Path("/proc/self/mountinfo").read_text().count("unionfs") <= before.count("unionfs")
     assert os.listdir(tmp_path / "cache" / "runs") == []
+
+
+def test_the_image_that_is_taken_in(rootfs: Path, tmp_path: Path) -> None:
+    """skopeo reads both forms, which name the same layers; ours shows what went in."""
+    layers = write_layers(str(rootfs), image_split(str(rootfs)), str(tmp_path / "layers"))
+    made = image.make(Stack("small", tuple(layers)), str(tmp_path / "image"))
+    found = []
+    for name in (f"oci:{made.layout}:{image.TAG}", f"docker-archive:{made.archive}"):
+        done = subprocess.run(["skopeo", "inspect", "--config", name], capture_output=True, check=True)
+        found.append(json.loads(done.stdout)["rootfs"]["diff_ids"])
+    assert found[0] == found[1]
+    with open_store(tmp_path / "root") as store:
+        chain = ""
+        for path, diff_id in zip(made.layers, found[0], strict=True):
+            with open(path, "rb") as file:
+                chain = store.register(file, chain, expected_diff_id=diff_id).chain_id
+        with store.create_rw_layer("box", chain).mounted() as merged:
+            assert snapshot(merged) == snapshot(str(rootfs))
+        assert sum(layer.verify() for layer in store.map().values()) == made.size_bytes
+        store.cleanup()
+
+
+def test_our_ratio_is_to_the_fastest_of_the_others() -> None:
+    results = Results(peers={OURS: "1", "docker load": "2", "umoci unpack": "3"}, rows={row.name: row for row in ROWS})
+    for peer, value in ((OURS, 30.0), ("docker load", 60.0), ("umoci unpack", 20.0)):
+        for row in ROWS:
+            results.cell(row.name, peer).samples.append(Sample(value))
+    results.cell(REGISTER.name, "umoci unpack").samples[0] = Sample(40.0)
+    table = figures.images(results)
+    assert [row[-2:] for row in table.rows] == [("0.75", "PASS"), ("1.50", "-"), ("1.50", "-")]
+    results.cell(REGISTER.name, OURS).samples[0] = Sample(44.0)
+    assert figures.images(results).rows[0][-1] == "FAIL 1.10 (≤ 1)"
+    assert from_json(results.to_json()).only(Group.IMAGES).to_json() == results.to_json()
+    assert [table.title for table in figures.tables(results)] == ["Medians of taking an image in, in ms"]
 
 
 @needs_root

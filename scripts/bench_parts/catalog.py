@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bench_parts import change_workloads as change
 from bench_parts import data_workloads as data
+from bench_parts import registering
 from bench_parts import tree_workloads as tree
 from bench_parts.errors import BenchError
 from bench_parts.mount_workloads import Idle, Memory, MountTime
+from bench_parts.peers import Peer
+from bench_parts.samples import Row
 from bench_parts.scale import Scale
 from bench_parts.workload import Timed, Workload
 
 
-def all_workloads(scale: Scale) -> list[Workload]:
-    """The workloads of a run of this scale."""
+def all_workloads(scale: Scale) -> list[Workload[Peer]]:
+    """The workloads in mounts of a run of this scale."""
     deep = f"{scale.deep_layers} layers"
     return [
         MountTime(),
@@ -52,13 +56,27 @@ def all_workloads(scale: Scale) -> list[Workload]:
     ]
 
 
-def chosen_workloads(scale: Scale, only: Sequence[str]) -> list[Workload]:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What is measured: workloads in mounts, and whether images are taken in."""
+
+    mounts: list[Workload[Peer]]
+    images: bool
+
+
+def all_rows(scale: Scale) -> list[Row]:
+    """The lines of all tables."""
+    return [row for workload in all_workloads(scale) for row in workload.rows] + list(registering.ROWS)
+
+
+def chosen_workloads(scale: Scale, only: Sequence[str]) -> Chosen:
     """Those that have a row named in ``only``; all when it is empty."""
     everything = all_workloads(scale)
     if not only:
-        return everything
-    names = {row.name for workload in everything for row in workload.rows}
+        return Chosen(everything, images=True)
+    names = {row.name for row in all_rows(scale)}
     for name in only:
         if name not in names:
             raise BenchError(f"there is no workload {name}; choose from {', '.join(sorted(names))}")
-    return [workload for workload in everything if any(row.name in only for row in workload.rows)]
+    mounts = [workload for workload in everything if any(row.name in only for row in workload.rows)]
+    return Chosen(mounts, images=any(row.name in only for row in registering.ROWS))

@@ -33,7 +33,7 @@ def section(results: Results) -> str:
     lines = ["; ".join(f"{name}: {value}" for name, value in results.machine.items()) + ".", ""]
     lines += [f"- {name}: {version}" for name, version in results.peers.items()]
     lines += ["", f"![Times relative to fuse-overlayfs]({PLOT})", ""]
-    for table in (figures.medians(results), figures.server_costs(results)):
+    for table in figures.tables(results):
         lines += [f"{table.title}:", ""]
         lines.append("| " + " | ".join(table.heads) + " |")
         lines.append("|" + "|".join(["---", *["---:"] * (len(table.heads) - 1)]) + "|")

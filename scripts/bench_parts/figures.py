@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
+from bench_parts.registering import REGISTER
+from bench_parts.registrars import OURS
 from bench_parts.results import Results
-from bench_parts.samples import Unit
+from bench_parts.samples import Group, Unit
 from bench_parts.targets import GEOMETRIC_MEAN_LIMIT, mean_against_fuse, verdicts
 
 _NONE = "-"
@@ -23,6 +25,7 @@ class Table:
 
 def medians(results: Results) -> Table:
     """The medians, our ratios, and the verdicts."""
+    results = results.only(Group.MOUNTS)
     ours = results.ours
     heads = ["workload", *(peer for peer in results.peers)]
     compared = [reference for reference in (FUSE_OVERLAYFS, KERNEL) if ours and reference in results.peers]
@@ -44,6 +47,7 @@ def medians(results: Results) -> Table:
 
 def server_costs(results: Results) -> Table:
     """For an operation of each workload: microseconds of wall time and of server CPU time, and requests."""
+    results = results.only(Group.MOUNTS)
     servers = [peer for peer in results.peers if peer != KERNEL]
     counted = any(cell.requests is not None for cell in results.cells.values())
     rows = []
@@ -63,6 +67,27 @@ def server_costs(results: Results) -> Table:
         rows.append(tuple(cells))
     what = "wall time, server CPU time (µs)" + (", requests" if counted else "")
     return Table(f"For one operation: {what}", ("workload", *servers), tuple(rows))
+
+
+def images(results: Results) -> Table:
+    """The medians of taking an image in, and our ratio to the fastest of the others."""
+    results = results.only(Group.IMAGES)
+    others = [peer for peer in results.peers if peer != OURS]
+    rows = []
+    for row in results.rows.values():
+        cells = [row.title, *(_figure(results, row.name, peer) for peer in results.peers)]
+        ratios = [ratio for peer in others if (ratio := results.ratio(row.name, OURS, peer)) is not None]
+        cells.append(f"{max(ratios):.2f}" if ratios else _NONE)
+        limited = row.name == REGISTER.name and ratios
+        cells.append(("PASS" if max(ratios) <= 1 else f"FAIL {max(ratios):.2f} (≤ 1)") if limited else _NONE)
+        rows.append(tuple(cells))
+    heads = ("taking an image in", *results.peers, "ours / fastest", "target")
+    return Table("Medians of taking an image in, in ms", heads, tuple(rows))
+
+
+def tables(results: Results) -> list[Table]:
+    """Those that have something in them."""
+    return [table for table in (medians(results), server_costs(results), images(results)) if table.rows]
 
 
 def summary(results: Results) -> list[str]:

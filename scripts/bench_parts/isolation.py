@@ -94,6 +94,11 @@ def _enter() -> None:
         # The registry of mounts names processes by number, and ours are others in here.
         os.makedirs("/run/unionfs", exist_ok=True)
         mount("tmpfs", "/run/unionfs", "tmpfs")
+        # What engines write to although they are told other directories.
+        for path in ("/run/docker", "/run/containers", "/run/libpod", "/var/lib/containers", "/dev/shm"):
+            if os.path.isdir(os.path.dirname(path)):
+                os.makedirs(path, exist_ok=True)
+                mount("tmpfs", path, "tmpfs")
     except OSError as error:
         raise BenchError(f"cannot mount here ({error}); {_ADVICE}") from error
     for number in _ENDING:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench_parts.errors import BenchError
 from bench_parts.peers import DIRECT, PYFUSE3
-from bench_parts.samples import Row, Sample, Unit
+from bench_parts.samples import Group, Row, Sample, Unit
 
 _FORMAT = 1
 
@@ -74,6 +74,13 @@ class Results:
             return None
         return value / other
 
+    def only(self, group: Group) -> Results:
+        """What is about this group: its rows, and who took part in them."""
+        rows = {name: row for name, row in self.rows.items() if row.group is group}
+        cells = {(row, peer): cell for (row, peer), cell in self.cells.items() if row in rows}
+        there = {peer for _, peer in cells}
+        return Results(self.machine, {name: self.peers[name] for name in self.peers if name in there}, rows, cells)
+
     @property
     def ours(self) -> str | None:
         """The peer that the targets are about: the transport that a mount chooses by itself, if it was measured."""
@@ -91,6 +98,7 @@ class Results:
                         "name": row.name,
                         "title": row.title,
                         "unit": row.unit.value,
+                        "group": row.group.value,
                         "peers": {
                             peer: self._cell_to_json(self.cells[row.name, peer])
                             for peer in self.peers
@@ -123,7 +131,8 @@ def from_json(text: str) -> Results:
             raise BenchError(f"results of format {data['format']}, and this program reads {_FORMAT}; run it again")
         results = Results(machine=data["machine"], peers=data["peers"])
         for row in data["rows"]:
-            results.rows[row["name"]] = Row(row["name"], row["title"], Unit(row["unit"]))
+            group = Group(row.get("group", Group.MOUNTS.value))  # older files have only that one
+            results.rows[row["name"]] = Row(row["name"], row["title"], Unit(row["unit"]), group)
             for peer, cell in row["peers"].items():
                 samples = [
                     Sample(value, cell["operations"], cpu)

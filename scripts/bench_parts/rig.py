@@ -21,7 +21,7 @@ from bench_parts.requests import RequestCounter
 from bench_parts.samples import Sample
 from bench_parts.scale import Scale
 from bench_parts.stacks import Stack, Stacks
-from bench_parts.syscalls import MNT_DETACH, cpu_ns, umount2
+from bench_parts.syscalls import MNT_DETACH, cpu_ns, umount2, unmount_below
 from quickstart_steps.storage import remove_tree
 
 _BUSY_S = 5.0
@@ -68,6 +68,17 @@ class Rig:
             if os.path.ismount(made.target):
                 raise BenchError(f"{made.target} is still mounted; what is in {base} is kept")
             remove_tree(base)
+
+    @contextlib.contextmanager
+    def empty_directory(self) -> Iterator[str]:
+        """A fresh directory of a short name; removed afterwards with all that is in it and mounted on it."""
+        path = os.path.join(self._directory, str(next(self._numbers)))
+        os.mkdir(path)
+        try:
+            yield path
+        finally:
+            unmount_below(path)
+            remove_tree(path)
 
     @contextlib.contextmanager
     def mounted(self, peer: Peer, stack: Stack, at: Directories, options: Sequence[str] = ()) -> Iterator[Mounted]:

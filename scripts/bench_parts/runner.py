@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 from bench_parts.errors import BenchError, LayersGoneError, SkippedError
-from bench_parts.peers import Peer
 from bench_parts.requests import RequestCounter
 from bench_parts.results import Results
 from bench_parts.rig import Rig
-from bench_parts.workload import Timed, Workload
+from bench_parts.workload import Contestant, Timed, Workload
 from quickstart_steps.progress import Step, step
 
+AnyPeer = TypeVar("AnyPeer", bound=Contestant)
 
-class Runner:
+
+class Runner(Generic[AnyPeer]):
     """Fills ``results``; what is in there is right after every sample, also when the run is interrupted."""
 
-    def __init__(self, rig: Rig, workloads: Sequence[Workload], peers: Sequence[Peer], results: Results) -> None:
+    def __init__(
+        self, rig: Rig, workloads: Sequence[Workload[AnyPeer]], peers: Sequence[AnyPeer], results: Results
+    ) -> None:
         self._rig = rig
         self._workloads = workloads
         self._peers = peers
         self._results = results
-        results.peers = {peer.name: peer.version for peer in peers}
-        results.rows = {row.name: row for workload in workloads for row in workload.rows}
+        results.peers |= {peer.name: peer.version for peer in peers}
+        results.rows |= {row.name: row for workload in workloads for row in workload.rows}
 
     def run(self, rounds: int) -> None:
         """Measure every workload ``rounds`` times with every peer."""
@@ -41,7 +45,11 @@ class Runner:
             self._rig.counter = None
 
     def _round(
-        self, title: str, workloads: Sequence[Workload], number: int, one: Callable[[Workload, Peer], None]
+        self,
+        title: str,
+        workloads: Sequence[Workload[AnyPeer]],
+        number: int,
+        one: Callable[[Workload[AnyPeer], AnyPeer], None],
     ) -> None:
         with step(title, total=len(workloads) * len(self._peers)) as shown:
             for place, workload in enumerate(workloads):
@@ -49,7 +57,11 @@ class Runner:
                 self._with_each_peer(workload, number + place, one, shown)
 
     def _with_each_peer(
-        self, workload: Workload, turn: int, one: Callable[[Workload, Peer], None], shown: Step
+        self,
+        workload: Workload[AnyPeer],
+        turn: int,
+        one: Callable[[Workload[AnyPeer], AnyPeer], None],
+        shown: Step,
     ) -> None:
         # Another one begins each time: the first finds the disk and the processor in another state.
         turn %= len(self._peers)
@@ -64,10 +76,10 @@ class Runner:
                     self._results.cell(row.name, peer.name).reason = " ".join([f"{word}:", *str(error).split()])
             shown.advance(1)
 
-    def _measure(self, workload: Workload, peer: Peer) -> None:
+    def _measure(self, workload: Workload[AnyPeer], peer: AnyPeer) -> None:
         for name, sample in workload.measure(self._rig, peer).items():
             self._results.cell(name, peer.name).samples.append(sample)
 
-    def _count(self, workload: Workload, peer: Peer) -> None:
+    def _count(self, workload: Workload[AnyPeer], peer: AnyPeer) -> None:
         for name, sample in workload.measure(self._rig, peer).items():
             self._results.cell(name, peer.name).requests = sample.requests

@@ -15,13 +15,21 @@ class Unit(Enum):
     LOAD = "% CPU"
 
 
+class Group(Enum):
+    """What a row is about; each group has a table and contestants of its own."""
+
+    MOUNTS = "mounts"
+    IMAGES = "images"
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a slug for the command line, the title for people, and the unit."""
+    """One line of a table: a slug for the command line, the title for people, the unit, and the table."""
 
     name: str
     title: str
     unit: Unit = Unit.TIME
+    group: Group = Group.MOUNTS
 
 
 @dataclass(frozen=True, slots=True)

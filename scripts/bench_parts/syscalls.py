@@ -36,6 +36,16 @@ def umount2(target: str, flags: int = 0) -> None:
     _checked(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), target)
 
 
+def unmount_below(directory: str) -> None:
+    """Detach every mount in a directory, and on it."""
+    inside = os.path.realpath(directory)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        points = [line.split(" ")[4] for line in table]
+    for point in reversed(points):
+        if point == inside or point.startswith(f"{inside}/"):
+            umount2(point, MNT_DETACH)
+
+
 def unshare(flags: int) -> None:
     """unshare(2)."""
     _checked(_libc.unshare(ctypes.c_int(flags)))

@@ -21,7 +21,7 @@ def show(results: Results) -> None:
     console.print(Text("; ".join(f"{name}: {value}" for name, value in results.machine.items())))
     for name, version in results.peers.items():
         console.print(Text(f"{name}: {version}"))
-    for table in (figures.medians(results), figures.server_costs(results)):
+    for table in figures.tables(results):
         shown = RichTable(title=table.title, title_justify="left")
         for number, head in enumerate(table.heads):
             shown.add_column(head, justify="left" if number == 0 or head == "target" else "right")

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from bench_parts.peers import Peer
 from bench_parts.rig import Mounted, Rig
 from bench_parts.samples import Row, Sample
 
 
-class Workload(Protocol):
+class Contestant(Protocol):
+    """Who is measured: a file system that is mounted, or a program that takes an image in."""
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+
+    @property
+    def version(self) -> str:
+        """What it says about itself, for the record."""
+
+
+AnyPeer_contra = TypeVar("AnyPeer_contra", bound=Contestant, contravariant=True)
+
+
+class Workload(Protocol[AnyPeer_contra]):
     """Something to measure with every peer."""
 
     @property
@@ -22,7 +37,7 @@ class Workload(Protocol):
     def once(self) -> bool:
         """Whether one round is enough, because the figure does not vary or takes long to get."""
 
-    def measure(self, rig: Rig, peer: Peer) -> Mapping[str, Sample]:
+    def measure(self, rig: Rig, peer: AnyPeer_contra) -> Mapping[str, Sample]:
         """Do it once. Returns a sample for each row, by the row's name."""
 
 
