@@ -643,8 +643,10 @@ class DirectTransport:
             return answer
         return self._answer_in_thread(request, Opcode.FSYNC, call)
 
-    def _fallocate(self, request: Request) -> bytes:
+    def _fallocate(self, request: Request) -> Answer:
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
+        if self._tree.space is not None:
+            return self._allocate_limited(request, handle, mode, offset, length)
         fd = self._requests.files[handle].fd
 
         def call() -> bytes:
@@ -653,6 +655,10 @@ class DirectTransport:
 
         return self._answer_in_thread(request, Opcode.FALLOCATE, call)
 
+    async def _allocate_limited(self, request: Request, handle: int, mode: int, offset: int, length: int) -> bytes:
+        await self._requests.fallocate(handle, mode, offset, length)
+        return self._empty(request)
+
     def _lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
@@ -660,8 +666,10 @@ class DirectTransport:
         found = os.lseek(self._requests.files[handle].fd, offset, whence)
         return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
 
-    def _copy_file_range(self, request: Request) -> bytes:
+    def _copy_file_range(self, request: Request) -> Answer:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
+        if self._tree.space is not None:
+            return self._copy_limited(request, source, source_offset, target, target_offset, min(length, 1 << 30))
         source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
 
         def call() -> bytes:
@@ -669,6 +677,12 @@ class DirectTransport:
             return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
         return self._answer_in_thread(request, Opcode.COPY_FILE_RANGE, call)
+
+    async def _copy_limited(
+        self, request: Request, source: int, source_offset: int, target: int, target_offset: int, length: int
+    ) -> bytes:
+        copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
+        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
     async def _ioctl(self, request: Request) -> bytes:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)

@@ -14,6 +14,7 @@ import time
 
 import trio
 
+from unionfs.fuse_ops import backing_calls
 from unionfs.fuse_ops.attributes import Attributes
 from unionfs.fuse_ops.changes import Caller, check_new_name
 from unionfs.fuse_ops.copy_up import CopyUpJob
@@ -217,8 +218,18 @@ class UnionRequests:
         return await trio.to_thread.run_sync(os.pread, fd, size, offset) if data is None else data
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
-        """Write all of ``data``; a short count only when the disk is full half-way."""
+        """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""
         fd = self.files[handle].fd
+        space = self.tree.space
+        if space is None:
+            return self._write_all(fd, offset, data)
+        try:
+            return self._write_all(fd, offset, memoryview(data)[: space.fitting(fd, offset, len(data))])
+        finally:
+            space.written(os.fstat(fd))
+
+    @staticmethod
+    def _write_all(fd: int, offset: int, data: bytes | memoryview) -> int:
         written = os.pwrite(fd, data, offset)
         while written < len(data):
             more = os.pwrite(fd, memoryview(data)[written:], offset + written)
@@ -226,6 +237,23 @@ class UnionRequests:
                 break
             written += more
         return written
+
+    async def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2) where space is limited."""
+        fd, space = self.files[handle].fd, self.tree.space
+        assert space is not None
+        with space.growing(fd, space.allocation(fd, mode, offset, length)):
+            await trio.to_thread.run_sync(backing_calls.fallocate, fd, mode, offset, length)
+
+    async def copy_range(self, source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
+        """copy_file_range(2) where space is limited; copies what there is room for."""
+        fd, space = self.files[target].fd, self.tree.space
+        assert space is not None
+        length = space.fitting(fd, target_offset, length)
+        with space.growing(fd, min(length + 2 * space.block_bytes, space.free_bytes)):
+            return await trio.to_thread.run_sync(
+                os.copy_file_range, self.files[source].fd, fd, length, source_offset, target_offset
+            )
 
     async def fsync(self, handle: int, *, data_only: bool) -> None:
         file = self.files[handle]
