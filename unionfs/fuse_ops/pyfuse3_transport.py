@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pyfuse3
 
 from unionfs.errors import MountError
+from unionfs.fuse_ops import pyfuse3_waiting
 from unionfs.fuse_ops.mounting import explained
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 
@@ -52,6 +53,7 @@ class Pyfuse3Transport:
             accepted()
 
         self._operations.init = init  # type: ignore[method-assign]
+        pyfuse3_waiting.install()
         await pyfuse3.main()
 
     def close(self) -> None:
