@@ -1,223 +1,122 @@
-"""A small graph driver plugin on a unix socket, which puts any driver behind Docker's protocol (spec section 3)."""
+"""Our graph driver plugin in a thread of the test, which records the calls and replies as the test wants."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import socketserver
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
-from typing import Any, BinaryIO
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+from urllib.parse import parse_qsl
 
-from unionfs.archive.idmapping import IdMapping, IdRange
-from unionfs.drivers.contract import CreateOptions, Driver, InitFunc
+import trio
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from unionfs.drivers.contract import InitFunc
+from unionfs.engines.docker_plugin import listener
+from unionfs.engines.docker_plugin.app import make_app
+from unionfs.engines.docker_plugin.server import serve
+from unionfs.engines.docker_plugin.service import GraphDriverService
+from unionfs.engines.docker_plugin.session_file import SessionFile
 
 Answer = dict[str, Any]
+Override = Callable[[Send, Answer], Awaitable[None]]
 
 
-class PluginServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """The plugin; ``calls`` has the name and the arguments of every call that came in."""
+class PluginServer:
+    """What the plugin was asked.
 
-    daemon_threads = True
-    request_queue_size = 128
+    Attributes:
+        calls: the name and the arguments of every call that came in.
+        headers: of every call.
+        overrides: answers to calls, by their names, that the plugin is not asked for.
+    """
 
-    def __init__(self, path: str, init: InitFunc, *, own_home: str | None = None) -> None:
-        self.driver: Driver | None = None
-        self.init = init
-        self.own_home = own_home
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
         self.calls: list[tuple[str, Answer]] = []
         self.headers: list[dict[str, str]] = []
-        self.implements = ["GraphDriver"]
-        self.overrides: dict[str, Callable[[PluginHandler, Answer], None]] = {}
-        super().__init__(path, PluginHandler)
+        self.overrides: dict[str, Override] = {}
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is not worth a line on stderr."""
-
-
-class PluginHandler(BaseHTTPRequestHandler):
-    """One connection of the engine."""
-
-    server: PluginServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        """Nothing: the calls are recorded."""
-
-    def address_string(self) -> str:
-        return "unix"
-
-    def do_POST(self) -> None:
-        """Answer one call."""
-        url = urlsplit(self.path)
-        name = url.path.lstrip("/")
-        self.server.headers.append({key.lower(): value for key, value in self.headers.items()})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name = scope["path"].lstrip("/")
+        self.headers.append({key.decode().lower(): value.decode() for key, value in scope["headers"]})
         if name == "GraphDriver.ApplyDiff":
-            query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            self.server.calls.append((name, dict(query)))
-            body = _Body(self)
-            self._answer(lambda: self._apply(query, body))
-            body.drain()
+            self.calls.append((name, dict(parse_qsl(scope["query_string"].decode()))))
+            await self._app(scope, receive, send)
             return
-        raw = _Body(self).read()
-        arguments: Answer = json.loads(raw) if raw.strip() else {}
-        self.server.calls.append((name, arguments))
-        override = self.server.overrides.get(name)
-        if override is not None:
-            override(self, arguments)
+        body = await _whole(receive)
+        arguments: Answer = json.loads(body) if body.strip() else {}
+        self.calls.append((name, arguments))
+        if name in self.overrides:
+            await self.overrides[name](send, arguments)
             return
-        if name == "GraphDriver.Diff":
-            self._diff(arguments)
-            return
-        handler = getattr(self, "call_" + name.partition(".")[2].lower(), None)
-        if handler is None:
-            self.reply(404, {"Err": f"no such call: {name}"})
-        else:
-            self._answer(lambda: handler(arguments))
+        first = [{"type": "http.request", "body": body, "more_body": False}]
 
-    def _answer(self, call: Callable[[], Answer | None]) -> None:
-        try:
-            self.reply(200, call() or {})
-        except Exception as error:
-            self.reply(200, {"Err": str(error)})
+        async def replayed() -> Any:
+            return first.pop() if first else await receive()
 
-    def reply(self, status: int, fields: Answer) -> None:
-        """Send a JSON reply."""
-        body = json.dumps(fields).encode() + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "application/vnd.docker.plugins.v1+json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        await self._app(scope, replayed, send)
 
-    @property
-    def driver(self) -> Driver:
-        assert self.server.driver is not None, "the plugin was not initialised"
-        return self.server.driver
+    def answer(self, name: str, status: int, body: bytes | Answer | list[Any] | None) -> None:
+        """Have the call ``name`` answered with these bytes, or this as JSON."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
 
-    def call_activate(self, _: Answer) -> Answer:
-        return {"Implements": self.server.implements}
+        async def override(send: Send, _: Answer) -> None:
+            length = (b"content-length", str(len(content)).encode())
+            await send({"type": "http.response.start", "status": status, "headers": [length]})
+            await send({"type": "http.response.body", "body": content})
 
-    def call_init(self, arguments: Answer) -> None:
-        maps = [
-            [IdRange(m["container_id"], m["host_id"], m["size"]) for m in arguments.get(key) or []]
-            for key in ("UIDMaps", "GIDMaps")
-        ]
-        home = self.server.own_home or arguments["Home"]
-        self.server.driver = self.server.init(home, arguments.get("Opts") or [], IdMapping(*maps))
-
-    def call_capabilities(self, _: Answer) -> Answer:
-        return {"Capabilities": {"ReproducesExactDiffs": False}}
-
-    def call_create(self, arguments: Answer) -> None:
-        self.driver.create(*_created(arguments))
-
-    def call_createreadwrite(self, arguments: Answer) -> None:
-        self.driver.create_read_write(*_created(arguments))
-
-    def call_remove(self, arguments: Answer) -> None:
-        self.driver.remove(arguments["ID"])
-
-    def call_get(self, arguments: Answer) -> Answer:
-        return {"Dir": self.driver.get(arguments["ID"], arguments.get("MountLabel", ""))}
-
-    def call_put(self, arguments: Answer) -> None:
-        self.driver.put(arguments["ID"])
-
-    def call_exists(self, arguments: Answer) -> Answer:
-        return {"Exists": self.driver.exists(arguments["ID"])}
-
-    def call_status(self, _: Answer) -> Answer:
-        return {"Status": [list(pair) for pair in self.driver.status()]}
-
-    def call_getmetadata(self, arguments: Answer) -> Answer:
-        return {"Metadata": self.driver.get_metadata(arguments["ID"])}
-
-    def call_cleanup(self, _: Answer) -> None:
-        self.driver.cleanup()
-
-    def call_changes(self, arguments: Answer) -> Answer:
-        changes = self.driver.changes(arguments["ID"], arguments.get("Parent", ""))
-        return {"Changes": [{"Path": os.fsdecode(c.path), "Kind": c.kind.docker_number} for c in changes]}
-
-    def call_diffsize(self, arguments: Answer) -> Answer:
-        return {"Size": self.driver.diff_size(arguments["ID"], arguments.get("Parent", ""))}
-
-    def _apply(self, query: dict[str, str], body: BinaryIO | _Body) -> Answer:
-        return {"Size": self.driver.apply_diff(query["id"], query.get("parent", ""), body)}
-
-    def _diff(self, arguments: Answer) -> None:
-        try:
-            stream = self.driver.diff(arguments["ID"], arguments.get("Parent", ""))
-        except Exception as error:
-            self.reply(500, {"Err": str(error)})
-            return
-        with stream:
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            while piece := stream.read(1 << 16):
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-            # Not reached when reading fails: then the connection is cut, so that nobody takes the rest for the end.
-            self.wfile.write(b"0\r\n\r\n")
+        self.overrides[name] = override
 
 
-def _created(arguments: Answer) -> tuple[str, str, CreateOptions]:
-    options = CreateOptions(
-        mount_label=arguments.get("MountLabel", ""), storage_options=arguments.get("StorageOpt") or {}
-    )
-    return arguments["ID"], arguments.get("Parent", ""), options
-
-
-class _Body:
-    """A request's body: of known length, chunked, or none."""
-
-    def __init__(self, handler: BaseHTTPRequestHandler) -> None:
-        self._file = handler.rfile
-        self._chunked = "chunked" in handler.headers.get("Transfer-Encoding", "")
-        self._left = int(handler.headers.get("Content-Length") or 0)
-        self._ended = False
-
-    def read(self, size: int = -1, /) -> bytes:
-        if size < 0:
-            return b"".join(iter(lambda: self.read(1 << 16), b""))
-        if self._chunked and not self._left and not self._ended:
-            self._left = int(self._file.readline().split(b";")[0], 16)
-            if not self._left:
-                self._ended = True
-                while self._file.readline().strip():
-                    pass
-        piece = self._file.read(min(size, self._left))
-        self._left -= len(piece)
-        if self._chunked and piece and not self._left:
-            self._file.readline()
-        return piece
-
-    def drain(self) -> None:
-        while self.read(1 << 16):
-            pass
+async def _whole(receive: Receive) -> bytes:
+    body: bytes = b""
+    while True:
+        message: dict[str, Any] = dict(await receive())
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return body
 
 
 @contextmanager
-def plugin_server(path: str, init: InitFunc, *, own_home: str | None = None) -> Iterator[PluginServer]:
-    """Run a plugin whose socket is at ``path``."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    server = PluginServer(path, init, own_home=own_home)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
+def plugin_server(path: str, init: InitFunc) -> Iterator[PluginServer]:
+    """Run the plugin with its socket at ``path``."""
+    service = GraphDriverService(init, SessionFile(path + ".session"))
+    listening = listener.listen(path)
+    server = PluginServer(make_app(service))
     try:
-        yield server
+        with served(server, listening.socket):
+            yield server
     finally:
-        server.shutdown()
-        server.server_close()
+        listening.close()
+        service.close()
+
+
+@contextmanager
+def served(app: ASGIApp, listening: socket.socket) -> Iterator[None]:
+    """Serve an application in a thread; at the end it waits for the calls that run."""
+    stop: list[Callable[[], None]] = []
+    ready = threading.Event()
+
+    async def main() -> None:
+        stopping = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        stop.append(lambda: token.run_sync_soon(stopping.set))
+        ready.set()
+        await serve(app, listening, stopping.wait)
+
+    thread = threading.Thread(target=trio.run, args=(main,), name=f"plugin-{os.getpid()}", daemon=True)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield
+    finally:
+        stop[0]()
         thread.join()
-        os.unlink(path)
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory and everything in it, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)

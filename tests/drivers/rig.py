@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
-from tests.drivers.plugin_server import PluginServer, plugin_server
+from tests.drivers.plugin_server import plugin_server
 from tests.support.mounts import is_running, servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import overlay2, plugin, union, vfs
@@ -40,9 +40,8 @@ class Rig:
         self.root = root
         self.home = os.path.join(root, kind)
         self._stack = ExitStack()
-        self.server: PluginServer | None = None
         if kind == "plugin":
-            self.server = self._stack.enter_context(plugin_server(os.path.join(root, "plugin.sock"), vfs.init))
+            self._stack.enter_context(plugin_server(os.path.join(root, "plugin.sock"), vfs.init))
         self._driver: Driver | None = None
 
     @property

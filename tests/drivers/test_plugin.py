@@ -10,20 +10,23 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Send
 
-from tests.drivers.plugin_server import PluginHandler, PluginServer, plugin_server
+from tests.drivers.plugin_server import PluginServer, plugin_server, served
 from unionfs.archive.changes import ChangeKind
 from unionfs.archive.idmapping import IdMapping, IdRange
 from unionfs.drivers import plugin, vfs
-from unionfs.drivers.contract import CreateOptions
+from unionfs.drivers.contract import Capabilities, CreateOptions
 from unionfs.drivers.plugin import PluginDriver, connect
 from unionfs.drivers.plugin_discovery import PluginAddress, find_plugin, list_plugins, spec_directories
 from unionfs.drivers.plugin_transport import PluginTransport, PluginUnreachableError, delay_s, gives_up
+from unionfs.engines.docker_plugin.app import make_app
+from unionfs.engines.docker_plugin.service import GraphDriverService
+from unionfs.engines.docker_plugin.session_file import SessionFile
 from unionfs.errors import ArchiveError, DriverError, NotSupportedError
 
 
@@ -258,7 +261,7 @@ def test_ids_with_special_characters(driver: PluginDriver) -> None:
 
 
 def test_plugin_that_is_no_graph_driver(server: PluginServer, tmp_path: Path) -> None:
-    server.implements = ["VolumeDriver"]
+    server.answer("Plugin.Activate", 200, {"Implements": ["VolumeDriver"]})
     with pytest.raises(NotSupportedError, match="does not implement the requested driver, it is for VolumeDriver"):
         connect("p", str(tmp_path / "home"), [], IdMapping(), address_of(tmp_path))
 
@@ -270,16 +273,7 @@ def test_missing_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def answering(server: PluginServer, call: str, status: int, body: Any) -> None:
-    def answer(handler: PluginHandler, _: dict[str, Any]) -> None:
-        if isinstance(body, bytes):
-            handler.send_response(status)
-            handler.send_header("Content-Length", str(len(body)))
-            handler.end_headers()
-            handler.wfile.write(body)
-        else:
-            handler.reply(status, body)
-
-    server.overrides[f"GraphDriver.{call}"] = answer
+    server.answer(f"GraphDriver.{call}", status, body)
 
 
 @pytest.mark.parametrize(
@@ -366,40 +360,15 @@ def test_changes_with_odd_fields(server: PluginServer, driver: PluginDriver) -> 
 def test_diff_that_breaks_off(server: PluginServer, driver: PluginDriver) -> None:
     driver.create("x")
 
-    def broken(handler: PluginHandler, _: dict[str, Any]) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        handler.wfile.write(b"3\r\nabc\r\n")
-        handler.close_connection = True
+    async def broken(send: Send, _: dict[str, Any]) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"abc", "more_body": True})
 
     server.overrides["GraphDriver.Diff"] = broken
     with driver.diff("x", "") as stream:
         assert stream.read(3) == b"abc"
         with pytest.raises(ArchiveError, match="broke off"):
             stream.read()
-
-
-def test_diff_is_streamed(server: PluginServer, driver: PluginDriver) -> None:
-    driver.create("x")
-    pieces: list[int] = []
-
-    def endless(handler: PluginHandler, _: dict[str, Any]) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        try:
-            while len(pieces) < 1000:
-                handler.wfile.write(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
-                pieces.append(1)
-        except OSError:
-            pass
-        handler.close_connection = True
-
-    server.overrides["GraphDriver.Diff"] = endless
-    with driver.diff("x", "") as stream:
-        assert len(stream.read(5 << 20)) == 5 << 20
-    assert len(pieces) < 100
 
 
 def test_apply_is_streamed(server: PluginServer, driver: PluginDriver) -> None:
@@ -468,21 +437,27 @@ def test_plugin_that_comes_back(tmp_path: Path) -> None:
             context.__exit__(None, None, None)
 
 
-def test_call_that_was_sent_is_not_repeated(server: PluginServer, driver: PluginDriver) -> None:
+def test_call_that_was_sent_is_not_repeated(tmp_path: Path) -> None:
     """It may have been carried out."""
-    count = []
+    seen: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "p.sock"))
+        listening.listen()
 
-    def hang_up(handler: PluginHandler, _: dict[str, Any]) -> None:
-        count.append(1)
-        handler.close_connection = True
+        def hang_up() -> None:
+            for _ in range(2):
+                connection, _ = listening.accept()
+                with connection:
+                    seen.append(connection.recv(1 << 16).split()[1])
 
-    for call in ("Create", "Cleanup"):
-        server.overrides[f"GraphDriver.{call}"] = hang_up
-    with pytest.raises(PluginUnreachableError, match=r"GraphDriver.Create: no answer"):
-        driver.create("x")
-    assert len(count) == 1
-    driver.cleanup()  # who is gone has nothing mounted for us
-    assert len(count) == 2
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        driver = PluginDriver("p", PluginTransport(address_of(tmp_path)), Capabilities())
+        with pytest.raises(PluginUnreachableError, match=r"GraphDriver.Create: no answer"):
+            driver.create("x")
+        driver.cleanup()  # who is gone has nothing mounted for us
+        thread.join(10)
+    assert seen == [b"/GraphDriver.Create", b"/GraphDriver.Cleanup"]
 
 
 def test_restarted_plugin_is_used_on(tmp_path: Path) -> None:
@@ -490,8 +465,7 @@ def test_restarted_plugin_is_used_on(tmp_path: Path) -> None:
     with plugin_server(path, vfs.init):
         driver = connect("p", home, [], IdMapping(), address_of(tmp_path))
         driver.create("x")
-    with plugin_server(path, vfs.init) as server:
-        server.driver = vfs.init(home, [], IdMapping())
+    with plugin_server(path, vfs.init):
         assert driver.exists("x")
         driver.remove("x")
 
@@ -511,21 +485,9 @@ def test_no_descriptor_is_left(driver: PluginDriver) -> None:
 
 
 def test_over_tcp(tmp_path: Path) -> None:
-    class TcpServer(HTTPServer):
-        calls: list[Any] = []  # noqa: RUF012
-        headers: list[Any] = []  # noqa: RUF012
-        overrides: dict[str, Any] = {}  # noqa: RUF012
-        implements = ("GraphDriver",)
-
-    tcp = TcpServer(("127.0.0.1", 0), PluginHandler)
-    thread = threading.Thread(target=tcp.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        (tmp_path / "net.spec").write_text(f"tcp://127.0.0.1:{tcp.server_port}")
+    app = make_app(GraphDriverService(vfs.init, SessionFile(str(tmp_path / "session"))))
+    with socket.create_server(("127.0.0.1", 0)) as listening, served(app, listening):
+        (tmp_path / "net.spec").write_text(f"tcp://127.0.0.1:{listening.getsockname()[1]}")
         found = find_plugin("net", str(tmp_path / "none"), [str(tmp_path)])
         assert found is not None
         assert PluginTransport(found).call("Plugin.Activate") == {"implements": ["GraphDriver"]}
-    finally:
-        tcp.shutdown()
-        tcp.server_close()
-        thread.join()

@@ -137,7 +137,9 @@ class PluginTransport:
             reply = None
         fields = {key.lower(): value for key, value in reply.items()} if isinstance(reply, dict) else None
         if response.status_code != httpx.codes.OK:
-            text = str((fields or {}).get("err") or response.text.strip() or response.reason_phrase)
+            # HTTP allows a status without words.
+            words = response.reason_phrase or httpx.codes.get_reason_phrase(response.status_code)
+            text = str((fields or {}).get("err") or response.text.strip() or words)
             kind = PluginCallMissingError if response.status_code == httpx.codes.NOT_FOUND else PluginCallError
             raise kind(f"plugin {self._name}: {method}: {text}")
         if fields is None:

@@ -179,7 +179,10 @@ def _json(reply: Reply, status: int = 200) -> Response:
 
 def _refusal(name: str, error: Exception) -> Response:
     """A request that cannot be read."""
-    text = f"GraphDriver.{name}: the request is not what the protocol has: {' '.join(str(error).split())}"
+    faults = [str(error)]
+    if isinstance(error, ValidationError):
+        faults = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
+    text = f"GraphDriver.{name}: the request is not what the protocol has: {'; '.join(faults)}"
     _log.warning("%s", text)
     return _json(ErrorReply(err=text), 400)
 

@@ -5,7 +5,6 @@ Drivers read and give plain binary streams in threads; the server works with pie
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO
 
@@ -15,8 +14,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from unionfs.errors import ArchiveError
-
-_log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 17
 
@@ -100,7 +97,6 @@ class StreamResponse(Response):
     async def _end_with_client(self, receive: Receive, everything: trio.CancelScope) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        _log.debug("the engine went away in the middle of a stream")
         everything.cancel()
 
     async def _send(self, send: Send) -> None:

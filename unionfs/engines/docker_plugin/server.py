@@ -8,11 +8,15 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 import trio
+from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.trio import serve as serve_with_hypercorn
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
 from starlette.types import ASGIApp
 
 from unionfs.engines.docker_plugin.app import make_app
@@ -50,22 +54,42 @@ async def _run(service: GraphDriverService, listener: Listener) -> None:
 
 
 async def serve(app: ASGIApp, listening: socket.socket, stopping: Callable[[], Awaitable[Any]]) -> None:
-    """Serve ``app`` on a listening socket, which is not closed, until ``stopping`` returns and all calls have ended."""
+    """Serve ``app`` on a listening socket, which is not closed, until ``stopping`` returns and all calls have ended.
+
+    This is hypercorn's own loop (``hypercorn.trio.run``) with another end of connections.
+    """
     config = Config()
-    # hypercorn makes a socket object of a descriptor and owns it.
-    config.bind = [f"fd://{os.dup(listening.fileno())}"]
     config.accesslog = None
-    config.errorlog = _own_log()
+    config.errorlog = logging.getLogger(f"{__name__}.hypercorn")
     config.include_server_header = False
     # An idle connection is the engine's to close. If it were closed here while a request is on its way, the engine
     # would repeat the request without its body (spec section 3.2).
     config.keep_alive_timeout = math.inf
-    config.graceful_timeout = math.inf
-    await serve_with_hypercorn(cast(Any, app), config, shutdown_trigger=cast(Any, stopping), mode="asgi")
+    context = WorkerContext(None)
+    wrapped = ASGIWrapper(cast(Any, app))
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening.dup()))
+
+    async def connected(stream: trio.SocketStream) -> None:
+        await _Connection(wrapped, config, context, ConnectionState(LifespanState({})), cast(Any, stream)).run()
+
+    async with listener, trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            accepting.start_soon(partial(trio.serve_listeners, handler_nursery=connections), connected, [listener])
+            await stopping()
+            accepting.cancel_scope.cancel()
+        await context.terminated.set()  # ends connections that are idle
 
 
-def _own_log() -> logging.Logger:
-    """hypercorn's words go where ours go, without its greeting."""
-    log = logging.getLogger(f"{__name__}.hypercorn")
-    log.setLevel(logging.WARNING)
-    return log
+class _Connection(TCPServer):
+    """A connection that ends when the engine closes it. hypercorn's waits for the keep-alive timeout even then."""
+
+    _left = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._left = True
+        await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        if not self._left:
+            await super()._idle_timeout()
