@@ -226,7 +226,7 @@ class _Unpacker:
             # What lchown(2) says in a user namespace about an id that is not mapped into it.
             advice = "try increasing the number of subordinate IDs in /etc/subuid and /etc/subgid"
         elif error.errno in (errno.EPERM, errno.EACCES):
-            advice = "run as root, or give an owner that you may use"
+            advice = "run as root, also of a user namespace (unshare --map-root-user --map-auto --mount)"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "make room on the file system"
         elif entry.kind == HARD_LINK and error.errno == errno.ENOENT:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from unionfs.archive.idmapping import IdMapping
+from unionfs.archive.unpack import in_user_namespace
 from unionfs.drivers.registry import Registry, default_registry
 from unionfs.errors import LayerStoreError
 from unionfs.layers import disk
@@ -22,10 +23,13 @@ ROOT_VARIABLE = "UNIONFS_ROOT"
 
 
 def default_root() -> str:
-    """Where the layers of this user are: ``$UNIONFS_ROOT``, else ``/var/lib/unionfs`` or below the home directory."""
+    """Where the layers of this user are: ``$UNIONFS_ROOT``, else ``/var/lib/unionfs`` or below the home directory.
+
+    Who is root of a user namespace only, and may not write to ``/var/lib``, is the user that made it.
+    """
     if root := os.environ.get(ROOT_VARIABLE):
         return os.path.abspath(root)
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and (os.access("/var/lib", os.W_OK) or not in_user_namespace()):
         return "/var/lib/unionfs"
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
     return os.path.join(data, "unionfs")
