@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -24,7 +24,10 @@ from unionfs.cli.layer_output import (
 from unionfs.errors import ImageError
 
 if TYPE_CHECKING:
-    from unionfs.engines.images import Image, ImageStore
+    from unionfs.engines.images import Image, ImageStore, Reference
+    from unionfs.engines.images.registry import Access, Credentials
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _FORMATS = ("docker-archive", "oci-tar", "oci-dir")
 _COMPRESSIONS = ("none", "gzip", "zstd")
@@ -112,6 +115,93 @@ def facts(images: ImageStore, one: Image) -> dict[str, object]:
             for layer in layers
         ],
     }
+
+
+def _access_options(command: _Command) -> _Command:
+    """Add how a registry is reached, as the arguments of :func:`_access`."""
+    for option in reversed(
+        (
+            click.option("--username", "-u", metavar="NAME", default="", help="[default: as docker login left it]"),
+            click.option("--password-stdin", is_flag=True, help="Read the password for --username from stdin."),
+            click.option("--plain-http", is_flag=True, help="Without TLS; the default only for this machine itself."),
+            click.option("--cert-dir", metavar="DIR", default="", help="Certificates: *.crt; *.cert with *.key."),
+            click.option(
+                "--parallel",
+                type=click.IntRange(1, 32),
+                default=4,
+                show_default=True,
+                help="How many layers are transferred at the same time.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _access(
+    reference: Reference, username: str, password_stdin: bool, plain_http: bool, cert_dir: str, parallel: int
+) -> Access:
+    from unionfs.engines.images.registry import Access, Credentials, find_credentials
+
+    if bool(username) != password_stdin:
+        raise click.UsageError("--username and --password-stdin belong together", click.get_current_context())
+    if username:
+        if sys.stdin.isatty():
+            password = str(click.prompt("Password", hide_input=True, err=True))
+        else:
+            password = sys.stdin.read().rstrip("\r\n")
+        credentials: Credentials | None = Credentials(username, password)
+    else:
+        credentials = find_credentials(reference)
+    return Access(
+        credentials=credentials, plain_http=True if plain_http else None, cert_dir=cert_dir, parallel=parallel
+    )
+
+
+@image.command()
+@platform_option
+@_access_options
+@json_option
+@store_options
+@click.argument("name", metavar="IMAGE")
+def pull(root: str | None, driver: str, platform: str, as_json: bool, name: str, **access: Any) -> None:
+    """Fetch an image from a registry, and print its id.
+
+    Layers that are here already are not fetched. What is cut off goes on where it ended.
+    """
+    from unionfs.engines.images import Platform, parse_reference
+    from unionfs.engines.images.registry import pull as fetch
+    from unionfs.engines.images.registry import run
+
+    reference = parse_reference(name)
+    chosen = Platform.parse(platform) if platform else None
+    reached = _access(reference, **access)
+    with opened_images(root, driver) as images, layer_bars() as report:
+        one = run(lambda: fetch(images, reference, platform=chosen, access=reached, report=report))
+        _tell(images, [one], as_json)
+
+
+@image.command()
+@click.option("--compress", type=click.Choice(_COMPRESSIONS[1:]), default="gzip", show_default=True)
+@_access_options
+@store_options
+@click.argument("name", metavar="IMAGE")
+@click.argument("target", metavar="[NAME]", default="")
+def push(root: str | None, driver: str, compress: str, name: str, target: str, **access: Any) -> None:
+    """Give an image to a registry, as NAME if that is given, and print the digest that it has there."""
+    from unionfs.engines.images import LayerCompression, parse_reference
+    from unionfs.engines.images.registry import push as give
+    from unionfs.engines.images.registry import run
+
+    with opened_images(root, driver) as images, layer_bars() as report:
+        one = images.get(name)
+        names = images.meant(name, one)
+        if not target and not names:
+            raise ImageError(f"{name} is no name of an image; say which one it gets: unionfs image push {name} NAME")
+        reference = parse_reference(target) if target else names[0]
+        how = LayerCompression(compress)
+        reached = _access(reference, **access)
+        click.echo(run(lambda: give(images, one, reference, access=reached, compression=how, report=report)))
 
 
 @image.command("ls")

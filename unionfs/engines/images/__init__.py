@@ -7,7 +7,8 @@
         (image,) = import_images(images, "alpine.tar")
         rw = layers.create_rw_layer("my-container", image.chain_id)
 
-What is meant for callers is named here; the modules behind are this package's own.
+What is meant for callers is named here, and in :mod:`unionfs.engines.images.registry` what needs the network; the
+modules behind are these packages' own.
 """
 
 from unionfs.engines.images.archives import import_images
