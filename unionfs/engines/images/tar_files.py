@@ -150,14 +150,14 @@ def plain_file(file: BinaryIO, spool: Callable[[], BinaryIO]) -> BinaryIO:
     """``file`` itself, if it can be read in any order and is not compressed; otherwise an uncompressed copy.
 
     Args:
-        file: an archive, from its start.
+        file: an archive, from its start; a stream without a descriptor is copied too.
         spool: makes a temporary file.
 
     Raises:
         ArchiveError: the compressed data is damaged.
     """
     kind, plain = open_archive(file)
-    if kind is Compression.NONE and file.seekable():
+    if kind is Compression.NONE and file.seekable() and _has_descriptor(file):
         return file
     copy = spool()
     try:
@@ -169,6 +169,13 @@ def plain_file(file: BinaryIO, spool: Callable[[], BinaryIO]) -> BinaryIO:
         copy.close()
         raise
     return copy
+
+
+def _has_descriptor(file: BinaryIO) -> bool:
+    try:
+        return file.fileno() >= 0
+    except OSError:
+        return False
 
 
 def _clean(name: str) -> str:
