@@ -124,6 +124,11 @@ def test_from_archives_to_a_container_and_back(shell: Shell) -> None:
     tree = shell.out("layer", "tree").splitlines()
     assert [line.split()[0] for line in tree] == [BASE_ID[7:19], TOP_ID[7:19], "container", committed[7:19]]
     assert [len(line) - len(line.lstrip()) for line in tree] == [0, 2, 4, 4]
+    (bottom,) = shell.json("layer", "tree")
+    (middle,) = bottom["above"]
+    assert [bottom["chain_id"], middle["chain_id"]] == [BASE_ID, TOP_ID]
+    assert middle["above"][0] == {"container": "c1"}
+    assert middle["above"][1] == {"chain_id": committed, "diff_size": len("from the container"), "above": []}
     assert shell.out("container", "rm", "c1") == ""
     assert len(shell.json("layer", "ls")) == 3
     assert shell.out("layer", "rm", committed).split() == [committed]

@@ -136,8 +136,9 @@ def list_layers(root: str | None, driver: str, as_json: bool) -> None:
 
 
 @layer.command()
+@json_option
 @store_options
-def tree(root: str | None, driver: str) -> None:
+def tree(root: str | None, driver: str, as_json: bool) -> None:
     """Show which layer and which container stands on which."""
     with opened(root, driver) as store:
         children: dict[str, list[Layer]] = {}
@@ -146,6 +147,9 @@ def tree(root: str | None, driver: str) -> None:
         containers: dict[str, list[str]] = {}
         for name, mount in store.rw_layers().items():
             containers.setdefault(mount.record.parent, []).append(name)
+        if as_json:
+            print_json(_nested("", children, containers))
+            return
         # From a stack: a chain may be deeper than what is nice to recurse into.
         todo = [(0, item) for item in _above("", children, containers)]
         if not todo:
@@ -161,6 +165,22 @@ def tree(root: str | None, driver: str) -> None:
 
 def _above(chain_id: str, children: dict[str, list[Layer]], containers: dict[str, list[str]]) -> list[Layer | str]:
     return [*containers.get(chain_id, []), *sorted(children.get(chain_id, []), key=lambda one: one.chain_id)]
+
+
+def _nested(
+    chain_id: str, children: dict[str, list[Layer]], containers: dict[str, list[str]]
+) -> list[dict[str, object]]:
+    """What stands on a layer, each with what stands on it; a chain has 125 layers at most."""
+    return [
+        {"container": item}
+        if isinstance(item, str)
+        else {
+            "chain_id": item.chain_id,
+            "diff_size": item.diff_size,
+            "above": _nested(item.chain_id, children, containers),
+        }
+        for item in _above(chain_id, children, containers)
+    ]
 
 
 @layer.command()
