@@ -225,6 +225,41 @@ def test_apply_of_whiteouts_and_opaque_directories(rig: Rig) -> None:
     ]  # fmt: skip
 
 
+def test_further_name_of_a_parents_file_stays_a_link(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("x", "base")
+    with rig.got("x") as root:
+        os.link(root + "/etc/passwd", root + "/etc/second")
+        os.link(root + "/etc/passwd", root + "/third")
+    assert lines(rig, "x", "base") == ["C /etc", "C /etc/passwd", "A /etc/second", "A /third"]
+    with rig.driver.diff("x", "base") as stream:
+        archive = stream.read()
+    links = {member.name: member.linkname for member in members_of(io.BytesIO(archive)) if member.islnk()}
+    assert links == {"etc/second": "etc/passwd", "third": "etc/passwd"}
+    rig.driver.create("copy", "base")
+    rig.driver.apply_diff("copy", "base", io.BytesIO(archive))
+    with rig.got("copy") as root:
+        inodes = {os.stat(f"{root}/{name}").st_ino for name in ("etc/passwd", "etc/second", "third")}
+        assert len(inodes) == 1
+        assert os.stat(root + "/third").st_nlink == 3
+
+
+def test_directories_that_an_archive_does_not_name(rig: Rig) -> None:
+    """As with Docker's drivers: a layer directory gets plain ones, a complete tree keeps its own."""
+    rig.driver.create("base")
+    with rig.got("base") as root:
+        os.mkdir(root + "/tmp")
+        os.chmod(root + "/tmp", 0o1777)
+        os.chown(root + "/tmp", 5, 6)
+    rig.driver.create("x", "base")
+    rig.driver.apply_diff("x", "base", tar_of(("tmp/file", b"1"), ("new/dir/file", b"2")))
+    with rig.got("x") as root:
+        st = os.stat(root + "/tmp")
+        seen = (stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid)
+        assert seen == ((0o755, 0, 0) if rig.layered else (0o1777, 5, 6))
+        assert stat.S_IMODE(os.stat(root + "/new/dir").st_mode) == 0o755
+
+
 def test_apply_reads_the_stream_to_its_end(rig: Rig) -> None:
     rig.driver.create("x")
     stream = io.BytesIO(tar_of(("f", b"1")).getvalue() + bytes(30000))

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from tests.support.mounts import is_ours
+from tests.support.mounts import is_ours, mounted_image
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import upper_entries
 from tests.support.syscalls import fallocate
@@ -18,6 +18,7 @@ pytest_plugins = ["tests.support.sandbox"]
 needs_root()
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
 FS_NODUMP_FL, FS_NOATIME_FL = 0x40, 0x80
 PUNCH_HOLE_KEEP_SIZE = 3
 
@@ -221,3 +222,33 @@ def test_pyfuse3_answers_what_it_cannot(box: Sandbox) -> None:
             os.open(box.at("d"), os.O_TMPFILE | os.O_RDWR)
         assert caught.value.errno == errno.EOPNOTSUPP
         os.close(fd)
+
+
+def test_project_of_a_file_is_not_the_containers_to_change(direct_box: Sandbox) -> None:
+    """It stands for the host's quota. Nor may anything become immutable this way, which chattr(1) may not either."""
+    box = direct_box
+    box.lower()
+    where = os.path.join(box.root, "xfs")
+    with mounted_image(os.path.join(box.root, "image"), where, "xfs", 320 << 20):
+        box.upper, box.work = f"{where}/upper", f"{where}/work"
+        os.mkdir(box.upper)
+        os.mkdir(box.work)
+        with box.mount():
+            os.mkdir(box.at("d"))
+            fd = os.open(box.at("d"), os.O_RDONLY)
+            try:
+                present = bytearray(28)
+                fcntl.ioctl(fd, FS_IOC_FSGETXATTR, present)
+                fcntl.ioctl(fd, FS_IOC_FSSETXATTR, present)  # as it is
+                for field, value in ((12, 7), (1, 0x02), (0, 0x08), (0, 0x10)):  # project, its inheritance, i, a
+                    wanted = bytearray(present)
+                    wanted[field] |= value
+                    with pytest.raises(PermissionError):
+                        fcntl.ioctl(fd, FS_IOC_FSSETXATTR, wanted)
+                flags = bytearray(4)
+                fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+                flags[3] |= 0x20  # FS_PROJINHERIT_FL
+                with pytest.raises(PermissionError):
+                    fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags)
+            finally:
+                os.close(fd)

@@ -101,6 +101,11 @@ def test_unprivileged_dev_and_suid_are_named_as_ignored() -> None:
         ("xino=off", "xino", "off"),
         ("userxattr", "userxattr", True),
         ("writeback=0", "writeback", False),
+        ("upperdir=/u,workdir=/w,quota=4096", "quota_bytes", 4096),
+        ("upperdir=/u,workdir=/w,quota=4096", "writeback", False),
+        ("upperdir=/u,workdir=/w,quota=4096", "passthrough", False),
+        ("upperdir=/u,workdir=/w,quota=0,writeback=1", "writeback", True),
+        ("quota=4096", "quota_bytes", 0),  # nothing can be written
         ("debug", "debug", True),
         ("squash_to_root", "squash_uid", 0),
         ("squash_to_root", "squash_gid", 0),
@@ -122,7 +127,7 @@ def test_every_field_can_be_set_by_text() -> None:
             "lowerdir=/m::/d,upperdir=/u,workdir=/w,uidmapping=0:1:2,gidmapping=0:1:2,squash_to_uid=1,"
             "squash_to_gid=1,static_nlink,noacl,noxattrs,xattr_permissions=1,volatile,fsync=0,timeout=1,"
             "redirect_dir=on,metacopy=on,xino=on,userxattr,writeback=0,rw,debug,fsname=n,context=c,"
-            "passthrough=0,transport=pyfuse3"
+            "passthrough=0,transport=pyfuse3,quota=1"
         )
     )
     plain = values(parsed("lowerdir=/l"))

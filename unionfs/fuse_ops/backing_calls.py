@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from typing import Final
 
 from unionfs.fuse_ops.attributes import Attributes
@@ -24,6 +25,9 @@ _GETVERSION: Final = 0x80087601
 _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _IMMUTABLE_OR_APPEND: Final = 0x30
+_PROJECT_INHERIT: Final = 0x20000000
+_XFLAG_IMMUTABLE_OR_APPEND: Final = 0x18
+_XFLAG_PROJECT_INHERIT: Final = 0x200
 
 _CAP_SYS_ADMIN: Final = 21
 
@@ -65,6 +69,19 @@ def statx_with(stx: bytes, a: Attributes) -> bytes:
     return _STATX.pack(*fields)
 
 
+def _may_set(fd: int, command: int, data: bytes) -> bool:
+    present = bytearray(28)
+    flags = int.from_bytes(data[:4], sys.byteorder)
+    if command == _SETFLAGS:
+        fcntl.ioctl(fd, _GETFLAGS, present)
+        inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _PROJECT_INHERIT
+        return not (flags & _IMMUTABLE_OR_APPEND or inherits)
+    # struct fsxattr: flags, extent size, extents, project.
+    fcntl.ioctl(fd, _FSGETXATTR, present)
+    inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _XFLAG_PROJECT_INHERIT
+    return not (flags & _XFLAG_IMMUTABLE_OR_APPEND or inherits or data[12:16] != present[12:16])
+
+
 def changes_inode(command: int) -> bool:
     """Whether an ioctl that :func:`inode_ioctl` knows changes the file."""
     return command in (_SETFLAGS, _FSSETXATTR)
@@ -74,14 +91,15 @@ def inode_ioctl(path: bytes, command: int, data: bytes, out_size: int) -> bytes:
     """The ioctls behind lsattr(1) and chattr(1); ENOTTY for others.
 
     EPERM for the flags "immutable" and "append only": set on an upper file they would stop us from doing what
-    the merged tree allows, such as a rename of its directory.
+    the merged tree allows, such as a rename of its directory. EPERM also for another project: the quota that it stands
+    for is the host's.
     """
     if command not in (_GETFLAGS, _SETFLAGS, _GETVERSION, _FSGETXATTR, _FSSETXATTR):
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-    if command == _SETFLAGS and struct.unpack_from("I", data)[0] & _IMMUTABLE_OR_APPEND:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if changes_inode(command) and not _may_set(fd, command, data):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         buffer = bytearray(max(len(data), out_size))
         buffer[: len(data)] = data
         fcntl.ioctl(fd, command, buffer)
