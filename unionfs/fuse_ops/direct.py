@@ -498,7 +498,7 @@ class DirectTransport:
 
     def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
         attributes = self._requests.set_attributes_now(inode, change, request)
-        if kill:
+        if kill and change.uid is None and change.gid is None:  # a change of owner clears them anyhow
             self._tree.clear_privileges(inode, request)
             attributes = self._tree.attributes(inode)
         return self._attr_reply(request, attributes)

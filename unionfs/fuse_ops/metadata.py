@@ -109,8 +109,10 @@ class MetadataChanges:
         except PermissionError:
             if not ownership.squashed:
                 raise
-        if inode.kind == stat.S_IFREG:
-            # The backing chown(2) clears setuid and capabilities; setgid only if the group may execute.
+            self.clear_privileges(inode, caller)
+            return
+        # The backing chown(2) has cleared setuid and capabilities, but setgid only if the group may execute.
+        if inode.kind == stat.S_IFREG and self._view.real_stat(inode).st_mode & stat.S_ISGID:
             self.clear_privileges(inode, caller)
 
     def _chmod(self, inode: Inode, mode: int) -> None:
