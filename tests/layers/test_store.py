@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from unionfs.layers.opening import default_root, open_store
 
 BASE = archive([member("etc/"), member("etc/conf", "base"), member("gone", "1")])
 TOP = archive([member("etc/"), member("etc/conf", "top"), member(".wh.gone")])
+OTHER = archive([member("other", "layer")])
 
 
 def stream(tar: bytes) -> io.BytesIO:
@@ -183,25 +185,78 @@ def test_a_failed_registration_leaves_nothing(vfs_shop: Workshop, call: str) -> 
     assert store.register(stream(TOP), base.chain_id).verify() == len(TOP)
 
 
-@pytest.mark.parametrize("step", ["write_file", "move", "sync_dir"])
-def test_a_full_disk_at_the_commit(vfs_shop: Workshop, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class FullDisk:
+    """Fails one of the store's own changes to the disk, by its number from 1.
+
+    With ``sync_dir`` not only what comes before a rename fails, but also what makes it last.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.failed = ""
+        self._left = at
+        for name in ("ensure_dir", "new_dir", "write_file", "move", "sync_dir", "delete"):
+            monkeypatch.setattr(disk, name, self._counting(name, getattr(disk, name)))
+
+    def _counting(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*arguments: Any) -> Any:
+            self._left -= 1
+            if not self._left:
+                self.failed = name
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
+            return real(*arguments)
+
+        return change
+
+
+DISK_OPERATIONS: dict[str, Callable[[Workshop], object]] = {
+    "register": lambda shop: shop.store.register(stream(TOP), create_chain_id([diff_id_of(BASE)])),
+    "create": lambda shop: shop.store.create_rw_layer("new", init=write("etc/hosts", "x")),
+    "release": lambda shop: shop.store.get(create_chain_id([diff_id_of(OTHER)])).release(),
+    "remove": lambda shop: shop.store.get_rw_layer("old").release(),
+}
+
+
+@pytest.mark.parametrize("operation", DISK_OPERATIONS)
+def test_the_disk_fails_at_each_step(
+    vfs_shop: Workshop, operation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Row 86, and the same for what else changes the store: it stays usable, and nothing of it is left."""
     base = vfs_shop.store.register(stream(BASE))
-    real = getattr(disk, step)
-    calls = 0
-
-    def full(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3 or step == "move":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), arguments[0])
-        real(*arguments)
-
-    monkeypatch.setattr(disk, step, full)
-    with pytest.raises(OSError, match="No space left"):
-        vfs_shop.store.register(stream(TOP), base.chain_id)
-    monkeypatch.undo()
-    vfs_shop.assert_nothing_leaked()
-    assert list(vfs_shop.store.map()) == [base.chain_id]
+    vfs_shop.store.register(stream(OTHER))
+    vfs_shop.store.create_rw_layer("old", base.chain_id)
+    vfs_shop.store.close()
+    failures = []
+    for at in range(1, 200):
+        shop = Workshop(Path(shutil.copytree(vfs_shop.root, tmp_path / f"try-{at}", symlinks=True)), "vfs")
+        before = (shop.store.map().keys(), shop.store.rw_layers().keys())
+        with monkeypatch.context() as broken:
+            full = FullDisk(broken, at)
+            try:
+                DISK_OPERATIONS[operation](shop)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                # As the caller was told: nothing has happened. Or what has is complete, and a layer below it is left.
+                if "old" in shop.store.rw_layers():
+                    assert before == (shop.store.map().keys(), shop.store.rw_layers().keys()), (at, full.failed)
+                else:
+                    assert operation == "remove"
+                    assert before[0] == shop.store.map().keys()
+                    assert shop.store.reference_count(base.chain_id) == 0
+        after = (shop.store.map().keys(), shop.store.rw_layers().keys())
+        shop.store.recover()
+        shop.assert_nothing_leaked()
+        shop.reopen()
+        assert shop.store.unreadable == [], (at, full.failed)
+        assert after == (shop.store.map().keys(), shop.store.rw_layers().keys()), (at, full.failed)
+        assert fsck(shop.store, deep=True) == []
+        if after == before:
+            DISK_OPERATIONS[operation](shop)  # now it works
+        shop.store.close()
+        if not full.failed:
+            break
+        failures.append(full.failed)
+    assert {"move", "sync_dir"} <= set(failures)
+    assert len(failures) >= 3
 
 
 @pytest.mark.parametrize(

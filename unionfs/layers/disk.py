@@ -69,7 +69,7 @@ def move(old: str, new: str) -> None:
 
     Raises:
         FileExistsError: ``new`` exists, an empty directory included.
-        OSError: the rename failed.
+        OSError: it failed, and ``old`` is where it was.
     """
     try:
         renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
@@ -78,9 +78,15 @@ def move(old: str, new: str) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from error
         error.filename = new
         raise
-    sync_dir(os.path.dirname(new))
-    if os.path.dirname(old) != os.path.dirname(new):
-        sync_dir(os.path.dirname(old))
+    try:
+        sync_dir(os.path.dirname(new))
+        if os.path.dirname(old) != os.path.dirname(new):
+            sync_dir(os.path.dirname(old))
+    except BaseException:
+        # Whoever is told that it failed removes what the name stands for; the name must not stay behind.
+        with suppress(OSError):
+            os.rename(new, old)
+        raise
 
 
 def delete(path: str) -> None:

@@ -627,8 +627,8 @@ class LayerStore:
         Raises:
             LayerNotRetainedError: the handle was released before, and the layer is still there.
             ActiveMountError: it is mounted, and ``force`` is off. The handle stays good.
-            DriverError: a tree could not be removed. The handle is good again: release it once more when the cause is
-                gone.
+            DriverError: a tree could not be removed. If it was the layer's own, the handle is good again: release it
+                once more when the cause is gone. Otherwise the read-only layer below stays, unreferenced.
         """
         name = layer.name
         with self._names.hold(name):
