@@ -40,9 +40,7 @@ class CopyUpJob:
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
-        copy_data(self.source_fd, self.target_fd, self.size)
-        if self.sync:
-            os.fsync(self.target_fd)
+        copy_data(self.source_fd, self.target_fd, self.size, sync=self.sync)
 
     def close(self) -> None:
         for fd in (self.source_fd, self.target_fd):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from unionfs.fuse_ops import syscalls
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
 
-_CHUNK = 16 * 1024 * 1024  # bytes per copy_file_range: bounds the time until an interruption is noticed
+_CHUNK = 2 * 1024 * 1024  # bytes per copy_file_range: small enough for the disk to write one while the next is read
 _READ_CHUNK = 1024 * 1024  # bytes per read where the kernel cannot copy between the two file systems
 
 # Errors by which a file system says that it cannot copy or clone between these two files, rather than that the copy
@@ -25,22 +26,31 @@ _NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
 _no_reflinks: set[tuple[int, int]] = set()
 
 
-def copy_data(source_fd: int, target_fd: int, size: int) -> None:
+def copy_data(source_fd: int, target_fd: int, size: int, *, sync: bool = False) -> None:
     """Give the empty file ``target_fd`` the first ``size`` bytes of ``source_fd``, sharing blocks or keeping holes.
+
+    With ``sync`` all of it is on disk when this returns; the disk begins to write while the rest is still copied.
 
     Tries, cheapest first: a reflink of the whole file; copy_file_range(2) of the ranges that hold data;
     read(2) and write(2) of the same.
     """
-    if size == 0:
-        return
+    if size > 0:
+        _copy(source_fd, target_fd, size, write_soon=sync)
+        if sync:
+            os.fsync(target_fd)
+
+
+def _copy(source_fd: int, target_fd: int, size: int, *, write_soon: bool) -> None:
     st = os.fstat(source_fd)
     if size == st.st_size:
         if _reflinked(source_fd, st.st_dev, target_fd):
             return
         if st.st_blocks * 512 >= size <= _READ_CHUNK:  # no holes to look for
-            if _copy_range(source_fd, target_fd, 0, size) < size:
+            if _copy_range(source_fd, target_fd, 0, size, write_soon=False) < size:
                 os.ftruncate(target_fd, size)
             return
+    with suppress(OSError):  # doubles what the kernel reads ahead
+        os.posix_fadvise(source_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     offset = 0
     while offset < size:
         try:
@@ -54,7 +64,7 @@ def copy_data(source_fd: int, target_fd: int, size: int) -> None:
             start, end = offset, size  # a file system that does not tell holes
         if start >= size:
             break
-        _copy_range(source_fd, target_fd, start, end)
+        _copy_range(source_fd, target_fd, start, end, write_soon=write_soon)
         offset = end
     os.ftruncate(target_fd, size)
 
@@ -74,7 +84,7 @@ def _reflinked(source_fd: int, source_device: int, target_fd: int) -> bool:
     return True
 
 
-def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> int:
+def _copy_range(source_fd: int, target_fd: int, offset: int, end: int, *, write_soon: bool) -> int:
     """Copy up to ``end``; returns how far the source reached."""
     while offset < end:
         try:
@@ -86,6 +96,8 @@ def _copy_range(source_fd: int, target_fd: int, offset: int, end: int) -> int:
         if copied == 0:
             # Some file systems (procfs-like, older FUSE) answer 0 for files that do have data.
             break
+        if write_soon:
+            syscalls.start_writing(target_fd, offset, copied)
         offset += copied
     while offset < end:
         data = os.pread(source_fd, min(end - offset, _READ_CHUNK), offset)

@@ -36,6 +36,8 @@ _NR_MOUNT_SETATTR: Final = 442
 _FICLONE: Final = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID: Final = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), Linux 6.9
 
+_SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
+
 _MAX_HANDLE_BYTES: Final = 128  # linux/fcntl.h: MAX_HANDLE_SZ
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -154,6 +156,13 @@ def filesystem_uuid(fd: int) -> bytes:
 def reflink(source_fd: int, target_fd: int) -> None:
     """Make the file ``target_fd`` share all blocks of ``source_fd``; EOPNOTSUPP, EXDEV or EINVAL where it cannot."""
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+def start_writing(fd: int, offset: int, length: int) -> None:
+    """Ask the kernel to begin to write this range back, without waiting for it; it need not."""
+    _libc.sync_file_range(
+        ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+    )
 
 
 def syncfs(fd: int) -> None:
