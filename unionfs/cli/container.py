@@ -151,11 +151,18 @@ def export(root: str | None, driver: str, output: str, changes: bool, name: str)
 
 
 @container.command()
-@click.option("--force", "-f", is_flag=True, help="Also mounted ones.")
+@click.option("--force", "-f", is_flag=True, help="Also mounted ones, and running ones, which are killed.")
 @store_options
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def rm(root: str | None, driver: str, force: bool, names: Sequence[str]) -> None:
     """Remove containers with all their files. The layers they stood on stay."""
+    from unionfs.engines.run.containers import Containers
+
     with opened(root, driver) as store:
+        runs = Containers(store)
+        runs.sweep()
         for name in names:
+            if force:
+                runs.kill(name)
             store.release_rw_layer(store.get_rw_layer(name), force=force, keep_parents=True)
+        runs.sweep()

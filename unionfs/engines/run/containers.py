@@ -194,6 +194,7 @@ class Containers:
             files=place.path,
             hostname=hostname,
             init=_init_program() if options.init else "",
+            window=os.get_terminal_size(0) if options.terminal else None,
             rootless=self._rootless,
         )
         with suppress(FileNotFoundError):
@@ -217,6 +218,16 @@ class Containers:
                 place.remove()
         finally:
             place.let_go()
+
+    def kill(self, name: str) -> None:
+        """End the processes of a container that somebody runs; whoever runs it cleans up.
+
+        Raises:
+            MountDoesNotExistError: there is no container of this name.
+        """
+        place = Place(self._directory, self._store.get_mount_id(name))
+        with suppress(RunError):  # damaged: then nobody knows how
+            _end_processes(place)
 
     def sweep(self) -> None:
         """End and clean up the containers whose runner died, and forget those that were removed.
@@ -257,13 +268,17 @@ class Containers:
 
     def _end(self, place: Place, rw: RWLayer | None) -> None:
         """End the processes and unmount."""
-        with suppress(RunError):  # damaged: then nobody knows how to end it
-            running = place.running()
-            if running is not None and running.boot == boot_id() and os.path.isdir(place.state):
-                Runtime(running.runtime, running.path, place.state, running.rootless).delete(place.mount_id)
+        with suppress(RunError):  # damaged: then nobody knows how
+            _end_processes(place)
         if rw is not None and rw.is_mounted():
             rw.unmount()
         place.mark_ended()
+
+
+def _end_processes(place: Place) -> None:
+    running = place.running()
+    if running is not None and running.boot == boot_id() and os.path.isdir(place.state):
+        Runtime(running.runtime, running.path, place.state, running.rootless).delete(place.mount_id)
 
 
 def _init_program() -> str:

@@ -32,6 +32,8 @@ def check_command(rootfs: RootFs, command: str, search: str, cwd: str, hidden: I
         CommandNotFoundError: it is not there, or what should interpret it is not.
         CommandNotExecutableError: it is there and cannot be executed.
     """
+    if not command:
+        raise CommandNotFoundError("command not found: its name is empty; write one")
     places = [command] if "/" in command else [f"{where or '.'}/{command}" for where in search.split(":")]
     covers = tuple(posixpath.normpath(where) for where in hidden)
     problem = ""

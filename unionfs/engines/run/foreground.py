@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from unionfs.engines.run.console import pass_size_on, terminal_restored
 from unionfs.engines.run.containers import Ready
 from unionfs.engines.run.runtime import failure
 from unionfs.errors import RunError
@@ -37,8 +37,9 @@ def run_in_foreground(ready: Ready) -> int:
         RunError: the runtime could not start it.
     """
     runtime = ready.runtime
-    command = runtime.run_command(ready.mount_id, ready.place.path, ready.place.log)
-    with _terminal_restored(), _blocked(_FORWARDED | {signal.SIGCHLD}) as before:
+    place = ready.place
+    command = runtime.run_command(ready.mount_id, place.path, place.log, place.pid_file)
+    with terminal_restored(), _blocked(_FORWARDED | {signal.SIGCHLD}) as before:
         process = subprocess.Popen(
             command,
             stdin=None if ready.interactive or ready.terminal else subprocess.DEVNULL,
@@ -51,6 +52,9 @@ def run_in_foreground(ready: Ready) -> int:
             if got.si_signo == signal.SIGCHLD:
                 continue
             number = signal.Signals(got.si_signo)
+            if number == signal.SIGWINCH and ready.terminal:
+                pass_size_on(place.pid_file)
+                continue
             asked += number in _ENDING
             if asked >= _PATIENCE:
                 runtime.kill(ready.mount_id, "KILL")
@@ -59,7 +63,7 @@ def run_in_foreground(ready: Ready) -> int:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, number)
         status = process.returncode
-    if status != 0 and (problem := failure(ready.place.log)):
+    if status != 0 and (problem := failure(place.log)):
         raise RunError(f"{runtime.name} could not run container {ready.name}: {problem}")
     return status if status >= 0 else 128 - status
 
@@ -74,21 +78,3 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[set[signal.Signals]]:
         while signal.sigtimedwait(signals, 0) is not None:
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _terminal_restored() -> Iterator[None]:
-    """The terminal's settings are afterwards what they were, even if the runtime was killed."""
-    try:
-        before = termios.tcgetattr(0)
-    except termios.error:
-        yield
-        return
-    try:
-        yield
-    finally:
-        # From the background, this would stop us.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
-        with suppress(termios.error):
-            termios.tcsetattr(0, termios.TCSANOW, before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)

@@ -90,6 +90,11 @@ class Place:
         return os.path.join(self.path, "log")
 
     @property
+    def pid_file(self) -> str:
+        """The file for the number of the container's process 1."""
+        return os.path.join(self.path, "pid")
+
+    @property
     def spec(self) -> str:
         """The runtime configuration."""
         return os.path.join(self.path, "config.json")
@@ -133,8 +138,9 @@ class Place:
     def mark_ended(self) -> None:
         """Note that it has ended, and remove what was only needed while it ran."""
         shutil.rmtree(self.state, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            os.unlink(self._file("running.json"))
+        for name in ("pid", "running.json"):
+            with suppress(FileNotFoundError):
+                os.unlink(self._file(name))
 
     def take(self) -> bool:
         """Take the lock; False if somebody runs the container."""

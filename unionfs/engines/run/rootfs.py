@@ -76,6 +76,26 @@ class RootFs:
         finally:
             os.close(handle)
 
+    def open_device(self, path: str, majors: range) -> int:
+        """A descriptor of a character device, never made our controlling terminal.
+
+        Args:
+            path: links are followed.
+            majors: the numbers that it may have: to open a device can have effects, and a container may have put
+                another one there.
+
+        Raises:
+            OSError: there is none, or it is something else (ENOTTY).
+        """
+        handle = self._open(path, os.O_PATH)
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISCHR(found.st_mode) or os.major(found.st_rdev) not in majors:
+                raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY), path)
+            return os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(handle)
+
     def exists(self, path: str) -> bool:
         """Whether ``path`` leads to something."""
         try:

@@ -33,15 +33,17 @@ class Runtime:
     state: str
     rootless: bool = False
 
-    def run_command(self, container_id: str, bundle: str, log: str) -> list[str]:
+    def run_command(self, container_id: str, bundle: str, log: str, pid_file: str) -> list[str]:
         """The command that makes, runs and removes a container in the foreground.
 
         Args:
             container_id: its id.
             bundle: the directory of its ``config.json``.
             log: the file for the runtime's own errors, see :func:`failure`.
+            pid_file: the file for the number of the container's process 1.
         """
-        return [*self._command(), f"--log={log}", "--log-format=json", "run", "--bundle", bundle, container_id]
+        words = [f"--log={log}", "--log-format=json", "run", f"--bundle={bundle}", f"--pid-file={pid_file}"]
+        return [*self._command(), *words, container_id]
 
     def kill(self, container_id: str, signal_name: str) -> None:
         """Send a signal to a container's process 1; nothing is said about one that has ended."""

@@ -37,7 +37,15 @@ _TTY_GROUP = 5  # of devpts(5); the same in every distribution
 
 
 def build_spec(
-    process: Process, options: RunOptions, *, rootfs: str, files: str, hostname: str, init: str = "", rootless: bool
+    process: Process,
+    options: RunOptions,
+    *,
+    rootfs: str,
+    files: str,
+    hostname: str,
+    init: str = "",
+    window: os.terminal_size | None = None,
+    rootless: bool = False,
 ) -> dict[str, Any]:
     """The configuration of one container.
 
@@ -48,6 +56,7 @@ def build_spec(
         files: the directory with the files of :mod:`unionfs.engines.run.host_files`.
         hostname: the container's.
         init: the program that becomes process 1; empty for none.
+        window: the size of the terminal.
         rootless: we are root of a user namespace only.
     """
     namespaces = ["pid", "mount", "ipc", "uts", "cgroup", *(["network"] if options.network == "none" else [])]
@@ -65,13 +74,13 @@ def build_spec(
         "ociVersion": "1.0.0",
         "hostname": hostname,
         "root": {"path": rootfs, "readonly": options.read_only},
-        "process": _process(process, options, init),
+        "process": _process(process, options, init, window),
         "mounts": _mounts(options, files, init, rootless),
         "linux": linux,
     }
 
 
-def _process(process: Process, options: RunOptions, init: str) -> dict[str, Any]:
+def _process(process: Process, options: RunOptions, init: str, window: os.terminal_size | None) -> dict[str, Any]:
     wanted = capabilities.DEFAULT if options.capabilities is None else options.capabilities
     possible = capabilities.held()
     names = [f"CAP_{name}" for name in wanted if name in possible]
@@ -79,6 +88,7 @@ def _process(process: Process, options: RunOptions, init: str) -> dict[str, Any]
     own = names if process.user.uid == 0 else []
     return {
         "terminal": options.terminal,
+        **({"consoleSize": {"height": window.lines, "width": window.columns}} if window is not None else {}),
         "args": [*([INIT_PATH, "--"] if init else []), *process.args],
         "env": list(process.env),
         "cwd": process.cwd,

@@ -21,12 +21,14 @@ class User:
     """Ids for a process.
 
     Attributes:
+        groups: all that it is in, ``gid`` among them: files may be closed to a group, and leaving one is no way around
+            that (CVE-2022-36109).
         home: for ``HOME``; ``/`` when the container does not say.
     """
 
     uid: int = 0
     gid: int = 0
-    groups: tuple[int, ...] = ()
+    groups: tuple[int, ...] = (0,)
     home: str = "/"
 
 
@@ -48,9 +50,10 @@ def resolve_user(rootfs: RootFs, text: str) -> User:
     else:
         name, uid, gid, home = "", _number(user_text, "user", "/etc/passwd"), 0, "/"
     if group_text:
-        return User(uid, _find_group(rootfs, group_text), (), home)
-    groups = tuple(number for _, number, members in _groups(rootfs) if name and name in members and number != gid)
-    return User(uid, gid, groups, home)
+        gid = _find_group(rootfs, group_text)
+        return User(uid, gid, (gid,), home)
+    more = [number for _, number, members in _groups(rootfs) if name and name in members]
+    return User(uid, gid, tuple(dict.fromkeys([gid, *more])), home)
 
 
 def _find_user(rootfs: RootFs, text: str) -> tuple[str, int, int, str] | None:
