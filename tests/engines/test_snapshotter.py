@@ -1,0 +1,460 @@
+"""The snapshotter beyond containerd's suite: filters, labels, sizes, lost servers, crashes, bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.engines.snapshotter_client import SnapshotterClient
+from tests.engines.snapshotter_rig import file, mounted, mounts_below, remove_all, snapshotter_at, tree
+from tests.layers.dying import run_and_kill
+from tests.support.mounts import mounted_image, servers_of, take_down, wait_until
+from tests.support.sandbox import needs_root
+from unionfs.engines.snapshotter import Info, Kind, Snapshotter, UnionSnapshotter
+from unionfs.engines.snapshotter.filters import compile_filters
+from unionfs.engines.snapshotter.server import SocketServer
+from unionfs.engines.snapshotter.service import make_handler
+from unionfs.errors import (
+    SnapshotArgumentError,
+    SnapshotNotFoundError,
+    SnapshotterError,
+    StoreLockedError,
+)
+
+needs_root()
+
+UNPACK = "default/7/extract-1234-abcd sha256:0123456789abcdef"
+
+
+@pytest.fixture
+def sn(tmp_path: Path) -> Iterator[Snapshotter]:
+    with snapshotter_at(tmp_path, "object") as made:
+        yield made
+
+
+def two_layers(sn: Snapshotter) -> str:
+    """A committed snapshot over another; returns its name."""
+    file("base", "base\n")(sn.prepare("base-active")[0].source)
+    sn.commit("base", "base-active")
+    file("top", "top\n")(sn.prepare("top-active", "base")[0].source)
+    sn.commit("top", "top-active")
+    return "top"
+
+
+# Filters
+
+INFO = Info(
+    name="default/1/sha256:ab",
+    parent="",
+    kind=Kind.COMMITTED,
+    created_ns=1,
+    updated_ns=1,
+    labels={"plain": "1", "a.b/c": "with, comma", "empty": "", "q": 'say "x"'},
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "matches"),
+    [
+        ("", True),
+        ("name==default/1/sha256:ab", True),
+        ("name!=x", True),
+        ("kind==committed", True),
+        ("kind==COMMITTED", False),
+        ("parent", False),
+        ("parent==x", False),
+        ("parent!=x", True),
+        ("labels.plain", True),
+        ("labels.empty", True),
+        ("labels.none", False),
+        ("labels", False),
+        ("nonsense", False),
+        ("nonsense==x", False),
+        ('labels."a.b/c"=="with, comma"', True),
+        ('"labels"."plain"==1', True),
+        ('labels.q=="say \\"x\\""', True),
+        ("name~=sha256:[0-9a-f]+", True),
+        ("name~=/1\\/sha/", True),
+        ("name~=|^default|,labels.plain==1", True),
+        ("name~=^sha", False),
+        ("labels.plain==1,kind==view", False),
+    ],
+)
+def test_filter(text: str, matches: bool) -> None:
+    assert compile_filters([text])(INFO) is matches
+
+
+@pytest.mark.parametrize(
+    "text", ["==x", "name==", "name=x", "name ==x", 'labels."a', "name==a,", ",", "name==a b", "name~=(", "labels..a"]
+)
+def test_a_filter_that_cannot_be_understood(text: str) -> None:
+    with pytest.raises(SnapshotArgumentError, match=re.escape(repr(text))):
+        compile_filters([text])
+
+
+def test_one_of_several_filters_is_enough() -> None:
+    assert compile_filters(["kind==view", "labels.plain"])(INFO)
+    assert not compile_filters(["kind==view", "parent"])(INFO)
+    assert compile_filters([])(replace(INFO, kind=Kind.VIEW))
+
+
+# What is kept of a snapshot
+
+
+def test_sizes(sn: Snapshotter) -> None:
+    source = sn.prepare("active")[0].source
+    empty = sn.usage("active")
+    assert empty.inodes == 1
+    with open(f"{source}/data", "wb") as out:
+        out.write(b"x" * 100_000)
+        os.fsync(out.fileno())  # the file system may give it its blocks only then
+    os.link(f"{source}/data", f"{source}/same")
+    used = sn.usage("active")
+    assert used.inodes == 2
+    assert 100_000 <= used.size_bytes - empty.size_bytes < 150_000
+    sn.commit("committed", "active")
+    assert sn.usage("committed") == used
+    # What it stands on does not count.
+    sn.prepare("over", "committed")
+    assert sn.usage("over").inodes == 1
+
+
+def test_labels(sn: Snapshotter) -> None:
+    reference = {"containerd.io/snapshot.ref": "sha256:abc", "containerd.io/gc.root": "now"}
+    sn.prepare("active", labels={**reference, "empty": ""})
+    assert sn.stat("active").labels == reference
+    sn.commit("committed", "active", {"other": "1"})
+    assert sn.stat("committed").labels == {"other": "1"}
+    with pytest.raises(SnapshotArgumentError, match="label big has 4097 bytes"):
+        sn.update("committed", {"big": "x" * 4094})
+    with pytest.raises(SnapshotArgumentError):
+        sn.prepare("bad", labels={"containerd.io/snapshot/uidmapping": "0:1"})
+    with pytest.raises(SnapshotArgumentError):
+        sn.prepare("")
+    assert [info.name for info in sn.walk()] == ["committed"]
+
+
+def test_mounts_are_the_same_each_time(sn: Snapshotter) -> None:
+    top = two_layers(sn)
+    for make, key, parent in (
+        (sn.prepare, "a", top),
+        (sn.prepare, "b", ""),
+        (sn.prepare, UNPACK, top),
+        (sn.view, "c", top),
+        (sn.view, "d", "base"),
+        (sn.view, "e", ""),
+    ):
+        assert make(key, parent) == sn.mounts(key) == sn.mounts(key)
+
+
+def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
+    with snapshotter_at(tmp_path, "object") as sn:
+        two_layers(sn)
+        mounts = sn.prepare("container", "top", {"l": "1"})
+        before = sn.walk()
+        with mounted(mounts, tmp_path / "mnt") as here, open(f"{here}/held", "w") as held:
+            sn.close()
+            again = UnionSnapshotter(str(tmp_path / "root"))
+            assert again.walk() == before
+            assert again.mounts("container") == mounts
+            held.write("written across the restart\n")
+            held.flush()
+            assert Path(mounts[0].source, "held").read_text() == "written across the restart\n"
+        remove_all(again)
+        again.close()
+        assert mounts_below(tmp_path) == []
+
+
+def test_a_second_one_is_refused(sn: Snapshotter, tmp_path: Path) -> None:
+    with pytest.raises(StoreLockedError, match="in use by this process"):
+        UnionSnapshotter(str(tmp_path / "root"))
+
+
+def test_a_mount_whose_server_was_killed_is_made_again(sn: Snapshotter) -> None:
+    two_layers(sn)
+    (mount,) = sn.prepare("container", "top")
+    file("kept", "kept\n")(mount.source)
+    fd = os.open(mount.source, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    for pid in servers_of(mount.source):
+        os.kill(pid, signal.SIGKILL)
+
+    def dead() -> bool:
+        try:
+            os.statvfs(mount.source)
+        except OSError:
+            return True
+        return False
+
+    assert wait_until(dead, 30)
+    assert sn.mounts("container") == (mount,)
+    assert sorted(os.listdir(mount.source)) == ["base", "kept", "top"]
+    # It can also be committed and removed when it is dead.
+    for pid in servers_of(mount.source):
+        os.kill(pid, signal.SIGKILL)
+    assert wait_until(dead, 30)
+    sn.commit("committed", "container")
+    assert sorted(os.listdir(sn.view("look", "committed")[0].source)) == ["base", "kept", "top"]
+
+
+def test_a_lost_mount_is_made_again(sn: Snapshotter) -> None:
+    """As after the machine was started anew."""
+    two_layers(sn)
+    (mount,) = sn.prepare("container", "top")
+    assert take_down(mount.source, servers_of(mount.source)) == []
+    os.rmdir(mount.source)
+    assert os.listdir(sn.mounts("container")[0].source) != []
+
+
+# Unpacking without a mount
+
+
+def test_layers_are_unpacked_without_a_mount(sn: Snapshotter, tmp_path: Path) -> None:
+    top = two_layers(sn)
+    (mount,) = sn.prepare(UNPACK, top)
+    options = dict(word.partition("=")[::2] for word in mount.options)
+    assert (mount.type, mount.source) == ("overlay", "overlay")
+    assert sorted(options) == ["index", "lowerdir", "upperdir", "workdir"]
+    assert [os.listdir(path) for path in options["lowerdir"].split(":")] == [["top"], ["base"]]
+    assert mounts_below(tmp_path) == []
+    # As containerd's applier writes.
+    file("new", "new\n")(options["upperdir"])
+    os.mknod(f"{options['upperdir']}/base", 0o20000, 0)
+    sn.commit("unpacked", UNPACK)
+    assert sorted(tree(sn.view("look", "unpacked")[0].source)) == [".", "new", "top"]
+
+
+@pytest.mark.parametrize("key", ["container", "extract-1", "default/1/not-extract-1 sha256:ab", "extract-1 x"])
+def test_other_keys_are_mounted(sn: Snapshotter, key: str) -> None:
+    assert sn.prepare(key, two_layers(sn))[0].type == "bind"
+
+
+def test_the_short_cut_can_be_turned_off(tmp_path: Path) -> None:
+    with snapshotter_at(tmp_path, "object", overlay_unpack=False) as sn:
+        assert sn.prepare(UNPACK, two_layers(sn))[0].type == "bind"
+
+
+def test_over_a_renamed_directory_layers_are_unpacked_through_a_mount(sn: Snapshotter) -> None:
+    source = sn.prepare("one")[0].source
+    os.mkdir(f"{source}/old")
+    os.mkdir(f"{source}/old/sub", 0o700)
+    sn.commit("base", "one")
+    source = sn.prepare("two", "base")[0].source
+    os.rename(f"{source}/old", f"{source}/new")
+    sn.commit("renamed", "two")
+    assert sn.prepare(UNPACK, "renamed")[0].type == "bind"
+    sn.prepare("three", "renamed")
+    sn.commit("over it", "three")
+    assert sn.prepare(UNPACK + "0", "over it")[0].type == "bind"
+    assert os.stat(f"{sn.mounts(UNPACK)[0].source}/new/sub").st_mode & 0o777 == 0o700
+
+
+# Many at once
+
+
+def test_calls_from_many_threads(sn: Snapshotter) -> None:
+    top = two_layers(sn)
+    barrier = threading.Barrier(8)
+
+    def make(number: int) -> bool:
+        barrier.wait(60)
+        try:
+            sn.prepare("same", top)
+            return True
+        except SnapshotterError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(make, range(8))) == 1
+
+    def life(number: int) -> None:
+        source = sn.prepare(f"k{number}", top)[0].source
+        file(f"f{number}", "x")(source)
+        sn.commit(f"c{number}", f"k{number}")
+        assert sorted(os.listdir(sn.view(f"v{number}", f"c{number}")[0].source)) == ["base", f"f{number}", "top"]
+        sn.remove(f"v{number}")
+        sn.remove(f"c{number}")
+        sn.cleanup()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(life, range(12)))
+    assert [info.name for info in sn.walk()] == ["base", "same", "top"]
+
+
+def test_a_list_comes_in_pieces(tmp_path: Path) -> None:
+    store = UnionSnapshotter(str(tmp_path / "root"))
+    server = SocketServer(str(tmp_path / "socket"), make_handler(store))
+    server.start()
+    client = SnapshotterClient(server.path)
+    try:
+        for number in range(101):
+            store.view(f"v{number:03}", labels={"number": str(number)})
+        assert [info.labels["number"] for info in client.walk()] == [str(number) for number in range(101)]
+        assert client.messages == 2
+        assert client.walk(["name==none"]) == []
+        with pytest.raises(SnapshotArgumentError, match="a field name is expected"):
+            client.walk(["=="])
+        store.prepare("a")
+        with pytest.raises(SnapshotArgumentError, match="rebase"):
+            client.commit("b", "a", parent="v000")
+        client.commit("b", "a", parent="")
+        with pytest.raises(SnapshotNotFoundError, match="snapshot none does not exist"):
+            client.stat("none")
+    finally:
+        client.close()
+        server.stop(5)
+        store.close()
+
+
+# Crashes and full disks
+
+
+def live(root: str) -> None:
+    """What is killed at each of its steps: everything that changes a store."""
+    sn = UnionSnapshotter(root)
+    remove_all(sn)
+    two_layers(sn)
+    sn.prepare("container", "top")
+    sn.update("top", {"a": "b"})
+    sn.remove("container")
+    sn.cleanup()
+    sn.close()
+
+
+def test_killed_at_any_step(tmp_path: Path) -> None:
+    """The next start finds complete snapshots only, and nothing else on disk."""
+    root = str(tmp_path / "root")
+    at, killed, calls = 1, True, set()
+    while killed:
+
+        def operation(begin: Callable[[], None]) -> None:
+            begin()
+            live(root)
+
+        killed, call = run_and_kill(operation, root, at)
+        calls.add(call)
+        for point in mounts_below(tmp_path):
+            take_down(point, servers_of(point))
+        sn = UnionSnapshotter(root)
+        infos = sn.walk()
+        assert sorted(os.listdir(f"{root}/snapshots")) == sorted(map(str, sn._store.numbers())), call
+        names = {info.name for info in infos}
+        assert all(info.parent in names or not info.parent for info in infos)
+        for info in infos:
+            if info.kind is Kind.COMMITTED:
+                wanted = {"base": ["base"], "top": ["base", "top"]}[info.name]
+                assert sorted(os.listdir(sn.view("look", info.name)[0].source)) == wanted, call
+                sn.remove("look")
+            else:
+                assert os.path.isdir(sn.mounts(info.name)[0].source)
+        sn.close()
+        at += 7 if killed else 0
+    assert {"mkdir", "pwrite64"} <= calls, calls
+    sn = UnionSnapshotter(root)
+    remove_all(sn)
+    sn.close()
+    assert mounts_below(tmp_path) == []
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    disk = mounted_image(str(tmp_path / "image"), str(tmp_path / "disk"), size_bytes=8 << 20)
+    with disk, snapshotter_at(tmp_path / "disk", "object") as sn:
+        top = two_layers(sn)
+        with open(tmp_path / "disk/filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(b"x" * 65536)
+        with pytest.raises(SnapshotterError, match=r"free space on that disk") as caught:
+            for number in range(1000):
+                sn.prepare(f"k{number}", labels={"l": "x" * 4000})
+        assert "\n" not in str(caught.value)
+        os.unlink(tmp_path / "disk/filler")
+        sn.prepare("works again", top)
+
+
+# Bad input
+
+
+def test_a_damaged_database(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with snapshotter_at(tmp_path, "object"):
+        pass
+    path = root / "metadata.sqlite3"
+    path.write_bytes(b"not a database, whatever it was" * 500)
+    with pytest.raises(SnapshotterError, match=r"metadata.sqlite3: .*damaged; restore it, or move"):
+        UnionSnapshotter(str(root))
+    path.unlink()
+    database = sqlite3.connect(path)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(SnapshotterError, match="later version"):
+        UnionSnapshotter(str(root))
+
+
+def serve(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command when it is expected to end by itself."""
+    command = [sys.executable, "-m", "unionfs.cli.main", "serve", "snapshotter", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **more})
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    socket_path = tmp_path / "s.sock"
+    cases: list[tuple[list[str | Path], str]] = [
+        (["-o", "upperdir=/x"], "upperdir"),
+        (["-o", "ro"], "-o ro"),
+        (["-o", "nonsense=1"], "is no mount option"),
+        (["--socket", taken], "is no socket"),
+        (["--socket", "/tmp/" + "x" * 120], "longer than"),
+        (["--root", taken / "below"], "choose another root"),
+    ]
+    for words, message in cases:
+        done = serve("--root", tmp_path / "root", "--socket", socket_path, *words)
+        assert done.returncode == 1, words
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_command_from_start_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "s.sock"
+    path.parent.mkdir()
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        command = [sys.executable, "-m", "unionfs.cli.main", "serve", "snapshotter"]
+        command += ["--root", str(tmp_path / "root"), "--socket", str(path)]
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert systemd.recv(100) == b"READY=1"
+                assert os.stat(path).st_mode & 0o777 == 0o600
+                client = SnapshotterClient(str(path))
+                assert client.prepare("key")[0].options == ("rbind", "rw")
+                for root, message in (("root", "in use by process"), ("other", "another server")):
+                    done = serve("--root", tmp_path / root, "--socket", path)
+                    assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+                assert client.stat("key").kind is Kind.ACTIVE
+                client.close()
+            finally:
+                process.send_signal(signal.SIGTERM)
+                said = process.communicate(timeout=60)[1]
+            assert process.returncode == 0
+            assert systemd.recv(100) == b"STOPPING=1"
+    assert said == f"unionfs: serving snapshots of {tmp_path}/root on {path}\n"
+    assert not path.exists()
