@@ -14,6 +14,7 @@ import click
 
 from bench_parts import documents, image, plot, stacks, terminal
 from bench_parts.catalog import Chosen, all_rows, chosen_workloads
+from bench_parts.driver_calls import DriverCalls, driver_peers
 from bench_parts.errors import BenchError
 from bench_parts.isolation import run_isolated
 from bench_parts.machine import describe
@@ -31,6 +32,9 @@ from quickstart_steps.storage import Storage, default_directory
 from unionfs.errors import UnionfsError
 
 _DOCUMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "performance.md")
+
+
+_GROUPS = {Group.MOUNTS: "", Group.IMAGES: ", taking an image in", Group.DRIVERS: ", by a graph driver"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -109,7 +113,7 @@ def main(
 def list_workloads(scale: Scale) -> None:
     """Print the names that ``--only`` takes."""
     for row in all_rows(scale):
-        print(f"{row.name:<16} {row.title}" + (", taking an image in" if row.group is Group.IMAGES else ""))
+        print(f"{row.name:<16} {row.title}" + _GROUPS[row.group])
 
 
 def check_writable(path: str) -> None:
@@ -196,6 +200,9 @@ def inner(
                     runner.run(rounds)
                 if chosen.images:
                     Runner(rig, [Registering(packed(layers, directory))], registrars, results).run(rounds)
+                if chosen.drivers:
+                    calls = DriverCalls(os.path.join(directory, "drivers"))
+                    Runner(rig, [calls], driver_peers(), results).run(rounds)
                 if chosen.mounts and counter is not None and count_requests:
                     runner.count_requests(counter)
             finally:

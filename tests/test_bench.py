@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench_parts import documents, figures, image, plot, targets
+from bench_parts import documents, driver_calls, figures, image, plot, targets
 from bench_parts.catalog import all_workloads
 from bench_parts.errors import BenchError
 from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
@@ -116,6 +116,15 @@ def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None
             assert len(cell.samples) == 1, f"{name} with {peer}: {cell.reason}"
             assert cell.samples[0].value > 0
 
+    drivers = everything.only(Group.DRIVERS)
+    assert sorted(drivers.peers) == [driver_calls.OVERLAY2, driver_calls.OURS]
+    assert list(drivers.rows) == [row.name for row in driver_calls.ROWS]
+    for name, row in drivers.rows.items():
+        assert row.title in done.stdout
+        for peer in drivers.peers:
+            cell = drivers.cell(name, peer)
+            assert len(cell.samples) == 1, f"{name} with {peer}: {cell.reason}"
+
     assert Path("/proc/self/mountinfo").read_text().count("unionfs") <= before.count("unionfs")
     assert os.listdir(tmp_path / "cache" / "runs") == []
 
@@ -170,6 +179,18 @@ def test_requests_are_counted_where_the_kernel_tells_them(rootfs: Path, tmp_path
         assert cell.requests is not None
         assert cell.requests["LOOKUP"] >= 1
     assert results.cell("stat-cold", KERNEL).requests is None
+
+
+@needs_root
+def test_drivers_can_be_measured_alone(rootfs: Path, tmp_path: Path) -> None:
+    found = tmp_path / "results.json"
+    argv = [*BENCH, "--scale", "tiny", "--only", "driver-get,driver-diff", "--rounds", "2", "--json", str(found)]
+    argv += ["--rootfs", str(rootfs), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    results = from_json(found.read_text())
+    assert list(results.rows) == [row.name for row in driver_calls.ROWS]
+    assert {len(cell.samples) for cell in results.cells.values()} == {2}, done.stdout
 
 
 @needs_root

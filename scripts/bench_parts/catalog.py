@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench_parts import change_workloads as change
 from bench_parts import data_workloads as data
-from bench_parts import registering
+from bench_parts import driver_calls, registering
 from bench_parts import tree_workloads as tree
 from bench_parts.errors import BenchError
 from bench_parts.mount_workloads import Idle, Memory, MountTime
@@ -58,25 +58,27 @@ def all_workloads(scale: Scale) -> list[Workload[Peer]]:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What is measured: workloads in mounts, and whether images are taken in."""
+    """What is measured: workloads in mounts, whether images are taken in, and whether drivers are called."""
 
     mounts: list[Workload[Peer]]
     images: bool
+    drivers: bool
 
 
 def all_rows(scale: Scale) -> list[Row]:
     """The lines of all tables."""
-    return [row for workload in all_workloads(scale) for row in workload.rows] + list(registering.ROWS)
+    return [row for workload in all_workloads(scale) for row in workload.rows] + [*registering.ROWS, *driver_calls.ROWS]
 
 
 def chosen_workloads(scale: Scale, only: Sequence[str]) -> Chosen:
     """Those that have a row named in ``only``; all when it is empty."""
     everything = all_workloads(scale)
     if not only:
-        return Chosen(everything, images=True)
+        return Chosen(everything, images=True, drivers=True)
     names = {row.name for row in all_rows(scale)}
     for name in only:
         if name not in names:
             raise BenchError(f"there is no workload {name}; choose from {', '.join(sorted(names))}")
     mounts = [workload for workload in everything if any(row.name in only for row in workload.rows)]
-    return Chosen(mounts, images=any(row.name in only for row in registering.ROWS))
+    images, drivers = (any(row.name in only for row in rows) for rows in (registering.ROWS, driver_calls.ROWS))
+    return Chosen(mounts, images, drivers)

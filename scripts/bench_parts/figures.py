@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench_parts import driver_calls
 from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
 from bench_parts.registering import REGISTER
 from bench_parts.registrars import OURS
@@ -85,9 +86,22 @@ def images(results: Results) -> Table:
     return Table("Medians of taking an image in, in ms", heads, tuple(rows))
 
 
+def drivers(results: Results) -> Table:
+    """The medians of the calls of the graph drivers, and our ratio."""
+    results = results.only(Group.DRIVERS)
+    rows = []
+    for row in results.rows.values():
+        ratio = results.ratio(row.name, driver_calls.OURS, driver_calls.OVERLAY2)
+        cells = [row.title, *(_figure(results, row.name, peer) for peer in results.peers)]
+        rows.append((*cells, _NONE if ratio is None else f"{ratio:.2f}"))
+    heads = ("graph driver, many layers", *results.peers, "unionfs / overlay2")
+    return Table("Medians of the calls of graph drivers, in ms", heads, tuple(rows))
+
+
 def tables(results: Results) -> list[Table]:
     """Those that have something in them."""
-    return [table for table in (medians(results), server_costs(results), images(results)) if table.rows]
+    made = (medians(results), server_costs(results), images(results), drivers(results))
+    return [table for table in made if table.rows]
 
 
 def summary(results: Results) -> list[str]:

@@ -20,6 +20,7 @@ class Group(Enum):
 
     MOUNTS = "mounts"
     IMAGES = "images"
+    DRIVERS = "drivers"
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,15 @@ class Scale:
     deep_layers: int
     empties_caches: bool = True
     """Whether the whole machine's caches are emptied before what is cold, and its disk is waited for otherwise."""
+    driver_layers: int = 100
+    driver_files: int = 10_000
+    """Of all the layers that the graph drivers have."""
 
 
 FULL = Scale("full", 5, 4000, 3000, 256 * MIB, 64 * MIB, 20_000, 200, 100, (1, 10, 100), 10.0, 120)
 QUICK = Scale("quick", 2, 1000, 500, 32 * MIB, 8 * MIB, 4000, 30, 20, (1, 3, 10), 2.0, 120)
-TINY = Scale("tiny", 1, 20, 20, MIB, MIB, 50, 3, 2, (1, 2), 0.2, 8, empties_caches=False)
+TINY = Scale(
+    "tiny", 1, 20, 20, MIB, MIB, 50, 3, 2, (1, 2), 0.2, 8, empties_caches=False, driver_layers=5, driver_files=100
+)
 
 SCALES = {scale.name: scale for scale in (FULL, QUICK, TINY)}
