@@ -30,16 +30,29 @@ runtime = "runc"
 events_logger = "file"
 """
 
-# Of containers/storage 1.43 on the kernel's overlayfs.
+# Of containers/storage 1.43 on the kernel's overlayfs, in the terms of the scenario.
 FAULTS: tuple[Fault, ...] = (
     # A directory that a layer hides and makes again is merged with the hidden one.
     ("*", "*whiteout/*/old"),
     # "podman diff" reads the upper directory: it leaves out what an opaque directory hides, a directory that only
-    # its entries changed, and that a name's kind is another.
+    # its entries changed, and that a name is of another kind; or it calls that a deletion.
     ("diff", "[CD] d2*"),
     ("diff", "C data"),
     ("diff", "C modes"),
-    ("diff", "C turns/again"),
+    ("diff", "[CD] turns/again"),
+    # A write to one name of a hard-linked file of a layer parts it from the others. Ours keeps them together.
+    ("*", "links/a"),
+    ("*", "links/far/c"),
+    ("diff", "C links/far*"),
+    # Layers hide things by an opaque mark, not name by name: two ways of saying it, and the trees are compared.
+    ("*, layer *", "*.wh.*"),
+)
+# Of "podman commit" and "build" with any mount program. They compare the two trees by what stat() tells of each name:
+# where a file of a layer only got a further name, that name is all that is new, and becomes a file of its own.
+LIMITS: tuple[Fault, ...] = (
+    ("built-from-scratch*", "copied/a"),
+    ("built-from-scratch*", "copied/hard"),
+    ("built-from-scratch*", "linked"),
 )
 
 

@@ -34,7 +34,7 @@ _GONE_S = 60.0  # a server syncs its upper directory at the end, on a disk that 
 CLONE_NEWNS = 0x20000  # linux/sched.h
 
 # What engines write to outside of the directories that they are told to use.
-_HIDDEN = ("/run", "/dev/shm", "/var/lib/containers", "/var/lib/docker", "/var/lib/containerd", "/etc/docker")
+_HIDDEN = ("/run", "/dev/shm", "/var/lib/containers", "/var/lib/docker", "/var/lib/containerd")
 
 # Process 1. Bash, since it reaps whatever is left to it; it ends, and with it everything in the cell, when the pipe
 # that it reads from is closed, also by the death of the test run.
@@ -52,22 +52,19 @@ mkdir -p /run/lock "/run/user/$id"
 chown "$id:$id" "/run/user/$id"
 chmod 700 "/run/user/$id"
 
-# The user of this cell. The machine's own accounts stay as they are.
-for file in passwd group shadow subuid subgid; do
-    [ ! -e "/etc/$file" ] || cp -p "/etc/$file" "$root/private/$file"
-done
-echo "$user:x:$id:$id::$root/home:/bin/sh" >>"$root/private/passwd"
-echo "$user:x:$id:" >>"$root/private/group"
-for file in subuid subgid; do
-    echo "$user:$subids" >"$root/private/$file"
-    chmod 644 "$root/private/$file"
-done
-for file in passwd group subuid subgid; do
-    [ ! -e "/etc/$file" ] || mount --bind "$root/private/$file" "/etc/$file"
-done
-
-# Configuration of containers/storage and its users: what the tests write, and nothing else.
-if [ -d /etc/containers ]; then mount --bind "$root/etc" /etc/containers; fi
+# Accounts and configuration of this cell. All of /etc is private, since a file that is mounted over comes off when
+# somebody on the machine puts another in its place, as useradd does with /etc/passwd.
+cp -a /etc "$root/private/etc"
+mount --bind "$root/private/etc" /etc
+rm -f /etc/passwd /etc/group /etc/subuid /etc/subgid
+printf '%s\n' root:x:0:0:root:/root:/bin/sh nobody:x:65534:65534::/:/bin/false >/etc/passwd
+printf '%s\n' root:x:0: nogroup:x:65534: >/etc/group
+echo "$user:x:$id:$id::$root/home:/bin/sh" >>/etc/passwd
+echo "$user:x:$id:" >>/etc/group
+echo "$user:$subids" | tee /etc/subuid >/etc/subgid
+rm -rf /etc/docker /etc/containerd /etc/containers
+mkdir /etc/docker /etc/containers
+mount --bind "$root/etc" /etc/containers
 
 # udev lets everybody open it; where there is no udev only root may, and a test must not change that.
 mknod -m 666 "$root/private/fuse" c 10 229
@@ -181,11 +178,16 @@ class Cell:
 
         Only the server itself is signalled: its children, such as shims, live on.
         """
-        # It is the only child of nsenter, which does not pass signals on.
-        if daemon.poll() is None:
-            for pid in _children(daemon.pid):
+        # It is the only child of nsenter, which does not pass signals on, and may not have forked yet.
+        end = time.monotonic() + _GONE_S
+        while daemon.poll() is None and time.monotonic() < end:
+            children = _children(daemon.pid)
+            for pid in children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal_number)
+            if children:
+                break
+            time.sleep(0.01)
         return daemon.wait(_GONE_S)
 
     def call(self, work: Callable[[], Result]) -> Result:
@@ -271,8 +273,11 @@ class Cell:
 
 
 def _children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return [int(word) for word in file.read().split()]
+    except FileNotFoundError:  # it has ended
+        return []
 
 
 def _mount_points(pid: int) -> set[str]:
