@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import re
 import stat
@@ -25,6 +26,7 @@ from unionfs.fuse_ops import backing_calls, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
 from unionfs.fuse_ops.direct_listing import DirectListing
+from unionfs.fuse_ops.direct_request import Request
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
@@ -48,25 +50,6 @@ _TIMEOUT_MAX: Final = 2**63 - 1
 _NO_REPLY: Final = b""
 
 Answer = bytes | Coroutine[Any, Any, bytes]
-
-
-class Request:
-    """One request: who sent it, about which inode, and its arguments."""
-
-    __slots__ = ("body", "gid", "node", "pid", "uid", "unique")
-
-    def __init__(self, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes | memoryview) -> None:
-        self.unique = unique
-        self.node = node
-        self.uid = uid
-        self.gid = gid
-        self.pid = pid
-        self.body = body
-
-    def name(self, offset: int = 0) -> bytes:
-        """The zero-terminated name at ``offset`` of the arguments."""
-        body = self.body
-        return bytes(body[offset : bytes(body).index(b"\0", offset)])
 
 
 class DirectTransport:
@@ -160,7 +143,8 @@ class DirectTransport:
     async def serve(self, accepted: Callable[[], None]) -> None:
         """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
         self._accepted = accepted
-        buffer = bytearray(_BUFFER_SIZE)
+        # Memory of which only the pages count that requests have filled: most mounts never see a large write.
+        buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         async with trio.open_nursery() as nursery:
             while await self._turn(buffer, nursery):
                 await trio.lowlevel.checkpoint()
@@ -168,15 +152,15 @@ class DirectTransport:
             await trio.to_thread.run_sync(self._calls.close)
             nursery.cancel_scope.cancel()
 
-    async def _turn(self, buffer: bytearray, nursery: trio.Nursery) -> bool:
+    async def _turn(self, view: memoryview, nursery: trio.Nursery) -> bool:
         """Serve for a while; false when the mount is gone."""
-        fd, view = self._fd, memoryview(buffer)
+        fd = self._fd
         now = time.perf_counter
         until = now() + _TURN_S
         last = 0.0
         while True:
             try:
-                size = os.readv(fd, [buffer])
+                size = os.readv(fd, [view])
             except BlockingIOError:
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
@@ -306,6 +290,8 @@ class DirectTransport:
         )
         if options.acl and options.xattrs:
             wanted |= Init.POSIX_ACL
+        if "default_permissions" in (options.fuse_words or default_fuse_words()):
+            wanted |= Init.ALLOW_IDMAP  # the kernel takes it only where it checks permissions by itself
         # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
         privileged = backing_calls.may_pass_through()
         # What is passed through needs its descriptor at once, and without an upper directory everything may be.
@@ -469,6 +455,7 @@ class DirectTransport:
         return self._attr_reply(request, self._tree.attributes(self._inode(request)))
 
     def _setattr(self, request: Request) -> Answer:
+        request.find_caller()
         (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = p.SETATTR_IN.unpack_from(
             request.body
         )
@@ -521,6 +508,7 @@ class DirectTransport:
 
     def _listxattr(self, request: Request) -> bytes:
         size, _ = p.GETXATTR_IN.unpack_from(request.body)
+        request.find_caller()
         names = self._tree.list_xattrs(self._inode(request), request)
         return self._sized(request, b"".join(name + b"\0" for name in names), size)
 
