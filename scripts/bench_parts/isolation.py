@@ -7,6 +7,7 @@ server started in it, and with the last process go the mounts. The outer one rem
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -26,6 +27,11 @@ from bench_parts.syscalls import (
 )
 
 _ADVICE = "in a container, start it with the right to mount (docker: --privileged)"
+# What engines write to although they are told other directories: ours alone, and gone at the end.
+_WRITTEN = {
+    "dockerd": ("/run/docker",),
+    "podman": ("/run/containers", "/run/libpod", "/var/lib/containers", "/dev/shm"),
+}
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -94,9 +100,8 @@ def _enter() -> None:
         # The registry of mounts names processes by number, and ours are others in here.
         os.makedirs("/run/unionfs", exist_ok=True)
         mount("tmpfs", "/run/unionfs", "tmpfs")
-        # What engines write to although they are told other directories.
-        for path in ("/run/docker", "/run/containers", "/run/libpod", "/var/lib/containers", "/dev/shm"):
-            if os.path.isdir(os.path.dirname(path)):
+        for program, paths in _WRITTEN.items():
+            for path in paths if shutil.which(program) else ():
                 os.makedirs(path, exist_ok=True)
                 mount("tmpfs", path, "tmpfs")
     except OSError as error:
