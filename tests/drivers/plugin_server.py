@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -52,7 +52,9 @@ class PluginServer:
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
-        arguments: Answer = json.loads(body) if body.strip() else {}
+        arguments: Answer = {}
+        with suppress(ValueError):  # for the plugin to refuse
+            arguments = json.loads(body) if body.strip() else {}
         self.calls.append((name, arguments))
         if name in self.overrides:
             await self.overrides[name](send, arguments)

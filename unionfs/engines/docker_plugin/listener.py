@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
@@ -99,18 +100,22 @@ def passed(environment: MutableMapping[str, str]) -> Listener | None:
 
 
 def _clear(path: str) -> None:
-    """Remove a socket that nobody listens on."""
+    """Remove a socket that nobody listens on, and nothing else."""
+    try:
+        # Asked first: connecting to any other kind of file is refused just as by a socket without a listener.
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise DriverError(f"{path} is there and is no socket; choose another path with --socket")
+    except FileNotFoundError:
+        return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(path)
-        except FileNotFoundError:
-            return
         except ConnectionRefusedError:
             os.unlink(path)
             return
         except OSError as error:
-            if error.errno in (errno.ENOTSOCK, errno.EPROTOTYPE):
-                raise DriverError(f"{path} is there and is not our kind of socket; remove it") from error
+            if error.errno == errno.EPROTOTYPE:
+                raise DriverError(f"{path} is another kind of socket; choose another path with --socket") from error
             raise
         pid = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     raise DriverError(f"process {pid} listens on {path}; stop it, or choose another --name")

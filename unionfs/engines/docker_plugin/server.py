@@ -42,8 +42,9 @@ async def _run(service: GraphDriverService, listener: Listener) -> None:
             if stopping.is_set():
                 _log.warning("%s again: ending in the middle of %d calls", name, gate.running)
                 os._exit(1)  # a thread in a driver, or an engine that does not read, cannot be ended otherwise
-            _log.info("%s: ending%s", name, f" when {gate.running} calls are finished" if gate.running else "")
             listener.withdraw()
+            running = f" when {gate.running} running call(s) are finished" if gate.running else ""
+            _log.info("%s: ending%s", name, running)
             stopping.set()
 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
