@@ -45,9 +45,9 @@ def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> UnionDrive
     depth = given.get("unionfs.max_depth", str(DEFAULT_MAX_DEPTH))
     if not depth.isdecimal() or int(depth) == 0:
         raise OptionError(f"unionfs: option unionfs.max_depth={depth}: write a number of layers")
-    _check_fuse()
+    check_fuse()
     layers = OverlayHome(root, id_mapping, int(depth))
-    _check_filesystem(layers.root)
+    check_filesystem(layers.root)
     return UnionDriver(layers, id_mapping, redirect, parse_size(given.get("unionfs.size", "0")))
 
 
@@ -82,7 +82,8 @@ def _mount_words() -> tuple[str, ...]:
     return ("dev", "suid") if os.geteuid() == 0 else ()
 
 
-def _check_fuse() -> None:
+def check_fuse() -> None:
+    """Raise :class:`PrerequisitesError` unless we may mount with FUSE."""
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -92,8 +93,11 @@ def _check_fuse() -> None:
         raise PrerequisitesError(f"/dev/fuse: {error.strerror}; {step}") from error
 
 
-def _check_filesystem(root: str) -> None:
-    """Try what a layer needs, rather than know every file system by name."""
+def check_filesystem(root: str) -> None:
+    """Raise :class:`IncompatibleFilesystemError` unless the file system of ``root`` can hold layers.
+
+    What a layer needs is tried, rather than every file system known by name.
+    """
     where = tempfile.mkdtemp(prefix="check-unionfs-support", suffix=CREATING, dir=root)
     try:
         prefix = "user" if in_user_namespace() or os.geteuid() != 0 else "trusted"

@@ -70,6 +70,11 @@ class Measured(NamedTuple):
 class SnapshotDirectories:
     """The directories below one root. Its callers see to it that a number is used by one of them at a time.
 
+    Attributes:
+        root: absolute and without links, as the mount table shows it.
+        snapshots: has the snapshots' own directories.
+        empty: an empty one.
+
     Args:
         root: made where it does not exist.
 
@@ -81,11 +86,10 @@ class SnapshotDirectories:
         owner = (os.geteuid(), os.getegid())
         try:
             home.ensure_dir(os.path.abspath(root), 0o700, owner)
-            # Without links, as the mount table will show it.
             self.root = os.path.realpath(root)
-            self._snapshots = os.path.join(self.root, "snapshots")
+            self.snapshots = os.path.join(self.root, "snapshots")
             self.empty = os.path.join(self.root, "empty")
-            for path in (self._snapshots, self.empty):
+            for path in (self.snapshots, self.empty):
                 home.ensure_dir(path, 0o700, owner)
         except DriverError as error:
             raise SnapshotterError(
@@ -95,7 +99,7 @@ class SnapshotDirectories:
 
     def paths(self, number: int) -> SnapshotPaths:
         """The parts of a snapshot, existing or not."""
-        return SnapshotPaths(f"{self._snapshots}/{number}")
+        return SnapshotPaths(f"{self.snapshots}/{number}")
 
     def create(self, parents: Sequence[int]) -> int:
         """Make the directories of a new snapshot and return its number.
@@ -105,7 +109,7 @@ class SnapshotDirectories:
         """
         number = next(self._numbers)
         owner, mode = (os.geteuid(), os.getegid()), 0o755
-        with home.new_dir(self._snapshots, str(number), 0o700, owner) as base:
+        with home.new_dir(self.snapshots, str(number), 0o700, owner) as base:
             new = SnapshotPaths(base)
             if parents:
                 above = os.stat(self.paths(parents[0]).fs)
@@ -114,7 +118,7 @@ class SnapshotDirectories:
             os.mkdir(new.work, 0o700)
             os.mkdir(new.union, 0o700)
             home.sync_dir(base)
-        home.sync_dir(self._snapshots)
+        home.sync_dir(self.snapshots)
         return number
 
     def sync(self, number: int) -> None:
@@ -127,25 +131,25 @@ class SnapshotDirectories:
 
     def set_aside(self, number: int) -> None:
         """Take a snapshot's directory away, with what is mounted in it; :meth:`delete_set_aside` deletes it."""
-        removal.set_aside(self._snapshots, str(number))
+        removal.set_aside(self.snapshots, str(number))
 
     def recover(self, known: Iterable[int]) -> None:
         """Delete what an earlier process left that belongs to no snapshot of ``known``; only before any is created."""
         for number in self._present() - set(known):
             self.set_aside(number)
-        removal.sweep(self._snapshots)
+        removal.sweep(self.snapshots)
 
     def delete_set_aside(self) -> None:
         """Delete what :meth:`set_aside` took away. What cannot be deleted is logged, and tried again next time."""
-        for name in sorted(os.listdir(self._snapshots)):
+        for name in sorted(os.listdir(self.snapshots)):
             if name.endswith(REMOVING):
                 try:
-                    removal.delete(os.path.join(self._snapshots, name))
+                    removal.delete(os.path.join(self.snapshots, name))
                 except DriverError as error:
                     _log.warning("%s", error)
 
     def _present(self) -> set[int]:
-        return {int(name) for name in os.listdir(self._snapshots) if name.isascii() and name.isdigit()}
+        return {int(name) for name in os.listdir(self.snapshots) if name.isascii() and name.isdigit()}
 
 
 def _measure(path: str) -> Measured:

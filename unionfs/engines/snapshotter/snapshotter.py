@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 from unionfs.archive.unpack import in_user_namespace
 from unionfs.drivers.locks import NamedLocks
+from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.filters import compile_filters
@@ -37,6 +38,7 @@ class UnionSnapshotter:
             does: whiteouts as the kernel's overlayfs knows them cannot be made there.
 
     Raises:
+        NotSupportedError: there is no FUSE here, or the file system of ``root`` cannot hold layers.
         StoreLockedError: another process uses ``root``.
         SnapshotterError: ``root`` cannot be used, or its database is damaged.
     """
@@ -45,7 +47,12 @@ class UnionSnapshotter:
         self._directories = SnapshotDirectories(root)
         self._lock = StoreLock(os.path.join(self._directories.root, "lock"))
         try:
-            self._store = SnapshotStore(os.path.join(self._directories.root, "metadata.sqlite3"))
+            check_fuse()
+            database = os.path.join(self._directories.root, "metadata.sqlite3")
+            if not os.path.exists(database):
+                # Only then: on a full disk it would fail, and there must be a way to remove snapshots.
+                check_filesystem(self._directories.snapshots)
+            self._store = SnapshotStore(database)
             self._directories.recover(self._store.numbers())
         except BaseException:
             self._lock.release()
