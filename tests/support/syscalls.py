@@ -18,6 +18,13 @@ MS_PRIVATE = 1 << 18
 FALLOC_FL_KEEP_SIZE = 1
 
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_IDMAP = 0x00100000
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_MOUNT_SETATTR = 442
 _SYS_GETDENTS64 = 217  # x86_64
 _SYS_RENAMEAT2 = 316
 
@@ -96,3 +103,24 @@ def list_directory(path: str, size: int = 32768) -> list[Dirent]:
         return found
     finally:
         os.close(fd)
+
+
+def idmapped_clone(path: str, user_namespace: int) -> int:
+    """A descriptor of a detached clone of the mount at ``path``, with ids mapped as in ``user_namespace``."""
+    raw = os.fsencode(path)
+    clone = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    fd = _checked(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, raw, clone), path)
+    attributes = struct.pack("QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
+    try:
+        arguments = (ctypes.c_uint(_AT_EMPTY_PATH), attributes, ctypes.c_size_t(len(attributes)))
+        _checked(_libc.syscall(_SYS_MOUNT_SETATTR, fd, b"", *arguments), path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def move_mount(fd: int, target: str) -> None:
+    """Attach a detached mount at ``target``."""
+    flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
+    _checked(_libc.syscall(_SYS_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), flags), target)

@@ -455,7 +455,6 @@ class DirectTransport:
         return self._attr_reply(request, self._tree.attributes(self._inode(request)))
 
     def _setattr(self, request: Request) -> Answer:
-        request.find_caller()
         (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = p.SETATTR_IN.unpack_from(
             request.body
         )
@@ -508,7 +507,6 @@ class DirectTransport:
 
     def _listxattr(self, request: Request) -> bytes:
         size, _ = p.GETXATTR_IN.unpack_from(request.body)
-        request.find_caller()
         names = self._tree.list_xattrs(self._inode(request), request)
         return self._sized(request, b"".join(name + b"\0" for name in names), size)
 

@@ -230,7 +230,7 @@ class MetadataChanges:
         names = []
         for text in listed:
             name = self._shown_name(os.fsencode(text))
-            if name is not None and (caller.uid == 0 or not name.startswith(b"trusted.")):
+            if name is not None and (not name.startswith(b"trusted.") or caller.uid == 0):
                 names.append(name)
         return names
 

@@ -82,6 +82,7 @@ class Init(IntFlag):
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
     PASSTHROUGH = 1 << 37
+    ALLOW_IDMAP = 1 << 40
 
 
 class Open(IntFlag):
