@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from tests.drivers.rig import INITS, got
 from tests.drivers.trees import write
 from unionfs.archive.idmapping import IdMapping
+from unionfs.drivers.contract import CreateOptions
 
 EXPECTED = ["D /a", "C /d", "D /d/f", "A /d/g", "A /new"]
 
@@ -37,6 +39,17 @@ def main(kind: str, home: str) -> None:
     with got(driver, "copy") as root:
         assert sorted(os.listdir(root)) == ["d", "new"]
         assert Path(root, "d/g").read_bytes() == b"2"
+    if kind == "unionfs":  # no quota of the disk's can be set from here
+        driver.create_read_write("small", "base", CreateOptions(storage_options={"size": "1M"}))
+        with got(driver, "small") as root:
+            st = os.statvfs(root)
+            assert st.f_blocks * st.f_frsize == 1 << 20
+            try:
+                write(root, "big", bytes(2 << 20))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+            assert os.path.getsize(root + "/big") < 1 << 20
+        driver.remove("small")
     for layer in ("x", "copy", "base"):
         driver.remove(layer)
     driver.cleanup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import os
 import stat
@@ -285,6 +286,16 @@ def test_apply_of_garbage_and_of_a_hostile_archive(rig: Rig) -> None:
     with pytest.raises(expected, match="outside"):
         rig.driver.apply_diff("y", "", tar_of(("../../escaped", b"1")))
     assert not [name for name in tree_names(rig.root) if "escaped" in name]
+
+
+def test_compressed_archives_are_the_callers_to_unpack(rig: Rig) -> None:
+    make_base(rig)
+    rig.driver.create("x", "base")
+    packed = gzip.compress(tar_of(("new", b"1")).getvalue())
+    with pytest.raises((ArchiveError, DriverError)) as raised:
+        rig.driver.apply_diff("x", "base", io.BytesIO(packed))
+    assert "\n" not in str(raised.value)
+    assert lines(rig, "x", "base") == []
 
 
 def test_apply_of_a_stream_that_breaks_off(rig: Rig) -> None:

@@ -44,8 +44,8 @@ def growth(fd: int, offset: int, size: int, block: int, counted: int, beyond: in
         return 0
     first, last = offset // block * block, round_up(end, block)
     bound = max(first, min(last, round_up(present, block)))
-    inside = bound - first - _allocated_bytes(fd, first, bound)
-    outside = last - bound - min(beyond, _allocated_bytes(fd, bound, last))
+    inside = bound - first - _allocated_bytes(fd, first, bound, block)
+    outside = last - bound - min(beyond, _allocated_bytes(fd, bound, last, block))
     return min(most, inside + outside)
 
 
@@ -54,8 +54,11 @@ def data_bytes(fd: int, end: int, block: int) -> int:
     return sum(round_up(stop, block) - start // block * block for start, stop in _data(fd, 0, end))
 
 
-def _allocated_bytes(fd: int, start: int, end: int) -> int:
-    return sum(stop - first for first, stop in _allocated(fd, start, end)) if start < end else 0
+def _allocated_bytes(fd: int, start: int, end: int, block: int) -> int:
+    if start >= end:
+        return 0
+    # Where only holes are told, data may end with the file, in the middle of a block.
+    return sum(round_up(stop, block) - first for first, stop in _allocated(fd, start, end))
 
 
 def _allocated(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
