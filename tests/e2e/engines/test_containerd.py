@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,16 @@ from tests.e2e.engines.containerd_engine import (
     containerd_engine,
     write_archive,
 )
+from tests.e2e.engines.cri import Kubelet
+from tests.e2e.engines.private import private_cell
 from tests.e2e.engines.scenario import Record, assert_linked, census, differences, play, without_times
+from tests.support.mounts import wait_until
 from tests.support.sandbox import needs_root
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 needs_root()
+
+MACHINE = {"architecture": "amd64", "os": "linux"}
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +151,86 @@ def many_layers(image: AwkwardImage, archive: Path, count: int) -> None:
         text = f"{number}\n"
         layer = LayerTar().dir("layers").file(f"layers/{number}", text).file("layers/last", text)
         layers.append(bytes(layer.dir("only").opaque("only").file(f"only/{number}", text)))
-    write_archive(archive, "hundred:latest", layers, {"architecture": "amd64", "os": "linux", "config": {}})
+    write_archive(archive, "hundred:latest", layers, {"config": {}, **MACHINE})
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The code blocks of a Markdown text."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+# The directories that the guides name, as empty ones of the cell's own. /run is already.
+OWN_DIRECTORIES = """
+for directory in /etc /var/lib; do
+    mkdir -p "$0/tmp/own$directory/upper" "$0/tmp/own$directory/work"
+    mount -t overlay -o "lowerdir=$directory,upperdir=$0/tmp/own$directory/upper,workdir=$0/tmp/own$directory/work" \
+        overlay "$directory"
+done
+rm -rf /etc/containerd /var/lib/unionfs /var/lib/containerd
+mkdir /etc/containerd /var/lib/unionfs /var/lib/containerd
+for directory in unionfs containerd; do mount -t tmpfs own "/var/lib/$directory"; done
+"""
+
+
+def test_the_guide_as_written(image: AwkwardImage, repository: Path) -> None:
+    document = repository / "docs/containerd.md"
+    (config,) = blocks(document, "toml")
+    servers, use = blocks(document, "sh")
+    with private_cell() as cell:
+        archive = cell.root / "tmp/image.tar"
+        write_archive(archive, "image:latest", [path.read_bytes() for path in image.layers], {"config": {}, **MACHINE})
+        script = [
+            OWN_DIRECTORIES,
+            f"cat >/etc/containerd/config.toml <<'END'\n{config}END",
+            "cd $0/tmp",
+            servers.replace("&", ">>log 2>&1 &"),
+            # Until both answer; then each line of the guide has to work.
+            "for try in $(seq 600); do ctr snapshots --snapshotter unionfs ls >>log 2>&1 && break; sleep 0.1; done",
+            "set -x",
+            use.replace(" run ", f" run --cgroup {cell.root.name} "),
+            "set +x; tar -tzf changes.tar.gz >/dev/null",
+            'for try in $(seq 600); do [ -z "$(ls /var/lib/unionfs/snapshotter/snapshots)" ] && break; sleep 0.1; done',
+            "ls /var/lib/unionfs/snapshotter/snapshots",
+            "kill %2; wait %2 || true; kill %1; wait %1",
+        ]
+        done = cell.run("unshare", "-m", "bash", "-euc", "\n".join(script), cell.root, check=False, timeout_s=240)
+        said = done.stdout.decode()
+        assert done.returncode == 0, done.stderr.decode()[-3000:] + (cell.root / "tmp/log").read_text()[-2000:]
+        assert "unionfs" in said.splitlines()[0]
+        assert "it works\n" in said
+        assert said.endswith("\n")
+        cell.assert_quiet()
+
+
+def test_a_pod(image: AwkwardImage, repository: Path) -> None:
+    """The guide's configuration for containerd's CRI plugin, with a pod on it."""
+    (toml,) = blocks(repository / "docs/kubernetes.md", "toml")
+    ours = toml[toml.index("[plugins") : toml.index("[proxy_plugins")]
+    # What this machine's lack of a network and of privileges asks for, and an image that sleeps for the sandbox.
+    here = 'sandbox_image = "docker.io/library/pause:1"\nrestrict_oom_score_adj = true\n'
+    config = f'[plugins."io.containerd.grpc.v1.cri"]\n{here}\n{ours}'
+    with containerd_engine(OURS, config=config, cri=True) as engine:
+        layers = [path.read_bytes() for path in image.layers]
+        pause = engine.cell.root / "tmp/pause.tar"
+        write_archive(pause, "pause:1", layers[:1], {"config": {"Entrypoint": ["/bin/sleep", "100000"]}, **MACHINE})
+        engine.load(pause)
+        engine.load(image.archive)
+        kubelet = Kubelet(engine.cell.root / "c.sock", engine.cell.root.name)
+        try:
+            assert engine.ref(TAG) in kubelet.images()
+            pod = kubelet.run_pod("pod")
+            one, two = (kubelet.run_container(pod, name, TAG, "/bin/sleep", "100000") for name in ("one", "two"))
+            kubelet.execute(one, "/bin/sh", "-c", "rm -r /d2; dd if=/dev/zero of=/written bs=1024 count=2048; sync")
+            assert kubelet.execute(two, "/bin/sh", "-c", "ls -d /d2 /written 2>/dev/null || true") == "/d2\n"
+            assert {one, two} <= {*engine.snapshots()}
+            engine.restart()
+            assert kubelet.execute(one, "/bin/sh", "-c", "stat -c %s /written") == "2097152\n"
+            # The statistics are gathered every ten seconds.
+            assert wait_until(lambda: kubelet.writable_layer_bytes(one) >= 2 << 20, 60)
+            assert kubelet.writable_layer_bytes(two) < 1 << 20
+            kubelet.remove_container(one)
+            kubelet.remove_pod(pod)
+        finally:
+            kubelet.close()
+        engine.remove_all()
+        assert engine.leftovers() == []
