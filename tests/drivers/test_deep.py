@@ -27,6 +27,12 @@ def fill(root: str, layer: int) -> None:
     (shared / "version").write_bytes(f"{layer}".encode())
 
 
+def contents(root: str) -> dict[str, bytes]:
+    """What is in every file."""
+    paths = (os.path.join(at, name) for at, _, files in os.walk(root) for name in files)
+    return {os.path.relpath(path, root): Path(path).read_bytes() for path in paths}
+
+
 def test_hundred_layers(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = layered_rig.driver
     driver.create("layer0")
@@ -52,6 +58,8 @@ def test_hundred_layers(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
         for number in range(FILES):
             os.unlink(f"{root}/layer3/file{number}")
         os.rmdir(root + "/layer3")
+        changed = contents(root)
+    assert len(changed) == LAYERS * FILES + 1 - 1 - FILES
 
     expected = [
         "C /layer0", "D /layer0/file0", "C /layer1", "C /layer1/file1", "C /layer2", "D /layer2/file2", "D /layer3",
@@ -86,6 +94,10 @@ def test_hundred_layers(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
     driver.create("copy", top)
     driver.apply_diff("copy", top, io.BytesIO(archive))
     assert [str(change) for change in driver.changes("copy", top)] == expected
+    with layered_rig.got("copy") as root:
+        assert contents(root) == changed
+    with driver.diff("copy", top) as stream:
+        assert stream.read() == archive
 
     # The whole image, which needs the mount: a directory and its files are gone, and so is one file.
     assert len(driver.changes("run", "")) == (LAYERS + 1) + (LAYERS * FILES + 1) - (1 + FILES) - 1
