@@ -7,6 +7,9 @@ import gzip
 import io
 import os
 import shutil
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -405,3 +408,39 @@ def test_an_adoption_of_a_container_that_fails_leaves_its_tree(shop: Workshop, m
     assert shop.store.driver.exists(tree)
     assert shop.store.adopt_rw_layer("c", tree).release() == []
     assert not shop.store.driver.exists(tree)
+
+
+@pytest.fixture
+def fast_switches() -> Iterator[None]:
+    """Threads take turns far more often, so that what is not guarded shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("turn", range(25))
+def test_a_tree_is_adopted_once(vfs_shop: Workshop, fast_switches: None, turn: int) -> None:
+    """By whichever of many threads comes first, as a layer or as a container's."""
+    tree = random_ids.new_id()
+    vfs_shop.store.driver.create_read_write(tree)
+    together = threading.Barrier(8)
+    refused: list[str] = []
+
+    def adopt(number: int) -> None:
+        together.wait()
+        try:
+            if number % 2:
+                vfs_shop.store.adopt(tree)
+            else:
+                vfs_shop.store.adopt_rw_layer(f"c{number}", tree)
+        except LayerStoreError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=adopt, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(vfs_shop.store.map()) + len(vfs_shop.store.rw_layers()) == 1
+    assert refused == [f"{tree} belongs to a layer already; give the id of a tree of no layer"] * 7

@@ -135,9 +135,13 @@ class LayerStore:
     def driver_ids(self) -> set[str]:
         """The trees that layers and read-write layers of this store stand on, and those that are just being made."""
         with self._mount_lock, self._layer_lock:
-            ids = {layer.record.cache_id for layer in self._layers.values()} | self._busy
-            for mount in self._mounts.values():
-                ids |= {mount.record.mount_id, mount.record.init_id}
+            return self._driver_ids()
+
+    def _driver_ids(self) -> set[str]:
+        """As :meth:`driver_ids`, for who holds both locks."""
+        ids = {layer.record.cache_id for layer in self._layers.values()} | self._busy
+        for mount in self._mounts.values():
+            ids |= {mount.record.mount_id, mount.record.init_id}
         return ids - {""}
 
     # Read-only layers
@@ -265,9 +269,7 @@ class LayerStore:
         """
         if not self.driver.exists(tree):
             raise _no_tree(self.driver, tree)
-        if tree in self.driver_ids():
-            raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
-        with self._pinned(parent) as pin, self._at_work(tree):
+        with self._pinned(parent) as pin, self._claimed(tree):
             _check_depth(pin.layer)
             below = pin.layer.record.cache_id if pin.layer is not None else ""
             transaction = self.records.begin(tree, adopting=True)
@@ -317,6 +319,19 @@ class LayerStore:
             cancel()
         except (UnionfsError, OSError) as error:
             _log.warning("cannot undo all of a failed operation, the next start will: %s", error)
+
+    @contextmanager
+    def _claimed(self, tree: str, *more: str) -> Iterator[None]:
+        """While the block runs, a tree that is no layer's yet is at work, and nobody else gets it."""
+        with self._mount_lock, self._layer_lock:
+            if tree in self._driver_ids():
+                raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
+            self._busy.update((tree, *more))
+        try:
+            yield
+        finally:
+            with self._layer_lock:
+                self._busy.difference_update((tree, *more))
 
     @contextmanager
     def _at_work(self, *trees: str) -> Iterator[str]:
@@ -543,9 +558,7 @@ class LayerStore:
             if known is not None:
                 _check_same_mount(known, record)
                 return self._rw_handle(known)
-            if tree in self.driver_ids():
-                raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
-            with self._pinned(parent) as pin, self._at_work(tree, init):
+            with self._pinned(parent) as pin, self._claimed(tree, init):
                 stored = StoredMount(name, record, pin.layer)
                 transaction = self.records.begin_mount(name, record, adopting=True)
                 try:
