@@ -67,6 +67,8 @@ class ContainerdEngine:
     name: str
     cell: Cell
     snapshotter: str
+    unique: str
+    """A name that nothing else on this machine has; the control group that all containers are in."""
     parts: frozenset[Part] = PARTS
     faults: tuple[Fault, ...] = ()
     snapshotter_options: tuple[str, ...] = ()
@@ -76,7 +78,6 @@ class ContainerdEngine:
     """Serve the kubelet's interface."""
     _containerd: subprocess.Popen[bytes] | None = None
     _server: subprocess.Popen[bytes] | None = None
-    _unique: str = field(default_factory=lambda: f"e2e{os.urandom(4).hex()}")
     _serial: Iterator[int] = field(default_factory=itertools.count)
     _ids: dict[str, str] = field(default_factory=dict)
     _base: frozenset[str] = frozenset()
@@ -92,8 +93,8 @@ class ContainerdEngine:
 
     @property
     def namespace(self) -> str:
-        """containerd's; also names the control group that all containers are in."""
-        return "k8s.io" if self.cri else self._unique
+        """containerd's."""
+        return "k8s.io" if self.cri else self.unique
 
     # Servers
 
@@ -208,7 +209,7 @@ class ContainerdEngine:
 
     def new_id(self, name: str) -> str:
         """An id for a container, unique on this machine."""
-        return f"{self._unique}-{name}-{next(self._serial)}"
+        return f"{self.unique}-{name}-{next(self._serial)}"
 
     def run(self, image: str, *command: str, options: tuple[str, ...] = ()) -> str:
         """Run a command in a new container that is removed afterwards; returns its output."""
@@ -354,11 +355,12 @@ def containerd_engine(
         config: more for containerd's configuration.
         cri: serve the kubelet's interface too.
     """
-    with private_cell() as cell:
+    with control_group() as unique, private_cell() as cell:
         engine = ContainerdEngine(
             name=f"containerd on {snapshotter}",
             cell=cell,
             snapshotter=snapshotter,
+            unique=unique,
             faults=faults,
             snapshotter_options=options,
             config=config,
@@ -370,15 +372,17 @@ def containerd_engine(
         except BaseException as error:
             error.add_note(engine.logs())
             raise
-        finally:
-            if not cri:
-                _remove_groups(engine.namespace)
         engine.stop_all()
         cell.assert_quiet()
 
 
-def _remove_groups(namespace: str) -> None:
-    """Remove the control group that runc made for all containers of a namespace, and leaves."""
-    for path in Path("/sys/fs/cgroup").glob(f"**/{namespace}"):
-        with suppress(OSError):
+@contextmanager
+def control_group() -> Iterator[str]:
+    """A name for a control group that runc will make, and not remove when its containers are gone; we do."""
+    unique = f"e2e{os.urandom(4).hex()}"
+    yield unique
+    # What is left in it when a test fails goes too. In each hierarchy of version 1, or in the only one of version 2.
+    for top in (*Path("/sys/fs/cgroup").glob(unique), *Path("/sys/fs/cgroup").glob(f"*/{unique}")):
+        for path in sorted(top.rglob("*/"), reverse=True):
             path.rmdir()
+        top.rmdir()

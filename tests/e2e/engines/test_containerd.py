@@ -18,6 +18,7 @@ from tests.e2e.engines.containerd_engine import (
     STOCK,
     ContainerdEngine,
     containerd_engine,
+    control_group,
     write_archive,
 )
 from tests.e2e.engines.cri import Kubelet
@@ -176,7 +177,7 @@ def test_the_guide_as_written(image: AwkwardImage, repository: Path) -> None:
     document = repository / "docs/containerd.md"
     (config,) = blocks(document, "toml")
     servers, use = blocks(document, "sh")
-    with private_cell() as cell:
+    with control_group() as group, private_cell() as cell:
         archive = cell.root / "tmp/image.tar"
         write_archive(archive, "image:latest", [path.read_bytes() for path in image.layers], {"config": {}, **MACHINE})
         script = [
@@ -187,7 +188,7 @@ def test_the_guide_as_written(image: AwkwardImage, repository: Path) -> None:
             # Until both answer; then each line of the guide has to work.
             "for try in $(seq 600); do ctr snapshots --snapshotter unionfs ls >>log 2>&1 && break; sleep 0.1; done",
             "set -x",
-            use.replace(" run ", f" run --cgroup {cell.root.name} "),
+            use.replace("ctr run ", f"ctr run --cgroup {group} "),
             "set +x; tar -tzf changes.tar.gz >/dev/null",
             'for try in $(seq 600); do [ -z "$(ls /var/lib/unionfs/snapshotter/snapshots)" ] && break; sleep 0.1; done',
             "ls /var/lib/unionfs/snapshotter/snapshots",
@@ -215,7 +216,7 @@ def test_a_pod(image: AwkwardImage, repository: Path) -> None:
         write_archive(pause, "pause:1", layers[:1], {"config": {"Entrypoint": ["/bin/sleep", "100000"]}, **MACHINE})
         engine.load(pause)
         engine.load(image.archive)
-        kubelet = Kubelet(engine.cell.root / "c.sock", engine.cell.root.name)
+        kubelet = Kubelet(engine.cell.root / "c.sock", engine.unique)
         try:
             assert engine.ref(TAG) in kubelet.images()
             pod = kubelet.run_pod("pod")
