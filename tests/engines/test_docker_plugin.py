@@ -383,14 +383,20 @@ def test_apply_diff_that_breaks_off_is_an_error_for_the_driver(
     assert driver.get("other") == "/mounted/other"
 
 
-def test_connections_that_the_engine_closes_are_closed(driver: PluginDriver, tmp_path: Path) -> None:
-    driver.status()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        opened = Wire(tmp_path)
-        assert opened.call("Plugin.Activate", b"")[0] == 200
-        opened.close()
-    assert wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, PATIENCE_S)
+def test_connections_that_the_engine_closes_are_closed(server: PluginServer, tmp_path: Path) -> None:
+    before = _descriptors()
+    opened = [Wire(tmp_path) for _ in range(20)]
+    for one in opened:
+        assert one.call("Plugin.Activate", b"")[0] == 200
+    # They are idle when they are closed, not in the middle of a reply.
+    assert wait_until(lambda: _steady(_descriptors), PATIENCE_S)
+    for one in opened:
+        one.close()
+    assert wait_until(lambda: _descriptors() <= before, 10)
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 # The engine's restarts, and ours
