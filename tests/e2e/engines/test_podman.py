@@ -280,3 +280,17 @@ def test_export_of_a_container_that_does_not_run(engine: Podman) -> None:
         assert "C d4/old" in engine.diff("created")
     finally:
         engine("rm", "created")
+
+
+def test_a_container_can_go_on_after_its_server_was_killed(engine: Podman, one: str) -> None:
+    engine.execute(one, "sh", "-c", "rm -r d2; mkdir d2; echo kept >d2/x; sync; mv d4 d5; ln d2/x d2/y")
+    before = census(engine.execute(one, "/bin/census"))
+    merged = os.fspath(engine.layer_directory(one) / "merged")
+    servers = [line.split()[0] for line in engine.cell.processes() if "unionfs" in line]
+    assert servers, f"nothing serves {merged}"
+    engine.cell.shell('kill -9 "$@"', *servers)
+    # Not "restart": podman leaves the dead mount in place then.
+    engine("stop", "-t", "0", one)
+    engine("start", one)
+    assert without_times(census(engine.execute(one, "/bin/census"))) == without_times(before)
+    assert engine.execute(one, "cat", "d2/x", "d2/y") == "kept\nkept\n"
