@@ -359,7 +359,7 @@ def play(engine: Engine, image: AwkwardImage) -> Record:
         engine.execute("one", "/bin/sh", "-c", "echo lives >/lives && rm -r /made && mkdir /made")
 
     if "build" in engine.parts:
-        context = _context(work)
+        context = build_context(work)
         for name, text, facts in (
             ("built-from-scratch", FROM_SCRATCH, BUILT_FROM_SCRATCH),
             ("built-from-image", FROM_IMAGE, BUILT_FROM_IMAGE),
@@ -434,7 +434,7 @@ def _copy(engine: Engine, work: Path, record: Record) -> None:
     record.lists["copied out"] = found
 
 
-def _context(work: Path) -> Path:
+def build_context(work: Path) -> Path:
     """A directory to build from, its files with times of long ago."""
     context = work / "context"
     (context / "rootfs/bin").mkdir(parents=True)
