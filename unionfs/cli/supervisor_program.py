@@ -54,7 +54,9 @@ def _supervise(socket_path: str | None, idle_s: float) -> End:
     import logging.handlers  # what a server imports only once it needs it
 
     _ = logging.handlers
-    rehearse(serve_in_copy)
+    # A signal that ends us may come meanwhile, and the mount that is rehearsed takes it for its own.
+    if not rehearse(serve_in_copy):
+        raise SupervisorError("cannot rehearse a mount, so no server can be kept ready; mounts work without")
     if passed is not None:
         end = supervise(passed, serve_in_copy, idle_s=idle_s)
         if end is End.STALE:

@@ -22,6 +22,7 @@ from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError
 from unionfs.fuse_ops import mount_registry, mountinfo, unmount
 from unionfs.fuse_ops.options import escape_value, format_layers
+from unionfs.fuse_ops.supervisor import client as supervisor
 
 _log = logging.getLogger(__name__)
 
@@ -58,13 +59,9 @@ class FuseMounter:
         if stack.size_bytes:
             words.append(f"quota={stack.size_bytes}")
         words += self._options
-        # -P: nothing is to be imported from whatever directory we are started in.
-        command = [sys.executable, "-P", "-m", "unionfs.cli.mount_program", "-o", ",".join(words), stack.target]
-        done = subprocess.run(
-            command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True
-        )
-        said = " ".join(done.stderr.decode(errors="replace").split())
-        if done.returncode != 0:
+        status, output = _mount(["-o", ",".join(words), stack.target])
+        said = " ".join(output.decode(errors="replace").split())
+        if status != 0:
             raise MountError(said.removeprefix("unionfs-mount: ") or f"cannot mount {stack.target}: see the system log")
         if said:
             _log.warning("%s: %s", stack.target, said)
@@ -88,6 +85,34 @@ class FuseMounter:
         # Before Linux 6.16, syncfs(2) on FUSE does not wait for the writes that it has started; the kernel counts them.
         if point is not None:
             _wait_for_requests(point.minor)
+
+
+def _mount(words: list[str]) -> tuple[int, bytes]:
+    """Run unionfs-mount with ``words``, or have the supervisor serve that; the exit status and what it said."""
+    # -P: nothing is to be imported from whatever directory we are started in.
+    command = [sys.executable, "-P", "-m", "unionfs.cli.mount_program", *words]
+    # Not a pipe, which would have to be read meanwhile.
+    said = os.memfd_create("unionfs-mount", os.MFD_CLOEXEC)
+    try:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            status = supervisor.mount(words, command, (null, null, said))
+        finally:
+            os.close(null)
+        if status is None:
+            done = subprocess.run(
+                command,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                check=False,
+                start_new_session=True,
+            )
+            status = done.returncode
+        return status, os.pread(said, os.fstat(said).st_size, 0)
+    finally:
+        os.close(said)
 
 
 def _wait(target: str, server: _Server, ended: int) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Final, NoReturn
 
+from unionfs.fuse_ops.daemon import inherited_fds
 from unionfs.fuse_ops.supervisor import worker
 from unionfs.fuse_ops.supervisor.code import LoadedCode
 
@@ -99,6 +100,9 @@ def _run_copy(
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for fd in inherited_fds():
+            if fd not in (listener.fileno(), report):
+                os.close(fd)  # of the supervisor, and those on which it hears from other copies
         if os.getppid() == supervisor:
             status = worker.run(listener, report, code, serve)
     except BaseException:
