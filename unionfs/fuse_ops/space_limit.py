@@ -1,7 +1,7 @@
 """The limit of what an upper directory may hold: what is in use, what may be added, and what df(1) is told.
 
 It counts as a project quota of XFS does: blocks, of every file once, those of directories too, the work directory
-included. Past the limit there is ENOSPC (xfs_quota(8): "project quota ... ENOSPC"), not EDQUOT.
+included. At the limit there is ENOSPC, as XFS answers for projects, and not the EDQUOT that it has for users.
 
 The count is taken when the mount begins and kept up by asking each file that was changed for its blocks. Since what
 was counted of a file is remembered, a file system that changes its mind later (compression, delayed allocation) makes
@@ -69,12 +69,12 @@ class SpaceLimit:
     @property
     def free_bytes(self) -> int:
         """What may still be added, without that which is promised to changes under way."""
-        return max(0, self.limit_bytes - self._used * _SECTOR - self._expected_total)
+        return max(0, self.limit_bytes - self.used_bytes - self._expected_total)
 
     def statvfs(self, st: os.statvfs_result) -> os.statvfs_result:
         """What statfs(2) shows: the limit as the size, where the file system ``st`` is not smaller yet."""
         blocks = min(st.f_blocks, self.limit_bytes // st.f_frsize)
-        left = max(0, self.limit_bytes - self._used * _SECTOR) // st.f_frsize
+        left = max(0, self.limit_bytes - self.used_bytes) // st.f_frsize
         free, available = min(st.f_bfree, left), min(st.f_bavail, left)
         rest = (st.f_files, st.f_ffree, st.f_favail, st.f_flag, st.f_namemax)
         return os.statvfs_result((st.f_bsize, st.f_frsize, blocks, free, available, *rest))
@@ -94,7 +94,7 @@ class SpaceLimit:
         """How many of ``size`` bytes may be written to a file at ``offset``; ENOSPC if none."""
         block = self.block_bytes
         # If there is room even when everything is new. The ends may lie in blocks of their own.
-        if size + 2 * block <= self.limit_bytes - self._used * _SECTOR - self._expected_total or not size:
+        if size + 2 * block <= self.free_bytes or not size:
             return size
         fits = self._fitting(fd, offset, size)
         if fits < size and self._count_again():
@@ -105,9 +105,15 @@ class SpaceLimit:
 
     def _fitting(self, fd: int, offset: int, size: int) -> int:
         block, free, ino = self.block_bytes, self.free_bytes, os.fstat(fd).st_ino
-        ends = [*range(block - offset % block, size, block), size]
-        fitting = bisect_right(ends, free, key=lambda end: growth(fd, offset, end, block, *self._parts(ino)))
-        return ends[fitting - 1] if fitting else 0
+
+        def needed(count: int) -> int:
+            return growth(fd, offset, count, block, *self._parts(ino))
+
+        if needed(size) <= free:
+            return size
+        to_ends_of_blocks = range(block - offset % block, size, block)
+        fitting = bisect_right(to_ends_of_blocks, free, key=needed)
+        return to_ends_of_blocks[fitting - 1] if fitting else 0
 
     def _parts(self, ino: int) -> tuple[int, int]:
         """The bytes counted of a file before its end and beyond it."""
@@ -237,7 +243,7 @@ def _everything(roots: tuple[int, ...]) -> Iterator[os.stat_result]:
     for root in roots:
         yield os.fstat(root)
         # One descriptor for each level, since paths are limited in length and recursion in depth.
-        levels = [(fd := os.open(".", _DIR_FLAGS, dir_fd=root), iter(os.listdir(fd)))]
+        levels = [(fd := os.open(".", _DIR_FLAGS, dir_fd=root), _names(fd))]
         try:
             while levels:
                 fd, names = levels[-1]
@@ -248,13 +254,20 @@ def _everything(roots: tuple[int, ...]) -> Iterator[os.stat_result]:
                     continue
                 try:
                     st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except FileNotFoundError:
+                except OSError:
                     continue
                 yield st
                 if stat.S_ISDIR(st.st_mode):
                     with contextlib.suppress(OSError):
                         below = os.open(name, _DIR_FLAGS, dir_fd=fd)
-                        levels.append((below, iter(os.listdir(below))))
+                        levels.append((below, _names(below)))
         finally:
             for fd, _ in levels:
                 os.close(fd)
+
+
+def _names(fd: int) -> Iterator[str]:
+    try:
+        return iter(os.listdir(fd))
+    except OSError:
+        return iter(())

@@ -43,6 +43,8 @@ class TreeParts(NamedTuple):
 class UnionTree:
     """A union of read-only layers under an optional writable one; made by :func:`unionfs.fuse_ops.stack.open_tree`."""
 
+    space: SpaceLimit | None = None  # what limits the upper directory, for requests that only have a descriptor
+
     def __init__(
         self,
         lower: LowerStack,
@@ -59,7 +61,6 @@ class UnionTree:
         self.opens_late = False
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
-        self.space: SpaceLimit | None = None  # what limits the upper directory, for those who only have a descriptor
         self.copy_up, changes, renames, metadata = self._make_parts()
         self._metadata = metadata
 
