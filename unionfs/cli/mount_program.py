@@ -6,6 +6,7 @@ only starts a server by itself when there is none; see mount_server.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from unionfs.fuse_ops.supervisor import client
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # With a standard stream closed, Python has None for it, and the number would be given to the next file.
         if None not in (sys.stdin, sys.stdout, sys.stderr):
             status = client.mount(words, sys.orig_argv if arguments is None else [*sys.orig_argv[:1], *words])
+            if status is not None and arguments is None:
+                os._exit(status)  # nothing is left to do, and taking Python down takes as long as the supervisor's part
             if status is not None:
                 return status
     except KeyboardInterrupt:
