@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.layers.archives import archive, hard_link, member, symlink
 from tests.layers.conftest import Workshop, write
 from tests.layers.dying import run_and_kill, run_and_watch
+from unionfs.drivers.contract import SyncingDriver
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
 from unionfs.layers.identity import create_chain_id, diff_id_of
@@ -29,6 +30,7 @@ TOP = archive([member("etc/"), member("etc/conf", "top"), member(".wh.gone"), ha
 MORE = archive([member("new/"), member("new/file", "n" * 5000), member("new/file", "again"), member("etc/.wh.conf")])
 BASE_ID = create_chain_id([diff_id_of(BASE)])
 TOP_ID = create_chain_id([diff_id_of(BASE), diff_id_of(TOP)])
+TREE = "ad" * 32
 MORE_ID = create_chain_id([diff_id_of(BASE), diff_id_of(TOP), diff_id_of(MORE)])
 
 
@@ -83,9 +85,24 @@ def collect_garbage(shop: Workshop) -> None:
     collect(shop.store, layers=True)
 
 
+def adopt(shop: Workshop) -> None:
+    """A container's tree that a driver has becomes a read-write layer."""
+    shop.store.adopt_rw_layer("adopted", TREE, TOP_ID)
+
+
+def make_tree(shop: Workshop) -> None:
+    """What is adopted, on the disk before the operation begins."""
+    driver = shop.store.driver
+    driver.create_read_write(TREE, shop.store.map()[TOP_ID].cache_id)
+    write("data", "somebody's")(driver.get(TREE))
+    driver.put(TREE)
+    assert isinstance(driver, SyncingDriver)
+    driver.sync(TREE)
+
+
 OPERATIONS: dict[str, Callable[[Workshop], None]] = {
     function.__name__: function
-    for function in (reopen, register, register_again, release, create, remove, commit, collect_garbage)
+    for function in (reopen, register, register_again, release, create, remove, commit, adopt, collect_garbage)
 }
 
 # What the operation may have done by the time it died.
@@ -103,6 +120,11 @@ def check(shop: Workshop, operation: str, finished: bool) -> None:
     committed = {BASE_ID, TOP_ID, create_chain_id([diff_id_of(MORE)])}
     layers = store.map()
     assert committed - layers.keys() <= MAY_GO.get(operation, set()), "a committed layer is lost"
+    if operation == "adopt":
+        assert not finished or "adopted" in store.rw_layers()
+        # It was there before and is somebody's, so it is never taken for something half done.
+        with store.adopt_rw_layer("adopted", TREE, TOP_ID).mounted() as path:
+            assert Path(path, "data").read_text() == "somebody's"
     problems = fsck(store, deep=True)
     assert problems == [], problems
     shop.assert_nothing_leaked()
@@ -169,6 +191,8 @@ class Rig:
         if self.operation == "reopen":
             begin()
         shop = Workshop(Path(self.work), self.driver)
+        if self.operation == "adopt":
+            make_tree(shop)
         if self.operation != "reopen":
             begin()
         OPERATIONS[self.operation](shop)

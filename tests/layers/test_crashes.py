@@ -23,7 +23,7 @@ POWER_CASES = [
     (driver, operation)
     for driver in STRIDES
     for operation in OPERATIONS
-    if EVERY_STEP or driver == "vfs" or operation in ("register", "create", "remove")
+    if EVERY_STEP or driver == "vfs" or operation in ("register", "create", "remove", "adopt")
 ]
 
 
