@@ -159,10 +159,7 @@ def rm(root: str | None, driver: str, force: bool, names: Sequence[str]) -> None
     from unionfs.engines.run.containers import Containers
 
     with opened(root, driver) as store:
-        runs = Containers(store)
-        runs.sweep()
+        containers = Containers(store)
+        containers.sweep()
         for name in names:
-            if force:
-                runs.kill(name)
-            store.release_rw_layer(store.get_rw_layer(name), force=force, keep_parents=True)
-        runs.sweep()
+            containers.remove(name, force=force)

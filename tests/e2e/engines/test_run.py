@@ -121,8 +121,12 @@ def containers(cell: Cell) -> list[str]:
     return [one["name"] for one in json.loads(cell.run("unionfs", "container", "ls", "--json").stdout)]
 
 
-def is_in(log: Path, text: str) -> bool:
-    return text in log.read_text()
+def started(cell: Cell, log: Path, *words: str) -> subprocess.Popen[bytes]:
+    """``unionfs run`` with these words, in the background, once its container has said that it is ready."""
+    daemon = cell.start("unionfs", "run", *words, log=log)
+    assert wait_until(lambda: "ready" in log.read_text() or daemon.poll() is not None, 60)
+    assert daemon.poll() is None, log.read_text()
+    return daemon
 
 
 # What is run
@@ -239,8 +243,7 @@ def test_a_missing_runtime_is_named(cell: Cell) -> None:
 
 def test_a_signal_that_ends_the_process_is_told(cell: Cell) -> None:
     log = cell.root / "tmp/killed"
-    daemon = cell.start("unionfs", "run", "--rm", "plain", "sh", "-c", "echo ready; exec sleep 1000", log=log)
-    assert wait_until(lambda: is_in(log, "ready"), 60)
+    daemon = started(cell, log, "--rm", "plain", "sh", "-c", "echo ready; exec sleep 1000")
     assert cell.run("pkill", "-KILL", "-x", "sleep").returncode == 0
     assert daemon.wait(60) == 128 + signal.SIGKILL
 
@@ -251,18 +254,16 @@ def test_signals_are_passed_on(cell: Cell, number: signal.Signals) -> None:
     log = cell.root / f"tmp/{name}"
     # A trap runs when the command that the shell waits for has ended.
     script = f"trap 'echo got {name}; exit 9' {name}; echo ready; while :; do sleep 0.1; done"
-    daemon = cell.start("unionfs", "run", "--rm", "plain", "sh", "-c", script, log=log)
-    assert wait_until(lambda: is_in(log, "ready"), 60)
+    daemon = started(cell, log, "--rm", "plain", "sh", "-c", script)
     assert cell.stop(daemon, number) == 9
-    assert is_in(log, f"got {name}")
+    assert f"got {name}" in log.read_text()
     assert containers(cell) == []
 
 
 def test_the_third_request_kills_a_container_that_does_not_listen(cell: Cell) -> None:
     log = cell.root / "tmp/deaf"
     script = "trap 'echo no' INT; echo ready; while :; do sleep 0.1; done"
-    daemon = cell.start("unionfs", "run", "--rm", "plain", "sh", "-c", script, log=log)
-    assert wait_until(lambda: is_in(log, "ready"), 60)
+    daemon = started(cell, log, "--rm", "plain", "sh", "-c", script)
     for count in (1, 2):
         cell.run("pkill", "-INT", "-f", "^[^ ]*python[^ ]* .*/unionfs run")
         assert wait_until(lambda count=count: log.read_text().count("no\n") == count, 60)  # type: ignore[misc]
@@ -271,8 +272,7 @@ def test_the_third_request_kills_a_container_that_does_not_listen(cell: Cell) ->
 
 def test_a_process_one_of_its_own(cell: Cell) -> None:
     log = cell.root / "tmp/init"
-    daemon = cell.start("unionfs", "run", "--rm", "--init", "plain", "sh", "-c", "echo ready; exec sleep 1000", log=log)
-    assert wait_until(lambda: is_in(log, "ready"), 60)
+    daemon = started(cell, log, "--rm", "--init", "plain", "sh", "-c", "echo ready; exec sleep 1000")
     # As process 1, sleep would ignore it.
     assert cell.stop(daemon, signal.SIGTERM) == 128 + signal.SIGTERM
 
@@ -405,9 +405,7 @@ def start_long(cell: Cell, name: str, *words: str) -> subprocess.Popen[bytes]:
     log = cell.root / f"tmp/{name}.log"
     log.unlink(missing_ok=True)
     script = "echo kept >/file; echo ready; while :; do sleep 0.1; done"
-    daemon = cell.start("unionfs", "run", "--name", name, *words, "plain", "sh", "-c", script, log=log)
-    assert wait_until(lambda: is_in(log, "ready"), 60)
-    return daemon
+    return started(cell, log, "--name", name, *words, "plain", "sh", "-c", script)
 
 
 def runners(cell: Cell) -> list[int]:

@@ -219,15 +219,29 @@ class Containers:
         finally:
             place.let_go()
 
-    def kill(self, name: str) -> None:
-        """End the processes of a container that somebody runs; whoever runs it cleans up.
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Remove a container with all that is in it. The layers that it stands on stay.
+
+        Args:
+            name: of any read-write layer, ours or not.
+            force: also if it is mounted or running; its processes are killed.
 
         Raises:
             MountDoesNotExistError: there is no container of this name.
+            ActiveMountError: see ``force``.
+            DriverError: a tree could not be removed.
         """
         place = Place(self._directory, self._store.get_mount_id(name))
-        with suppress(RunError):  # damaged: then nobody knows how
-            _end_processes(place)
+        rw = self._rw_layer(name, place.mount_id)
+        if force:
+            with suppress(RunError):  # damaged: then nobody knows how
+                _end_processes(place)
+        if rw is not None:
+            self._store.release_rw_layer(rw, force=force, keep_parents=True)
+        # Whoever ran it until now still needs the directory, and removes it.
+        if place.exists() and place.take():
+            place.remove()
+            place.let_go()
 
     def sweep(self) -> None:
         """End and clean up the containers whose runner died, and forget those that were removed.
