@@ -5,6 +5,7 @@ The server is a daemon: it outlives the process that asked for it, as containers
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -14,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from typing import NamedTuple
 
 from unionfs.drivers.labels import mount_context
@@ -91,35 +91,25 @@ def _mount(words: list[str]) -> tuple[int, bytes]:
     """Run unionfs-mount with ``words``, or have the supervisor serve that; the exit status and what it said."""
     # -P: nothing is to be imported from whatever directory we are started in.
     command = [sys.executable, "-P", "-m", "unionfs.cli.mount_program", *words]
-    # Not a pipe, which would have to be read meanwhile.
-    said = os.memfd_create("unionfs-mount", os.MFD_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as opened:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            status = supervisor.mount(words, command, (null, null, said))
-        finally:
-            os.close(null)
-        if status is None:
-            done = subprocess.run(
-                command,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                check=False,
-                start_new_session=True,
-            )
-            status = done.returncode
-        return status, os.pread(said, os.fstat(said).st_size, 0)
-    finally:
-        os.close(said)
+        opened.callback(os.close, null)
+        said = os.memfd_create("unionfs-mount", os.MFD_CLOEXEC)  # not a pipe, which would have to be read meanwhile
+        opened.callback(os.close, said)
+        status = supervisor.mount(words, command, (null, null, said))
+        if status is not None:
+            return status, os.pread(said, os.fstat(said).st_size, 0)
+    done = subprocess.run(
+        command, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, check=False, start_new_session=True
+    )
+    return done.returncode, done.stderr
 
 
 def _wait(target: str, server: _Server, ended: int) -> None:
     if _has_ended(ended, _END_S):
         return
     _log.error("%s: its server (process %d) did not end after the unmount; it is killed", target, server.pid)
-    with suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(ended, signal.SIGKILL)
     _has_ended(ended, _END_S)
 
