@@ -124,16 +124,18 @@ class DockerEngine(CommandLineEngine):
     @property
     def home(self) -> Path:
         """Where the storage driver keeps its layers."""
-        return self.cell.root / "root" / (PLUGIN if self.plugin_driver else self.storage_driver)
+        # With remapped users it is a directory of their own in the data root.
+        return Path(self("info", "-f", "{{.DockerRootDir}}").strip()) / self.storage_driver
 
     def leftovers(self) -> list[str]:
         """Layers in the driver's home, and what the engine's layer store lists."""
-        found = []
-        layerdb = self.cell.root / "root/image" / self.home.name / "layerdb"
-        for directory in (self.home, self.home / "l", self.home / "dir", layerdb / "sha256", layerdb / "mounts"):
+        home = self.home
+        found = [f"{home.name}/{name}" for name in os.listdir(home)]
+        layerdb = home.parent / "image" / home.name / "layerdb"
+        for directory in (home / "l", home / "dir", layerdb / "sha256", layerdb / "mounts"):
             with suppress(FileNotFoundError):
                 found += [f"{directory.name}/{name}" for name in os.listdir(directory)]
-        return sorted(set(found) - {f"{self.home.name}/{name}" for name in ("l", "dir", "backingFsBlockDev")})
+        return sorted(set(found) - {f"{home.name}/{name}" for name in ("l", "dir", "backingFsBlockDev")})
 
     def logs(self) -> str:
         """The end of what the daemons wrote."""
