@@ -6,10 +6,13 @@ import gzip
 import io
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,38 @@ def test_a_store_in_use(shell: Shell) -> None:
     with open_store(shell.directory / "root", "vfs"):
         assert "is in use by process" in shell.fails("layer", "ls", stdin=b"a process of its own")
     assert shell.out("layer", "ls") == "There are no layers.\n"
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path: Path) -> None:
+    """Of a file, also a compressed one, it is known how much there is to read."""
+    (tmp_path / "big.tar.gz").write_bytes(gzip.compress(archive([member("big", os.urandom(3 << 20))])))
+    terminal, its_side = pty.openpty()
+    program = Path(sys.executable).with_name("unionfs")
+    words: list[str | Path] = [
+        program,
+        "layer",
+        "register",
+        "--driver",
+        "vfs",
+        "--root",
+        tmp_path / "root",
+        tmp_path / "big.tar.gz",
+    ]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=its_side, env=os.environ | {"TERM": "xterm"}
+    ) as process:
+        os.close(its_side)
+        said = b""
+        with suppress(OSError):  # EIO, when the other side is closed
+            while piece := os.read(terminal, 4096):
+                said += piece
+        os.close(terminal)
+        assert process.stdout is not None
+        assert process.stdout.read().startswith(b"sha256:")
+        assert process.wait() == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", said).decode()
+    assert "big.tar.gz" in text
+    assert "3.0/3.0 MiB" in text
 
 
 def test_nothing_is_made_for_a_driver_that_does_not_exist(

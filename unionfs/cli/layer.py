@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
@@ -78,11 +79,20 @@ def _register_file(store: LayerStore, name: str, below: str, expect: str) -> Lay
 
 
 def _register_stream(store: LayerStore, file: IO[bytes], name: str, below: str, expect: str) -> Layer:
-    with progress_bar(os.path.basename(name), None) as show:
+    total = _length(file)
+    with progress_bar(os.path.basename(name), total) as show:
         try:
-            return store.register(file, below, expected_diff_id=expect, progress=show)
+            # Of a file it is known how much of it, compressed or not, there is to read.
+            progress = show if total is None else lambda _: show(file.tell())
+            return store.register(file, below, expected_diff_id=expect, progress=progress)
         except UnionfsError as error:
             raise type(error)(f"{name}: {error}") from error
+
+
+def _length(file: IO[bytes]) -> int | None:
+    """The bytes of a regular file; None for a pipe or a device."""
+    info = os.fstat(file.fileno())
+    return info.st_size if stat.S_ISREG(info.st_mode) else None
 
 
 def facts(store: LayerStore, one: Layer) -> dict[str, object]:
