@@ -177,6 +177,47 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
         assert mounts_below(tmp_path) == []
 
 
+def test_committed_while_a_program_still_has_it_open(
+    sn: Snapshotter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written before the commit is in it, though the kernel still had it in its memory."""
+    monkeypatch.setenv("UNIONFS_TRANSPORT", "pyfuse3")  # the other one writes through
+    mounts = sn.prepare("container", two_layers(sn))
+    with mounted(mounts, tmp_path / "mnt") as here, open(f"{here}/top", "ab", buffering=0) as held:
+        held.write(b"x" * 300_000)
+        sn.commit("committed", "container")
+        # Right now: the kernel would get to it by itself some time later.
+        assert (tmp_path / "root/snapshots/3/fs/top").read_bytes() == b"top\n" + b"x" * 300_000
+
+
+_IN_USER_NAMESPACE = """
+import os, sys
+from unionfs.engines.snapshotter import UnionSnapshotter
+sn = UnionSnapshotter(sys.argv[1])
+os.mkdir(sn.prepare("one")[0].source + "/d")
+open(sn.mounts("one")[0].source + "/d/f", "w").close()
+sn.commit("base", "one")
+mounts = sn.prepare(sys.argv[2], "base")
+print(mounts[0].type)
+os.unlink(mounts[0].source + "/d/f")
+os.rmdir(mounts[0].source + "/d")
+os.mkdir(mounts[0].source + "/d")
+sn.commit("top", sys.argv[2])
+print(os.listdir(sn.view("look", "top")[0].source + "/d"))
+for name in ("look", "top", "base"):
+    sn.remove(name)
+sn.cleanup()
+print(os.listdir(sys.argv[1] + "/snapshots"))
+"""
+
+
+def test_in_a_user_namespace(tmp_path: Path) -> None:
+    words = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", _IN_USER_NAMESPACE]
+    done = subprocess.run([*words, tmp_path / "root", UNPACK], capture_output=True, text=True, timeout=60, check=False)
+    # There an overlay cannot be written to behind its back: the applier's whiteouts need privileges.
+    assert done.stdout == "bind\n[]\n[]\n", done.stderr
+
+
 def test_a_second_one_is_refused(sn: Snapshotter, tmp_path: Path) -> None:
     with pytest.raises(StoreLockedError, match="in use by this process"):
         UnionSnapshotter(str(tmp_path / "root"))

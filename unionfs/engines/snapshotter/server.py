@@ -38,7 +38,7 @@ class SocketServer:
             raise SnapshotterError(f"{self.path}: is longer than a socket's name may be; choose a shorter --socket")
         try:
             os.makedirs(os.path.dirname(self.path), 0o711, exist_ok=True)
-            _remove_stale(self.path)
+            _check_unused(self.path)
         except OSError as error:
             raise SnapshotterError(f"{self.path}: {error.strerror}; choose another --socket") from error
         pool = futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="snapshotter")
@@ -66,7 +66,7 @@ class SocketServer:
                 os.unlink(self.path)
 
 
-def _remove_stale(path: str) -> None:
+def _check_unused(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise SnapshotterError(f"{path}: exists and is no socket; remove it, or choose another --socket")
@@ -76,8 +76,7 @@ def _remove_stale(path: str) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
-            return
+            return  # left by a server that was killed; gRPC replaces it
     raise SnapshotterError(f"{path}: another server answers there; stop it, or choose another --socket")
 
 
