@@ -14,7 +14,7 @@ import pytest
 
 from tests.drivers.rig import Rig, got, make_rig
 from unionfs.drivers.contract import CreateOptions, Driver
-from unionfs.errors import ArchiveError, LayerExistsError, OptionError, QuotaNotSupportedError
+from unionfs.errors import ArchiveError, DriverError, LayerExistsError, OptionError, QuotaNotSupportedError
 
 MIB = 1 << 20
 
@@ -84,6 +84,20 @@ def test_the_limit_can_be_raised_for_the_next_mount(union: Rig) -> None:
     with got(driver, "run") as root:
         assert df(root)[0] == 16 * MIB
         assert fill(root + "/more", 20 * MIB) > 11 * MIB
+
+
+@pytest.mark.parametrize("text", ["10G", "-1", "1 2", "\xff", "٣"])
+def test_a_limit_that_is_no_number_is_named(union: Rig, text: str) -> None:
+    driver = union.driver
+    make_base(driver)
+    driver.create_read_write("run", "base", CreateOptions(storage_options={"size": "4M"}))
+    Path(union.home, "run/size").write_text(text, encoding="utf-8")
+    with pytest.raises(DriverError, match=r"run/size .*number of bytes") as raised:
+        driver.get("run")
+    assert "\n" not in str(raised.value)
+    Path(union.home, "run/size").write_text("\n")  # as none
+    with got(driver, "run") as root:
+        assert df(root)[0] > 1 << 30
 
 
 def test_default_size_is_for_container_layers_without_their_own(union: Rig) -> None:

@@ -7,11 +7,13 @@ import os
 from unionfs.drivers.layered import SizeLimits
 from unionfs.drivers.overlay_home import LayerPaths
 from unionfs.drivers.quota import ProjectQuota
-from unionfs.errors import QuotaNotSupportedError
+from unionfs.errors import DriverError, QuotaNotSupportedError
 from unionfs.fuse_ops.options import parse_options
 
 SIZE_NAME = "size"
 """The file in a layer's directory that holds its limit in bytes; overlay2 does not have one and ignores it."""
+
+_SIZE_MAX_CHARACTERS = 19  # 2^63 - 1 has as many digits
 
 
 class NoLimits:
@@ -64,11 +66,15 @@ class UnionLimits:
 
     def mount_limit(self, paths: LayerPaths) -> int:
         """See :meth:`SizeLimits.mount_limit`."""
+        path = os.path.join(paths.base, SIZE_NAME)
         try:
-            with open(os.path.join(paths.base, SIZE_NAME), encoding="ascii") as file:
-                return int(file.read().strip() or 0)
+            with open(path, "rb") as file:
+                text = file.read(_SIZE_MAX_CHARACTERS + 1).strip()
         except FileNotFoundError:
             return 0
+        if text and not (text.isdigit() and len(text) <= _SIZE_MAX_CHARACTERS and int(text) < 1 << 63):
+            raise DriverError(f"{path} holds {text[:20]!r}; write a number of bytes into it, or remove it for no limit")
+        return int(text or b"0")
 
 
 def project_limits(home: str) -> SizeLimits:
