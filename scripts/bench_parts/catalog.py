@@ -14,6 +14,7 @@ from bench_parts.mount_workloads import Idle, Memory, MountTime
 from bench_parts.peers import Peer
 from bench_parts.samples import Row
 from bench_parts.scale import Scale
+from bench_parts.supervised import SupervisedMemory, SupervisedMountTime
 from bench_parts.workload import Timed, Workload
 
 
@@ -22,6 +23,7 @@ def all_workloads(scale: Scale) -> list[Workload[Peer]]:
     deep = f"{scale.deep_layers} layers"
     return [
         MountTime(),
+        SupervisedMountTime(),
         Timed("find-cold", "find with stat, cold", "debian", tree.find_cold, cold=True),
         Timed("find-warm", "find with stat, warm", "debian", tree.find_warm),
         Timed("find-parallel", "four parallel finds, cold", "debian", tree.find_parallel, cold=True),
@@ -52,6 +54,7 @@ def all_workloads(scale: Scale) -> list[Workload[Peer]]:
         Timed("deep-missing", f"missing names, cold, {deep}", "deep", tree.missing_cold, cold=True),
         Timed("deep-open", f"open+read+close, cold, {deep}", "deep", tree.open_cold, cold=True),
         Memory(scale.memory_mounts),
+        SupervisedMemory(scale.memory_mounts),
         Idle(),
     ]
 

@@ -11,6 +11,7 @@ from bench_parts.mount_workloads import IDLE, MEMORY_EACH, MOUNT
 from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
 from bench_parts.results import Results, geometric_mean
 from bench_parts.samples import Unit
+from bench_parts.supervised import SUPERVISED_MEMORY_EACH, SUPERVISED_MOUNT
 
 GEOMETRIC_MEAN_LIMIT: Final = 0.5
 
@@ -61,7 +62,7 @@ class Verdict:
 
 # Starting, and copy-up of a large file, are the two exceptions of point 1. A row in which only our options differ is
 # not another workload.
-_NOT_AGAINST_FUSE: Final = frozenset({"mount", "mount-cycle", "copy-up", "chown-metacopy"})
+_NOT_AGAINST_FUSE: Final = frozenset({"mount", "mount-cycle", "mount-supervised", "copy-up", "chown-metacopy"})
 
 _KERNEL_LIMITS: Final = {
     "random-read": 1.3,
@@ -91,9 +92,10 @@ TARGETS: Final = (
     Target(3, "deep-stat", Against.OUR_ROW, 1.2, "stat-cold"),
     Target(3, "deep-find", Against.KERNEL, 1.0),
     Target(3, "deep-stat", Against.KERNEL, 1.0),
-    # 15 ms through the supervisor, once there is one.
     Target(4, MOUNT.name, Against.NOTHING, 150.0),
+    Target(4, SUPERVISED_MOUNT.name, Against.NOTHING, 15.0),
     Target(4, MEMORY_EACH.name, Against.NOTHING, 8.0),
+    Target(4, SUPERVISED_MEMORY_EACH.name, Against.NOTHING, 8.0),
     Target(4, IDLE.name, Against.NOTHING, 0.05),
 )
 
