@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -155,15 +156,20 @@ def _run(root: str | None, driver: str, prepare: Callable[[LayerStore, Container
     from unionfs.engines.run.containers import Containers
     from unionfs.engines.run.foreground import run_in_foreground
     from unionfs.engines.run.guard import Guard
+    from unionfs.engines.run.user_namespace import is_rootless, must_enter, run_inside
     from unionfs.engines.run.waiting import open_when_free
+
+    if must_enter():
+        return run_inside([sys.executable, *sys.orig_argv[1:]])
+    rootless = is_rootless()
 
     def clean_up() -> None:
         with open_when_free(root, driver) as store:
-            Containers(store).sweep()
+            Containers(store, rootless=rootless).sweep()
 
     with Guard(clean_up):
         with open_when_free(root, driver) as store:
-            containers = Containers(store)
+            containers = Containers(store, rootless=rootless)
             containers.sweep()
             ready = prepare(store, containers)
         try:
@@ -172,7 +178,7 @@ def _run(root: str | None, driver: str, prepare: Callable[[LayerStore, Container
             # A second ^C must not keep us from it; what stops us for good leaves it to the guard.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
             with open_when_free(root, driver) as store:
-                Containers(store).finish(ready.place)
+                Containers(store, rootless=rootless).finish(ready.place)
 
 
 @contextmanager

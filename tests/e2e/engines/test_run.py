@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines.private import REPOSITORY, Cell, private_cell
+from tests.e2e.engines.private import REPOSITORY, USER, USER_ID, Cell, private_cell
 from tests.e2e.engines.terminal import terminal
 from tests.support.mounts import is_running, wait_until
 from unionfs.engines.images.reference import parse_reference
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 BUSYBOX = "/usr/bin/busybox"
-APPLETS = "sh cat echo env grep hostname id ls mkdir mount pwd rm sleep stty tr true tty unshare"
+APPLETS = "sh cat chown cut echo env grep hostname id ls mkdir mount pwd rm sleep stty touch tr true tty unshare"
 PASSWD = "root:x:0:0::/root:/bin/sh\napp:x:1234:2345::/home/app:/bin/sh\n"
 GROUP = "root:x:0:\napps:x:2345:\nmedia:x:3456:app,root\nother:x:4567:root\n"
 CONFIG = {
@@ -454,3 +454,72 @@ def test_the_next_one_cleans_up_when_the_guard_died_too(cell: Cell, words: list[
     else:
         # Without --force, since it is running no more.
         cell.run("unionfs", "container", "rm", "orphan")
+
+
+# As an ordinary user
+
+
+@pytest.fixture(scope="module")
+def own_layer(cell: Cell) -> str:
+    """A layer in a store of the cell's ordinary user, made as docs/layer-store.md says."""
+    archive = cell.root / "tmp/layer.tar"
+    archive.write_bytes(image_tar())
+    words = ["unshare", "--map-root-user", "--map-auto", "--mount", "unionfs", "layer", "register", str(archive)]
+    return cell.run(*words, user=USER, env=own_store(cell)).stdout.decode().strip()
+
+
+def own_store(cell: Cell) -> dict[str, str]:
+    return {"UNIONFS_ROOT": f"{cell.root}/home/store"}
+
+
+def own_containers(cell: Cell) -> list[str]:
+    found = cell.run("unionfs", "container", "ls", "--json", user=USER, env=own_store(cell)).stdout
+    return [one["name"] for one in json.loads(found)]
+
+
+def test_an_ordinary_user(cell: Cell, own_layer: str) -> None:
+    shared = cell.root / "home/shared"
+    shared.mkdir()
+    os.chown(shared, USER_ID, USER_ID)
+    script = "id -u; id -u app; echo x >/data/file; touch /made; chown app /made; ls -n /made | cut -c1-20; cat; exit 3"
+    words = ["unionfs", "run", "--rm", "-i", "-v", f"{shared}:/data", "--layer", own_layer, "sh", "-c", script]
+    done = cell.run(*words, user=USER, env=own_store(cell), stdin=b"input\n", check=False)
+    assert (done.returncode, done.stderr) == (3, b"")
+    assert done.stdout.startswith(b"0\n1234\n-rw-r--r--")
+    assert done.stdout.endswith(b"input\n")
+    assert (shared / "file").stat().st_uid == USER_ID, "root of the container is the user"
+    assert own_containers(cell) == []
+
+
+@one_runtime
+def test_signals_reach_an_ordinary_users_container(cell: Cell, own_layer: str) -> None:
+    log = cell.root / "tmp/rootless"
+    script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done"
+    daemon = cell.start(
+        "unionfs", "run", "--rm", "--layer", own_layer, "sh", "-c", script, log=log, user=USER, env=own_store(cell)
+    )
+    assert wait_until(lambda: "ready" in log.read_text() or daemon.poll() is not None, 60)
+    assert cell.stop(daemon, signal.SIGTERM) == 9, log.read_text()
+
+
+@one_runtime
+def test_the_death_of_an_ordinary_users_container(cell: Cell, own_layer: str) -> None:
+    log = cell.root / "tmp/rootless-death"
+    script = "echo ready; while :; do sleep 0.1; done"
+    words = ["unionfs", "run", "--rm", "--layer", own_layer, "sh", "-c"]
+    daemon = cell.start(*words, script, log=log, user=USER, env=own_store(cell))
+    assert wait_until(lambda: "ready" in log.read_text() or daemon.poll() is not None, 60)
+    cell.stop(daemon, signal.SIGKILL)
+    cell.assert_quiet()
+    assert len(own_containers(cell)) == 1, "nobody was there to remove it"
+    cell.run(*words, "true", user=USER, env=own_store(cell))
+    assert own_containers(cell) == []
+
+
+@one_runtime
+def test_an_ordinary_user_without_ids(cell: Cell, own_layer: str) -> None:
+    hide = f"mount --bind /dev/null /etc/subuid; exec setpriv --reuid={USER_ID} --regid={USER_ID} --clear-groups -- "
+    hide += f"unionfs run --rm --layer {own_layer} true"
+    done = cell.run("unshare", "--mount", "sh", "-c", hide, env=own_store(cell), check=False)
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"unionfs: user e2e has no id range in /etc/subuid; run: sudo usermod --add-subuids")

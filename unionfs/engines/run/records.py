@@ -53,7 +53,7 @@ class Running(BaseModel):
 
     Attributes:
         pid: whose child it is.
-        boot: of which boot, since process ids mean nothing in the next one.
+        boot: where process ids mean what they meant then; see :func:`boot_id`.
         runtime, path: the runtime's name and program.
     """
 
@@ -168,9 +168,9 @@ class Place:
 
 
 def boot_id() -> str:
-    """What tells this boot of the machine from others."""
+    """What tells this boot of the machine from others, and our PID namespace from others."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _read(path: str, model: type[_Model]) -> _Model | None:

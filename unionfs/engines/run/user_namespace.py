@@ -1,0 +1,95 @@
+"""Lets an ordinary user run containers: the command goes on as root of a user namespace with the user's id ranges.
+
+A PID and a mount namespace come with it. When the command ends, however it does, so does everything in them, servers
+and mounts too: nothing of a container that an ordinary user runs can be left but its files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import getpass
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+
+from unionfs.archive.unpack import in_user_namespace
+from unionfs.engines.run.foreground import supervise
+from unionfs.errors import RunError
+
+_INSIDE = "UNIONFS_IN_USER_NAMESPACE"
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork", "--kill-child")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def is_rootless() -> bool:
+    """Whether we are root of a user namespace only."""
+    return os.geteuid() == 0 and in_user_namespace()
+
+
+def must_enter() -> bool:
+    """Whether we are an ordinary user."""
+    return os.geteuid() != 0
+
+
+def run_inside(argv: Sequence[str]) -> int:
+    """Run a command as root of a new user namespace; returns its exit status. Signals that we get are passed on.
+
+    Args:
+        argv: the command.
+
+    Raises:
+        RunError: this machine does not let the user have a user namespace.
+    """
+    _check()
+    libc = ctypes.CDLL(None)
+    with supervise() as supervisor:
+
+        def begin() -> None:
+            # Killed with us, it kills what is in the namespace.
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            supervisor.restore_signals()
+
+        def told(number: signal.Signals, from_terminal: bool) -> None:
+            # unshare itself does not listen; its one child is the command.
+            if not from_terminal:
+                with suppress(OSError, IndexError), open(f"/proc/{process.pid}/task/{process.pid}/children") as found:
+                    os.kill(int(found.read().split()[0]), number)
+
+        process = subprocess.Popen(
+            [*_UNSHARE, "--mount-proc", *argv],
+            env=os.environ | {_INSIDE: "1"},
+            # Safe: no thread of ours is running.
+            preexec_fn=begin,  # noqa: PLW1509
+        )
+        return supervisor.wait(process, told)
+
+
+def _check() -> None:
+    user = getpass.getuser()
+    if os.environ.get(_INSIDE):
+        raise RunError(f"the user namespace of {user} has no root; run as root: sudo unionfs run")
+    for program, package in (("unshare", "util-linux"), ("newuidmap", "uidmap")):
+        if shutil.which(program) is None:
+            raise RunError(f"the program {program} is missing; install it: apt install {package}")
+    for path in ("/etc/subuid", "/etc/subgid"):
+        if not _has_range(path, user):
+            raise RunError(
+                f"user {user} has no id range in {path}; run: sudo usermod --add-subuids 200000-265535 --add-subgids "
+                f"200000-265535 {user}"
+            )
+    trial = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
+    if trial.returncode != 0:
+        reason = trial.stderr.strip().replace("\n", "; ")
+        raise RunError(f"this machine does not let user {user} make a user namespace ({reason}); run as root")
+
+
+def _has_range(path: str, user: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            owners = {line.split(":")[0] for line in file}
+    except OSError:
+        return False
+    return user in owners or str(os.getuid()) in owners
