@@ -73,13 +73,18 @@ class Authorization:
             raise RegistryError(
                 f"{self._registry} asks who you are; use --username and --password-stdin, or docker login"
             )
-        if self.header:
-            raise self._refused()
         return self._credentials.basic()
 
-    def _refused(self) -> RegistryError:
-        who = f" of {self._credentials.username}" if self._credentials and self._credentials.username else ""
-        return RegistryError(f"{self._registry} refused the login{who}; check the user's name and password")
+    def refused(self) -> RegistryError:
+        """What the user can do about a refusal."""
+        if self._credentials is None:
+            return RegistryError(
+                f"{self._registry} does not let everybody in; use --username and --password-stdin, or docker login"
+            )
+        who = f" of {self._credentials.username}" if self._credentials.username else ""
+        return RegistryError(
+            f"{self._registry} refused the login{who}; check the user's name and password, and what this user may do"
+        )
 
     async def _token(self, challenge: Challenge) -> str:
         realm = challenge.parameters["realm"]
@@ -107,13 +112,7 @@ class Authorization:
                 query["account"] = self._credentials.username
             status, body = await self._ask("GET", realm, headers, query)
         if status in (400, 401, 403):
-            raise (
-                self._refused()
-                if self._credentials
-                else RegistryError(
-                    f"{self._registry} does not let everybody in; use --username and --password-stdin, or docker login"
-                )
-            )
+            raise self.refused()
         try:
             found = json.loads(body) if status == 200 else {}
             token = found.get("token") or found.get("access_token")

@@ -85,9 +85,9 @@ class RegistryClient:
 
         async def put() -> None:
             url = self._connection.url("manifests", reference)
-            async with self._connection.request(
-                "PUT", url, {"Content-Type": media_type}, lambda: _all(contents)
-            ) as response:
+            # With its length: registries and what stands before them refuse a manifest of unknown length.
+            headers = {"Content-Type": media_type, "Content-Length": str(len(contents))}
+            async with self._connection.request("PUT", url, headers, lambda: _all(contents)) as response:
                 if response.status_code not in (200, 201, 202):
                     raise await self._connection.refusal(response)
                 stored = response.headers.get("Docker-Content-Digest", digest)

@@ -172,9 +172,10 @@ class Connection:
 
     async def refusal(self, response: httpx.Response) -> ImageError:
         """What a status that was not expected means for the user."""
+        if response.status_code == 401:
+            return self._authorization.refused()
         reason = _reason(await _start_of(response)) or response.reason_phrase or "no reason given"
         advice = {
-            401: "check the user's name and password",
             403: "check that this user may do that",
             404: "check the name",
             413: "it does not take anything that large",

@@ -12,7 +12,6 @@ from unionfs.engines.images.registry.retry import TryAgainError
 from unionfs.errors import DigestMismatchError, RegistryError
 from unionfs.layers.identity import ALGORITHM, digits_of
 
-_PIECE_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
@@ -81,7 +80,8 @@ class _Part:
                 state.start_again()  # it does not know about parts
             elif response.status_code != 206:
                 raise await self._connection.refusal(response)
-            async for piece in response.aiter_raw(_PIECE_BYTES):
+            # As they come: pieces of one size would be kept back until they are full, and lost with the connection.
+            async for piece in response.aiter_raw():
                 state.write(piece)
         if state.done < state.size:
             raise TryAgainError(f"a blob ended after {state.done} of {state.size} bytes")
