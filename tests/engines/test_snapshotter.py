@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -301,6 +302,38 @@ def test_over_a_renamed_directory_layers_are_unpacked_through_a_mount(sn: Snapsh
     sn.commit("over it", "three")
     assert sn.prepare(UNPACK + "0", "over it")[0].type == "bind"
     assert os.stat(f"{sn.mounts(UNPACK)[0].source}/new/sub").st_mode & 0o777 == 0o700
+
+
+# What labels ask for
+
+
+@pytest.mark.parametrize("parent", ["", "base", "top"])
+def test_a_limit_of_size(sn: Snapshotter, parent: str) -> None:
+    two_layers(sn)
+    (mount,) = sn.prepare("limited", parent, {"containerd.io/snapshot/max-size": str(1 << 20)})
+    with open(f"{mount.source}/big", "wb", buffering=0) as big, pytest.raises(OSError) as caught:
+        for _ in range(100):
+            big.write(b"x" * 65536)
+            os.fsync(big.fileno())
+    assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT)
+    with pytest.raises(SnapshotArgumentError, match="no size"):
+        sn.prepare("other", parent, {"containerd.io/snapshot/max-size": "1G"})
+
+
+def test_shifted_ids(sn: Snapshotter) -> None:
+    source = sn.prepare("active")[0].source
+    file("f", "f\n")(source)
+    os.chown(f"{source}/f", 7, 8)
+    sn.commit("base", "active")
+    shift = {
+        "containerd.io/snapshot/uidmapping": "0:100000:65536",
+        "containerd.io/snapshot/gidmapping": "0:5:1,8:900:9",
+    }
+    for make in (sn.prepare, sn.view):
+        (mount,) = make("key", "base", shift)
+        info = os.stat(f"{mount.source}/f")
+        assert (info.st_uid, info.st_gid) == (100007, 900)
+        sn.remove("key")
 
 
 # Many at once

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from unionfs.drivers.layered import Stack
 from unionfs.engines.snapshotter.contract import Kind, Mount
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
-from unionfs.engines.snapshotter.idmap_labels import IdShift
 from unionfs.engines.snapshotter.store import Chain
+from unionfs.engines.snapshotter.wishes import Wishes
 
 # containerd's snapshots.UnpackKeyFormat, behind the namespace and number that its metadata store puts before a key.
 _UNPACK_KEY = re.compile(r"(?:.*/)?extract-[^/ ]+ [a-z0-9]+:[0-9a-f]+", re.DOTALL)
@@ -47,7 +47,7 @@ def plan_mounts(
     kind: Kind,
     key: str,
     chain: Chain,
-    shift: IdShift,
+    wishes: Wishes,
     *,
     overlay_unpack: bool,
 ) -> Plan:
@@ -59,17 +59,18 @@ def plan_mounts(
         kind: what it is.
         key: its name, which tells what containerd is going to do with it.
         chain: what it stands on.
-        shift: ids that it shows.
+        wishes: what its labels ask for.
         overlay_unpack: whether layers may be unpacked without a mount.
     """
     paths = directories.paths(number)
     parents = tuple(directories.paths(parent).fs for parent in chain.numbers)
+    words = wishes.mount_words()
     if kind is Kind.VIEW:
-        if len(parents) < 2 and not shift:
+        if len(parents) < 2 and not words:
             return Plan((_bind(parents[0] if parents else paths.fs, "ro"),))
         stack = Stack(home=directories.root, target=paths.union, lowers=parents or (directories.empty,))
-        return Plan((_bind(paths.union, "ro"),), stack, shift.mount_words())
-    if not shift:
+        return Plan((_bind(paths.union, "ro"),), stack, words)
+    if not words:
         if not parents:
             return Plan((_bind(paths.fs, "rw"),))
         if overlay_unpack and _UNPACK_KEY.fullmatch(key) and _is_plain(chain, parents[0]):
@@ -82,7 +83,7 @@ def plan_mounts(
         upper=paths.fs,
         work=paths.work,
     )
-    return Plan((_bind(paths.union, "rw"),), stack, shift.mount_words())
+    return Plan((_bind(paths.union, "rw"),), stack, words)
 
 
 def _bind(source: str, mode: str) -> Mount:

@@ -18,10 +18,10 @@ from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.filters import compile_filters
-from unionfs.engines.snapshotter.idmap_labels import IdShift
 from unionfs.engines.snapshotter.planning import Plan, plan_mounts
 from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, check_active
 from unionfs.engines.snapshotter.unions import SnapshotUnions
+from unionfs.engines.snapshotter.wishes import Wishes
 from unionfs.errors import DriverError, SnapshotArgumentError, SnapshotStateError, SnapshotterError
 from unionfs.layers.lock import StoreLock
 
@@ -151,7 +151,7 @@ class UnionSnapshotter:
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         _check_name(key)
         _check_labels(labels)
-        IdShift.of_labels(labels)  # a bad one is told before anything is made
+        Wishes.of_labels(labels, writable=True)  # a bad one is told before anything is made
         with self._names.hold(key), _system_errors(f"prepare snapshot {key}"):
             self._store.check_free(key)
             chain = self._store.chain(parent)
@@ -173,7 +173,7 @@ class UnionSnapshotter:
             info.kind,
             info.name,
             chain,
-            IdShift.of_labels(info.labels),
+            Wishes.of_labels(info.labels, writable=info.kind is Kind.ACTIVE),
             overlay_unpack=self._overlay_unpack,
         )
 
