@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from tests.e2e.engines.command_line import CommandLineEngine
-from tests.e2e.engines.private import REPOSITORY, USER, USER_ID, private_cell
+from tests.e2e.engines.private import REPOSITORY, USER, USER_ID, CommandFailedError, private_cell
 from tests.e2e.engines.scenario import Fault
+from tests.support.mounts import wait_until
 
 Storage = Literal["unionfs", "stock"]
 PROGRAM = REPOSITORY / ".venv/bin/unionfs-mount"
@@ -98,6 +99,16 @@ class Podman(CommandLineEngine):
         merged = self("inspect", "--format", "{{.GraphDriver.Data.UpperDir}}", name).strip()
         return Path(merged).parent
 
+    def remove(self, name: str) -> None:
+        """Remove a container, if there is one.
+
+        On any storage, Podman 4.3 fails now and then to remove a container that it has committed after its end ("shm:
+        device or resource busy"), and does it when told again.
+        """
+        with contextlib.suppress(CommandFailedError):
+            self("rm", "-i", "-f", "-t", "0", name)
+        self("rm", "-i", "-f", "-t", "0", name)
+
     def end(self) -> None:
         """Remove everything, end the process that keeps a user's namespace, and see that nothing is left."""
         self.remove_all()
@@ -107,13 +118,16 @@ class Podman(CommandLineEngine):
 
 
 @contextlib.contextmanager
-def podman(storage: Storage, user: Literal["root", "rootless"], more: str = "") -> Iterator[Podman]:
+def podman(
+    storage: Storage, user: Literal["root", "rootless"], more: str = "", *, supervised: bool = False
+) -> Iterator[Podman]:
     """Podman with nothing in it; what it leaves behind at the end fails the test.
 
     Args:
         storage: ours or its own.
         user: whom it runs as.
         more: further lines for ``[storage.options]``.
+        supervised: with our supervisor running, which keeps a server ready for the next mount.
     """
     with private_cell(etc={"containers.conf": CONTAINERS_CONF, "registries.conf": ""}) as cell:
         if user == "root":
@@ -138,5 +152,15 @@ def podman(storage: Storage, user: Literal["root", "rootless"], more: str = "") 
             build_options=("--network", "none", "--layers", "-q"),
             graph_root=graph_root,
         )
+        if not supervised:
+            yield engine
+            engine.end()
+            return
+        log = cell.root / "tmp/supervisor.log"
+        supervisor = cell.start("unionfs", "serve", "supervisor", log=log, user=engine.user)
+        socket = f"/run/user/{USER_ID}/unionfs/supervisor.sock" if engine.user else "/run/unionfs/supervisor.sock"
+        assert wait_until(lambda: cell.call(lambda: os.path.exists(socket)), 60), log.read_text()
         yield engine
+        engine.remove_all()
+        cell.stop(supervisor)
         engine.end()
