@@ -811,6 +811,22 @@ def test_where_stores_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert default_root() == "/data/unionfs"
 
 
+def test_a_look_with_another_driver_decides_nothing(tmp_path: Path) -> None:
+    for name in ("vfs", "overlay2"):
+        open_store(tmp_path, name).close()
+    with open_store(tmp_path) as store:
+        assert store.driver_name == "overlay2", "of two that hold nothing the better one"
+    with open_store(tmp_path, "vfs") as store:
+        layer = store.register(stream(BASE))
+    with open_store(tmp_path) as store:
+        assert store.driver_name == "vfs"
+        assert layer.chain_id in store.map()
+    with open_store(tmp_path, "overlay2") as store:
+        store.create_rw_layer("c")
+    with pytest.raises(DriverError, match=r"several valid graphdrivers: overlay2, vfs; name one of them \(--driver\)"):
+        open_store(tmp_path)
+
+
 # Many at once
 
 

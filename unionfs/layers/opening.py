@@ -8,14 +8,15 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.unpack import in_user_namespace
-from unionfs.drivers.registry import Registry, default_registry
-from unionfs.errors import LayerStoreError
+from unionfs.drivers.registry import PRIORITY, Registry, default_registry
+from unionfs.errors import DriverError, LayerStoreError
 from unionfs.layers import disk
 from unionfs.layers.file_metadata import FileMetadataStore
+from unionfs.layers.identity import ALGORITHM
 from unionfs.layers.lock import StoreLock
 from unionfs.layers.store import LayerStore
 
@@ -95,12 +96,34 @@ def _records(root: str, driver: str) -> FileMetadataStore:
 
 
 def _used_before(root: str, registry: Registry) -> str:
-    """The driver whose records are there; empty when that does not decide it."""
+    """The driver whose records are there; empty when that does not decide it.
+
+    Records of nothing, as a mere look with another driver leaves them, count only if there are no others.
+
+    Raises:
+        DriverError: several have something.
+    """
     try:
-        found = [name for name in os.listdir(os.path.join(root, "image")) if registry.is_registered(name)]
+        there = os.listdir(os.path.join(root, "image"))
     except OSError:
         return ""
-    return found[0] if len(found) == 1 else ""
+    found = [name for name in PRIORITY if name in there]
+    found += [name for name in sorted(there) if name not in PRIORITY and registry.is_registered(name)]
+    in_use = [name for name in found if _holds_something(_place(root, name))]
+    if len(in_use) > 1:
+        raise DriverError(
+            f"{root} contains several valid graphdrivers: {', '.join(in_use)}; name one of them (--driver)"
+        )
+    return next(iter(in_use or found), "")
+
+
+def _holds_something(layerdb: str) -> bool:
+    """Whether there is a layer or a read-write layer, readable or not."""
+    for part in (ALGORITHM, "mounts"):
+        with suppress(FileNotFoundError), os.scandir(os.path.join(layerdb, part)) as entries:
+            if any(entries):
+                return True
+    return False
 
 
 @contextmanager
