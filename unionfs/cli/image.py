@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -37,6 +38,20 @@ platform_option = click.option(
 )
 
 
+def _with_all_owners(command: _Command) -> _Command:
+    """Let the command of an ordinary user go on as root of a user namespace, where files can have other owners."""
+
+    @functools.wraps(command)
+    def entering(*args: Any, **kwargs: Any) -> Any:
+        if os.geteuid() != 0:
+            from unionfs.engines.run.user_namespace import run_inside
+
+            return run_inside([sys.executable, *sys.orig_argv[1:]])
+        return command(*args, **kwargs)
+
+    return cast(_Command, entering)
+
+
 @click.group()
 def image() -> None:
     """Keep images: get them from archives, directories and registries, and give them back.
@@ -64,6 +79,7 @@ def opened_images(root: str | None, driver: str) -> Iterator[ImageStore]:
 @json_option
 @store_options
 @click.argument("source", metavar="SOURCE")
+@_with_all_owners
 def import_(root: str | None, driver: str, name: str, only: str, platform: str, as_json: bool, source: str) -> None:
     """Store the images of an archive or a directory, and print their ids.
 
@@ -164,6 +180,7 @@ def _access(
 @json_option
 @store_options
 @click.argument("name", metavar="IMAGE")
+@_with_all_owners
 def pull(root: str | None, driver: str, platform: str, as_json: bool, name: str, **access: Any) -> None:
     """Fetch an image from a registry, and print its id.
 
@@ -187,6 +204,7 @@ def pull(root: str | None, driver: str, platform: str, as_json: bool, name: str,
 @store_options
 @click.argument("name", metavar="IMAGE")
 @click.argument("target", metavar="[NAME]", default="")
+@_with_all_owners
 def push(root: str | None, driver: str, compress: str, name: str, target: str, **access: Any) -> None:
     """Give an image to a registry, as NAME if that is given, and print the digest that it has there."""
     from unionfs.engines.images import LayerCompression, parse_reference
@@ -302,6 +320,7 @@ def _show(images: ImageStore, one: Image) -> None:
 @click.option("--force", "-f", is_flag=True, help="Also with several names, or with containers; their layers stay.")
 @store_options
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
+@_with_all_owners
 def rm(root: str | None, driver: str, force: bool, names: Sequence[str]) -> None:
     """Take names away, and with the last one the image and those of its layers that nothing else needs."""
     with opened_images(root, driver) as images:
@@ -339,6 +358,7 @@ def tag(root: str | None, driver: str, name: str, new: str) -> None:
 )
 @store_options
 @click.argument("name", metavar="IMAGE")
+@_with_all_owners
 def export(root: str | None, driver: str, output: str, kind: str, compress: str | None, name: str) -> None:
     """Write an image to an archive or a directory. The same image gives the same bytes each time.
 

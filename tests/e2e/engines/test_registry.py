@@ -24,6 +24,8 @@ import pytest
 from tests.e2e.engines.awkward_image import AwkwardImage, build
 from tests.e2e.engines.docker_engine import docker_engine
 from tests.e2e.engines.podman import podman
+from tests.e2e.engines.private import USER as USER_OF_CELL
+from tests.e2e.engines.private import private_cell
 from tests.e2e.engines.registry import (
     PASSWORD,
     USER,
@@ -229,6 +231,24 @@ def test_engines_load_our_archives(awkward: AwkwardImage, tmp_path: Path, which:
             engine.save("awkward", saved)
             assert unionfs(tmp_path / kind, "image", "import", str(saved)).strip() == awkward.image_id
             engine("rmi", "-f", "awkward")
+
+
+def test_an_ordinary_user() -> None:
+    with private_cell() as cell:
+        image = build(cell.root / "image", many_ids=False)  # no user can have all ids
+        store = {"UNIONFS_ROOT": f"{cell.root}/home/store"}
+
+        def ours(*words: str | Path) -> str:
+            return cell.run("unionfs", "image", *words, user=USER_OF_CELL, env=store).stdout.decode().strip()
+
+        assert ours("import", image.archive) == image.image_id
+        (facts,) = json.loads(ours("ls", "--json"))
+        assert [layer["diff_id"] for layer in facts["layers"]] == list(image.diff_ids)
+        ours("export", "awkward", "-o", cell.root / "home/out.tar")
+        config = json.loads(skopeo("inspect", "--config", f"docker-archive:{cell.root / 'home/out.tar'}"))
+        assert config["rootfs"]["diff_ids"] == list(image.diff_ids)
+        assert image.image_id in ours("rm", "awkward")
+        cell.assert_quiet()
 
 
 def test_blobs_are_taken_from_other_repositories(proxy: FaultyProxy, app: Made, images: ImageStore) -> None:
