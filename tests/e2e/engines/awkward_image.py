@@ -116,6 +116,11 @@ class LayerTar:
         """Hide everything that the layers below have in a directory."""
         return self.file(f"{path}/.wh..wh..opq", mode=0)
 
+    def leave_out(self, *paths: str) -> LayerTar:
+        """Take entries away again."""
+        self._entries = [entry for entry in self._entries if entry[0].name not in paths]
+        return self
+
     def _xattrs(self, values: dict[str, bytes]) -> None:
         info = self._entries[-1][0]
         words = {f"SCHILY.xattr.{name}": value.decode("utf-8", "surrogateescape") for name, value in values.items()}

@@ -57,12 +57,15 @@ LIMITS: tuple[Fault, ...] = (
 )
 
 
-def storage_conf(graph_root: Path, run_root: str, storage: Storage, more: str = "") -> str:
-    """The configuration of containers/storage: ours as docs/podman.md has it, or its own overlay driver."""
+def storage_conf(graph_root: Path, run_root: str, storage: Storage, more: str = "", overlay: str = "") -> str:
+    """The configuration of containers/storage: ours as docs/podman.md has it, or its own overlay driver.
+
+    ``more`` and ``overlay`` are further lines for its sections ``storage.options`` and ``storage.options.overlay``.
+    """
     program = f'mount_program = "{PROGRAM}"\n' if storage == "unionfs" else ""
     return (
         f'[storage]\ndriver = "overlay"\ngraphroot = "{graph_root}"\nrunroot = "{run_root}"\n'
-        f"[storage.options]\n{more}[storage.options.overlay]\n{program}"
+        f"[storage.options]\n{more}[storage.options.overlay]\n{program}{overlay}"
     )
 
 
@@ -119,7 +122,12 @@ class Podman(CommandLineEngine):
 
 @contextlib.contextmanager
 def podman(
-    storage: Storage, user: Literal["root", "rootless"], more: str = "", *, supervised: bool = False
+    storage: Storage,
+    user: Literal["root", "rootless"],
+    more: str = "",
+    overlay: str = "",
+    *,
+    supervised: bool = False,
 ) -> Iterator[Podman]:
     """Podman with nothing in it; what it leaves behind at the end fails the test.
 
@@ -127,18 +135,21 @@ def podman(
         storage: ours or its own.
         user: whom it runs as.
         more: further lines for ``[storage.options]``.
+        overlay: further lines for ``[storage.options.overlay]``.
         supervised: with our supervisor running, which keeps a server ready for the next mount.
     """
     with private_cell(etc={"containers.conf": CONTAINERS_CONF, "registries.conf": ""}) as cell:
         if user == "root":
             graph_root = cell.root / "store"
-            (cell.root / "etc/storage.conf").write_text(storage_conf(graph_root, f"{cell.root}/run", storage, more))
+            (cell.root / "etc/storage.conf").write_text(
+                storage_conf(graph_root, f"{cell.root}/run", storage, more, overlay)
+            )
         else:
             graph_root = cell.root / "home/.local/share/containers/storage"
             home = cell.root / "home/.config/containers"
             home.mkdir(parents=True)
             (home / "storage.conf").write_text(
-                storage_conf(graph_root, f"/run/user/{USER_ID}/containers", storage, more)
+                storage_conf(graph_root, f"/run/user/{USER_ID}/containers", storage, more, overlay)
             )
             for path in (home, home.parent, home / "storage.conf"):
                 os.chown(path, USER_ID, USER_ID)

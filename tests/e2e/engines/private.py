@@ -34,7 +34,7 @@ _GONE_S = 60.0  # a server syncs its upper directory at the end, on a disk that 
 CLONE_NEWNS = 0x20000  # linux/sched.h
 
 # What engines write to outside of the directories that they are told to use.
-_HIDDEN = ("/run", "/dev/shm", "/var/lib/containers", "/var/lib/docker", "/var/lib/containerd")
+_HIDDEN = ("/run", "/dev/shm", "/var/tmp", "/var/lib/containers", "/var/lib/docker", "/var/lib/containerd")
 
 # Process 1. Bash, since it reaps whatever is left to it; it ends, and with it everything in the cell, when the pipe
 # that it reads from is closed, also by the death of the test run.

@@ -13,12 +13,13 @@ from uuid import uuid4
 import pytest
 
 from tests.e2e.engines import awkward_image
-from tests.e2e.engines.awkward_image import EXPECTED, LONG_NAME, TAG
+from tests.e2e.engines.awkward_image import EXPECTED, LONG_NAME, TAG, LayerTar
 from tests.e2e.engines.podman import FAULTS, LIMITS, PROGRAM, Podman, podman, storage_conf
 from tests.e2e.engines.private import USER_ID
 from tests.e2e.engines.scenario import (
     Record,
     Tree,
+    assert_holds,
     assert_linked,
     census,
     differences,
@@ -129,6 +130,40 @@ def test_overlay_volume(engine: Podman) -> None:
     said = engine("run", "--rm", "-v", f"{source}:/v:O", TAG, "sh", "-c", script)
     assert said.split() == [".:", "g", "moved", "moved:", "h", "2", "more", "3"]
     assert snapshot(os.fspath(source)) == before
+
+
+def test_root_file_system_of_a_directory(engine: Podman) -> None:
+    """``--rootfs DIR:O``: a container without an image, its changes thrown away."""
+    root = engine.cell.root / f"tmp/rootfs-{uuid4().hex}"
+    engine.cell.shell("mkdir -p $1/bin $1/d $1/proc $1/dev; cp /bin/busybox $1/bin/sh; echo 1 >$1/d/old", root)
+    if engine.user:
+        engine.cell.shell("chown -R $1:$1 $2", str(USER_ID), root)
+    before = snapshot(os.fspath(root))
+    said = engine(
+        "run", "--rm", "--rootfs", f"{root}:O", "/bin/sh", "-c", "rm -r /d; mkdir /d; echo /d/*; echo $(</bin/sh wc -c)"
+    )
+    assert said.split()[0] == "/d/*"
+    assert int(said.split()[1]) > 100_000
+    assert snapshot(os.fspath(root)) == before
+
+
+def test_owners_kept_in_attributes() -> None:
+    """``force_mask``, for file systems without owners, as NFS: all files on disk are the user's, with one mode."""
+
+    def plain(layers: list[LayerTar]) -> None:
+        # containers/storage cannot unpack a fifo then, and forgets setuid and its like.
+        layers[0].leave_out("kinds/fifo", "kinds/char", "kinds/block")
+
+    with podman("unionfs", "rootless", overlay='force_mask = "0700"\n') as engine:
+        engine.load(awkward_image.build(engine.cell.root / "image", many_ids=False, change=plain).archive)
+        shown = census(engine.run(TAG, "/bin/census"))
+        assert_holds(shown, EXPECTED)
+        assert (shown["modes/owned"]["owner"], shown["modes/owned"]["mode"]) == ("1000:1001", "640")
+        assert shown["new"]["owner"] == "0:0"
+        script = "chown 7:8 data/odd; chmod 4750 data/odd; ls -ln data/odd"
+        assert engine.run(TAG, "sh", "-c", script).split()[:4] == ["-rwsr-x---", "1", "7", "8"]
+        found = engine.cell.shell("find $1 -path '*/diff/*' ! -type l -printf '%U:%G %m\\n' | sort -u", engine.home)
+        assert found == f"{USER_ID}:{USER_ID} 700\n"
 
 
 def test_image_volume(engine: Podman) -> None:
