@@ -383,7 +383,8 @@ def test_apply_diff_that_breaks_off_is_an_error_for_the_driver(
     assert driver.get("other") == "/mounted/other"
 
 
-def test_connections_that_the_engine_closes_are_closed(server: PluginServer, tmp_path: Path) -> None:
+def test_connections_that_the_engine_closes_are_closed(wire: Wire, tmp_path: Path) -> None:
+    assert wire.call("Plugin.Activate", b"")[0] == 200  # the server has all that it needs
     before = _descriptors()
     opened = [Wire(tmp_path) for _ in range(20)]
     for one in opened:

@@ -29,6 +29,7 @@ needs_root()
 
 UNIONFS = os.path.join(os.path.dirname(sys.executable), "unionfs")
 PATIENCE_S = 60
+ENDING = "unionfs docker-plugin: SIGTERM: ending"
 
 
 class Plugin:
@@ -90,7 +91,7 @@ def test_socket_is_roots_alone_and_gone_at_the_end(tmp_path: Path) -> None:
         assert (status, here.path.exists()) == (0, False)
         assert said == [
             f"unionfs docker-plugin: serving driver unionfs on {here.path}",
-            "unionfs docker-plugin: SIGTERM: ending",
+            ENDING,
         ]
 
 
@@ -194,42 +195,37 @@ def upload(path: Path, call: str) -> socket.socket:
     return opened
 
 
-def test_call_that_runs_is_finished_before_the_end(tmp_path: Path) -> None:
-    with running(tmp_path, "--driver", "vfs", "--debug") as here:
-        driver = here.connect(tmp_path / "home")
-        driver.create("x")
+@contextmanager
+def ending_in_a_call(directory: Path) -> Iterator[tuple[Plugin, socket.socket]]:
+    """A plugin that has got SIGTERM in the middle of an upload."""
+    with running(directory, "--driver", "vfs", "--debug") as here:
+        here.connect(directory / "home").create("x")
         opened = upload(here.path, "GraphDriver.ApplyDiff?id=x&parent=")
         log = here.process.stderr
         assert log is not None
         while "ApplyDiff" not in log.readline():
             pass
         here.process.send_signal(signal.SIGTERM)
-        while "SIGTERM: ending when 1" not in log.readline():
+        while "SIGTERM: ending when 1 running" not in log.readline():
             pass
+        with opened:
+            yield here, opened
+
+
+def test_call_that_runs_is_finished_before_the_end(tmp_path: Path) -> None:
+    with ending_in_a_call(tmp_path) as (here, opened):
         assert not here.path.exists()
         assert here.process.poll() is None
         opened.sendall(b"200\r\n" + bytes(512) + b"\r\n0\r\n\r\n")
         with opened.makefile("rb") as reply:
             assert b'{"Size": 0}' in reply.read()
         assert here.process.wait(PATIENCE_S) == 0
-        opened.close()
 
 
 def test_second_signal_does_not_wait(tmp_path: Path) -> None:
-    with running(tmp_path, "--driver", "vfs", "--debug") as here:
-        driver = here.connect(tmp_path / "home")
-        driver.create("x")
-        opened = upload(here.path, "GraphDriver.ApplyDiff?id=x&parent=")
-        log = here.process.stderr
-        assert log is not None
-        while "ApplyDiff" not in log.readline():
-            pass
-        here.process.send_signal(signal.SIGTERM)
-        while "SIGTERM: ending when" not in log.readline():
-            pass
+    with ending_in_a_call(tmp_path) as (here, _):
         here.process.send_signal(signal.SIGTERM)
         assert here.process.wait(PATIENCE_S) == 1
-        opened.close()
 
 
 def test_socket_from_systemd(tmp_path: Path) -> None:
@@ -304,6 +300,32 @@ def test_mounts_outlive_the_plugin(tmp_path: Path, home: Path, kind: str, number
         driver.remove("base")
         assert os.listdir(home) == ["l"]
         assert second.end()[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["unionfs", "overlay2", "vfs"])
+def test_mount_that_is_held_twice_outlives_the_first_put(tmp_path: Path, home: Path, kind: str) -> None:
+    """A plugin that dies in the middle of a ``docker cp`` does not take the container's tree with it."""
+    with running(tmp_path, "--driver", kind) as first:
+        driver = first.connect(home)
+        driver.create("base")
+        for name in ("one", "two"):
+            driver.create_read_write(name, "base")
+        one = driver.get("one")
+        driver.get("one")
+        driver.get("one")
+        driver.put("one")
+        driver.get("two")
+        driver.remove("two")
+        driver.create_read_write("two", "base")
+        first.end(signal.SIGKILL)
+    with running(tmp_path, "--driver", kind) as second:
+        driver.put("one")
+        assert is_mounted(one) or kind == "vfs"
+        write(one, "file", b"1")
+        driver.put("one")
+        assert not is_mounted(one)
+        assert not is_mounted(str(home / "two/merged"))
+        assert second.end() == (0, [f"unionfs docker-plugin: serving driver {kind} on {second.path}", ENDING])
 
 
 def test_layers_can_be_removed_when_everything_was_killed(tmp_path: Path, home: Path) -> None:

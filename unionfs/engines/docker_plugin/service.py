@@ -7,14 +7,16 @@ the mounts that live, once each, which is what an engine expects that has forgot
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from unionfs import __version__
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Driver, InitFunc, capabilities_of
+from unionfs.engines.docker_plugin.held_layers import HeldLayers
 from unionfs.engines.docker_plugin.home_lock import HomeLock
 from unionfs.engines.docker_plugin.messages import (
     CapabilitiesMessage,
@@ -35,7 +37,9 @@ from unionfs.engines.docker_plugin.messages import (
     StatusReply,
 )
 from unionfs.engines.docker_plugin.session_file import SessionFile
-from unionfs.errors import DriverError
+from unionfs.errors import DriverError, UnionfsError
+
+_log = logging.getLogger(__name__)
 
 DONE = Reply()
 
@@ -43,6 +47,7 @@ DONE = Reply()
 class _Session(NamedTuple):
     driver: Driver
     lock: HomeLock
+    held: HeldLayers
 
 
 class GraphDriverService:
@@ -50,7 +55,7 @@ class GraphDriverService:
 
     Args:
         init_driver: makes the driver.
-        session_file: where the engine's ``Init`` is kept for the next process.
+        session_file: where the engine's session is kept for the next process.
         options: ``key=value`` texts for the driver; the engine's own come after these, and the last of equal keys
             counts.
         home: the directory to use instead of the one that the engine names; empty for the engine's.
@@ -83,9 +88,8 @@ class GraphDriverService:
                     f"this plugin serves {former.lock.home} already; give each engine a plugin of its own "
                     "(unionfs serve docker-plugin --name), or restart this one"
                 )
-            self._session = self._opened(request, former)
+            self._session = self._opened(request, former, {})
             self._cleaned_up = False
-            self._file.save(request)
         return DONE
 
     def cleanup(self, _: NothingRequest) -> Reply:
@@ -131,16 +135,23 @@ class GraphDriverService:
 
     def remove(self, request: LayerRequest) -> Reply:
         """See :meth:`ProtoDriver.remove`."""
-        self.driver.remove(request.id)
+        session = self._open_session()
+        session.driver.remove(request.id)
+        session.held.forget(request.id)
         return DONE
 
     def get(self, request: GetRequest) -> Reply:
         """See :meth:`ProtoDriver.get`."""
-        return GetReply(dir=self.driver.get(request.id, request.mount_label))
+        session = self._open_session()
+        path = session.driver.get(request.id, request.mount_label)
+        session.held.add(request.id, 1)
+        return GetReply(dir=path)
 
     def put(self, request: LayerRequest) -> Reply:
         """See :meth:`ProtoDriver.put`."""
-        self.driver.put(request.id)
+        session = self._open_session()
+        session.driver.put(request.id)
+        session.held.add(request.id, -1)
         return DONE
 
     def exists(self, request: LayerRequest) -> Reply:
@@ -177,13 +188,18 @@ class GraphDriverService:
         Raises:
             DriverError: no engine has initialised it, or it cannot be opened any more.
         """
+        return self._open_session().driver
+
+    def _open_session(self) -> _Session:
         with self._lock:
             if self._session is None:
-                request = self._file.load()
-                if request is None:
+                saved = self._file.load()
+                if saved is None:
                     raise DriverError("no engine has called GraphDriver.Init yet; restart the engine")
-                self._session = self._opened(request, None)
-            return self._session.driver
+                self._session = self._opened(saved.init, None, saved.held)
+                for layer_id, count in saved.held.items():
+                    _hold_again(self._session.driver, layer_id, count - 1)
+            return self._session
 
     def _home_of(self, request: InitRequest) -> str:
         home = self._home or request.home
@@ -191,16 +207,26 @@ class GraphDriverService:
             raise DriverError(f"GraphDriver.Init: Home is {home!r}; it has to be an absolute path")
         return os.path.normpath(home)
 
-    def _opened(self, request: InitRequest, former: _Session | None) -> _Session:
+    def _opened(self, request: InitRequest, former: _Session | None, held: Mapping[str, int]) -> _Session:
         home = self._home_of(request)
         mapping = request.id_mapping()
         lock = former.lock if former is not None and former.lock.home == home else HomeLock(home, mapping)
         try:
             driver = self._init_driver(home, [*self._options, *request.opts], mapping)
+            layers = HeldLayers(self._file, request, held)
         except BaseException:
             if former is None or lock is not former.lock:
                 lock.release()
             raise
         if former is not None and lock is not former.lock:
             former.lock.release()
-        return _Session(driver, lock)
+        return _Session(driver, lock, layers)
+
+
+def _hold_again(driver: Driver, layer_id: str, count: int) -> None:
+    """Bring a driver's count of a mount that lives, which it takes for held once, to what the engine goes by."""
+    try:
+        for _ in range(count):
+            driver.get(layer_id)
+    except UnionfsError as error:
+        _log.warning("%s", error)  # its Puts will do nothing
