@@ -66,7 +66,7 @@ def add_images(root: str, layer: bytes) -> None:
     with open_store(root) as store:
         made = store.register(io.BytesIO(layer))
         images = ImageStore(store)
-        for name, config in (("plain", PLAIN), ("app", CONFIG)):
+        for name, config in (("plain", PLAIN), ("busybox", PLAIN), ("app", CONFIG)):
             text = {
                 "os": "linux",
                 "architecture": "amd64",
