@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from bench_parts.stacks import Stack, Stacks
 from bench_parts.syscalls import MNT_DETACH, cpu_ns, umount2, unmount_below
 from quickstart_steps.storage import remove_tree
 
+_KEPT_DIRECTORIES = 24  # those of a whole run, of some 250 MiB each
 _BUSY_S = 5.0
 _SERVER_END_S = 60.0
 # A server that does not answer is killed, so that whoever waits for it gets an error.
@@ -54,6 +55,7 @@ class Rig:
         """When set, requests are counted, and times are not to be trusted."""
         self._directory = directory
         self._numbers = itertools.count()
+        self._kept: deque[str] = deque()
 
     @contextlib.contextmanager
     def directories(self) -> Iterator[Directories]:
@@ -71,14 +73,20 @@ class Rig:
 
     @contextlib.contextmanager
     def empty_directory(self) -> Iterator[str]:
-        """A fresh directory of a short name; removed afterwards with all that is in it and mounted on it."""
+        """A fresh directory of a short name. What is mounted in it is unmounted; the files are removed with the rig's.
+
+        Not at once: an ext4 without a journal does not use an inode again within a minute, and looks for others in
+        vain meanwhile, so whoever comes next would pay for thousands that were just removed.
+        """
         path = os.path.join(self._directory, str(next(self._numbers)))
         os.mkdir(path)
         try:
             yield path
         finally:
             unmount_below(path)
-            remove_tree(path)
+            self._kept.append(path)
+            if len(self._kept) > _KEPT_DIRECTORIES:
+                remove_tree(self._kept.popleft())
 
     @contextlib.contextmanager
     def mounted(self, peer: Peer, stack: Stack, at: Directories, options: Sequence[str] = ()) -> Iterator[Mounted]:
