@@ -233,6 +233,30 @@ def test_engines_load_our_archives(awkward: AwkwardImage, tmp_path: Path, which:
             engine("rmi", "-f", "awkward")
 
 
+def test_dockers_data_root(awkward: AwkwardImage) -> None:
+    with docker_engine(storage_driver="overlay2") as engine:
+        cell = engine.cell
+        where = {"UNIONFS_ROOT": f"{cell.root}/root"}
+        engine.load(awkward.archive)
+        engine("tag", "awkward", "second:v2")
+        engine.stop_all()
+        # With Docker stopped, its images are ours, ...
+        (facts,) = json.loads(cell.run("unionfs", "image", "ls", "--json", "--driver=overlay2", env=where).stdout)
+        assert (facts["id"], facts["names"]) == (awkward.image_id, ["awkward:latest", "second:v2"])
+        assert [layer["diff_id"] for layer in facts["layers"]] == list(awkward.diff_ids)
+        # ... and what we do with them is Docker's when it starts.
+        made = Made([files(a="ours"), files(b="too")])
+        (cell.root / "ours.tar").write_bytes(to_tar(made.old_docker("ours:v1")))
+        cell.run("unionfs", "image", "import", "--driver=overlay2", cell.root / "ours.tar", env=where)
+        cell.run("unionfs", "image", "rm", "--driver=overlay2", "awkward", env=where)
+        engine.start_all()
+        assert sorted(engine("images", "--format", "{{.Repository}}:{{.Tag}}").split()) == ["ours:v1", "second:v2"]
+        (found,) = json.loads(engine("image", "inspect", "ours:v1"))
+        assert (found["Id"], found["RootFS"]["Layers"]) == (made.image_id, made.diff_ids)
+        engine.save("ours:v1", cell.root / "saved.tar")
+        engine("rmi", "ours:v1", "second:v2")
+
+
 def test_an_ordinary_user() -> None:
     with private_cell() as cell:
         image = build(cell.root / "image", many_ids=False)  # no user can have all ids
