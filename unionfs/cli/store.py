@@ -60,9 +60,12 @@ def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool)
 @store_options
 def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool) -> int:
     """Remove what nobody references: what crashes left, and files of no layer."""
+    from unionfs.engines.run.containers import Containers
     from unionfs.layers import collect
 
     with opened(root, driver, recover=False) as store:
+        if not dry_run:
+            Containers(store).sweep()
         found = collect(store, layers=layers, dry_run=dry_run)
         failed = sum(1 for one in found if one.problem)
         if as_json:
