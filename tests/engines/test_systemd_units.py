@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
+import os
 import shlex
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+
+from tests.support.mounts import wait_until
+from unionfs.fuse_ops.supervisor import wire
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted((ROOT / "packaging/systemd").iterdir())
@@ -81,16 +89,55 @@ def test_mounts_outlive_a_service_and_are_seen(unit: Path) -> None:
     assert not NAMESPACES & set(service)
 
 
-@pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.suffix == ".socket"], ids=lambda unit: unit.name)
-def test_sockets_are_where_they_are_looked_for(unit: Path) -> None:
-    sources = [
-        ROOT / "unionfs/cli/serve_docker.py",
-        ROOT / "unionfs/fuse_ops/supervisor/wire.py",
+def socket_of(name: str) -> str:
+    return read(ROOT / "packaging/systemd" / name)["Socket"]["ListenStream"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="these are root's")
+def test_sockets_are_where_they_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(wire.SWITCH, raising=False)
+    assert socket_of("unionfs-supervisor.socket") == wire.socket_paths()[0]
+    told = subprocess.run([OURS, "serve", "docker-plugin", "--help"], capture_output=True, text=True, check=True)
+    assert socket_of("unionfs-docker-plugin.socket").replace("unionfs.sock", "NAME.sock") in told.stdout
+    assert {unit.with_suffix(".service") for unit in UNITS if unit.suffix == ".socket"} <= set(SERVICES)
+
+
+def test_the_first_call_starts_the_docker_plugin(tmp_path: Path) -> None:
+    path = tmp_path / "unionfs.sock"
+    activate = shutil.which("systemd-socket-activate")
+    assert activate is not None, "run scripts/setup --dev"
+    words = shlex.split(read(ROOT / "packaging/systemd/unionfs-docker-plugin.service")["Service"]["ExecStart"])
+    with ended(subprocess.Popen([activate, f"--listen={path}", OURS, *words[1:]])):
+        assert wait_until(path.exists, 30)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=60) as client:
+            assert client.post("http://plugin/Plugin.Activate").json() == {"Implements": ["GraphDriver"]}
+
+
+def test_the_snapshotter_tells_when_it_is_ready(tmp_path: Path) -> None:
+    service = read(ROOT / "packaging/systemd/unionfs-snapshotter.service")["Service"]
+    assert service["Type"] == "notify"
+    words = [
+        word.replace("/var/lib/unionfs/snapshotter", f"{tmp_path}/root").replace("/run/unionfs", str(tmp_path))
+        for word in shlex.split(service["ExecStart"])[1:]
     ]
-    directory, _, name = read(unit)["Socket"]["ListenStream"].rpartition("/")
-    assert any(f'"{directory}"' in source.read_text() for source in sources)
-    assert name in ("unionfs.sock", "supervisor.sock")
-    assert unit.with_suffix(".service") in UNITS
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(60)
+        with ended(subprocess.Popen([OURS, *words], env=os.environ | {"NOTIFY_SOCKET": f"{tmp_path}/notify"})):
+            assert manager.recv(100) == b"READY=1"
+            assert (tmp_path / "snapshotter.sock").is_socket()
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The process is ended after the block, in order."""
+    try:
+        yield
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_engines_start_after_and_stop_before_what_they_use() -> None:
