@@ -13,10 +13,11 @@ from uuid import uuid4
 import pytest
 
 from tests.e2e.engines import awkward_image
-from tests.e2e.engines.awkward_image import EXPECTED, LONG_NAME, TAG, LayerTar
+from tests.e2e.engines.awkward_image import EXPECTED, LONG_NAME, NOT_UTF8, TAG, LayerTar
 from tests.e2e.engines.podman import FAULTS, LIMITS, PROGRAM, Podman, podman, storage_conf
 from tests.e2e.engines.private import USER_ID
 from tests.e2e.engines.scenario import (
+    EXPECTED_DIFF,
     Record,
     Tree,
     assert_holds,
@@ -60,9 +61,11 @@ def test_scenario(user: User) -> None:
         image = awkward_image.build(engine.cell.root / "image", many_ids=user == "root")
         theirs = play(engine, image)
     assert_linked(ours.trees["changed"], [{"links/a", "links/far/c"}])
-    names = {name for tree in ours.trees.values() for entry in tree.values() for name in entry}
-    assert "user.binary" in names
-    assert not [name for name in names if ".overlay." in name or "containers" in name]
+    names = {f"A names/{LONG_NAME[:200]}", f"A names/{'w' * 255}", f"D names/{NOT_UTF8}"}
+    assert set(ours.lists["diff"]) == EXPECTED_DIFF | names | {"C links/far", "C links/far/c"}
+    known = {name for tree in ours.trees.values() for entry in tree.values() for name in entry}
+    assert "user.binary" in known
+    assert not [name for name in known if ".overlay." in name or "containers" in name]
     assert differences(ours, without_overlay_xattrs(theirs), [*FAULTS, *LIMITS]) == []
 
 
