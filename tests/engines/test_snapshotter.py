@@ -20,7 +20,7 @@ import pytest
 
 from tests.engines.snapshotter_client import SnapshotterClient
 from tests.engines.snapshotter_rig import file, mounted, mounts_below, remove_all, snapshotter_at, tree
-from tests.layers.dying import run_and_kill
+from tests.layers.dying import run_and_kill, run_and_watch
 from tests.support.mounts import mounted_image, servers_of, take_down, wait_until
 from tests.support.sandbox import needs_root
 from unionfs.engines.snapshotter import Info, Kind, Snapshotter, UnionSnapshotter
@@ -396,16 +396,52 @@ def test_a_list_comes_in_pieces(tmp_path: Path) -> None:
 # Crashes and full disks
 
 
-def live(root: str) -> None:
-    """What is killed at each of its steps: everything that changes a store."""
+def live(root: str, confirmed: Callable[[str], None] = lambda name: None) -> None:
+    """What is ended at each of its steps: everything that changes a store. ``confirmed`` is told what is promised."""
     sn = UnionSnapshotter(root)
     remove_all(sn)
-    two_layers(sn)
+    file("base", "base\n")(sn.prepare("base-active")[0].source)
+    sn.commit("base", "base-active")
+    confirmed("base")
+    file("top", "top\n")(sn.prepare("top-active", "base")[0].source)
+    sn.commit("top", "top-active")
+    confirmed("top")
     sn.prepare("container", "top")
+    confirmed("container")
     sn.update("top", {"a": "b"})
+    confirmed("label")
+    confirmed("removing")
     sn.remove("container")
+    confirmed("removed")
     sn.cleanup()
     sn.close()
+
+
+def look(root: str, why: str) -> list[Info]:
+    """Open a store after its death: it has complete snapshots, and nothing else is on disk. Returns what is there."""
+    sn = UnionSnapshotter(root)
+    infos = sn.walk()
+    numbers = {str(sn._store.get(info.name).number) for info in infos}
+    assert {*os.listdir(f"{root}/snapshots")} == numbers, why
+    names = {info.name for info in infos}
+    assert all(info.parent in names or not info.parent for info in infos), why
+    for info in infos:
+        if info.kind is Kind.COMMITTED:
+            (mount,) = sn.view("look", info.name)
+            wanted = {"base": ["base"], "top": ["base", "top"]}[info.name]
+            found = {name: Path(mount.source, name).read_text() for name in os.listdir(mount.source)}
+            assert found == {name: f"{name}\n" for name in wanted}, why
+            sn.remove("look")
+        else:
+            assert os.path.isdir(sn.mounts(info.name)[0].source), why
+    sn.close()
+    return infos
+
+
+def unmount_all(directory: Path) -> None:
+    """What the end of a machine does to its mounts."""
+    for point in mounts_below(directory):
+        take_down(point, servers_of(point))
 
 
 def test_killed_at_any_step(tmp_path: Path) -> None:
@@ -420,27 +456,62 @@ def test_killed_at_any_step(tmp_path: Path) -> None:
 
         killed, call = run_and_kill(operation, root, at)
         calls.add(call)
-        for point in mounts_below(tmp_path):
-            take_down(point, servers_of(point))
-        sn = UnionSnapshotter(root)
-        infos = sn.walk()
-        assert sorted(os.listdir(f"{root}/snapshots")) == sorted(map(str, sn._store.numbers())), call
-        names = {info.name for info in infos}
-        assert all(info.parent in names or not info.parent for info in infos)
-        for info in infos:
-            if info.kind is Kind.COMMITTED:
-                wanted = {"base": ["base"], "top": ["base", "top"]}[info.name]
-                assert sorted(os.listdir(sn.view("look", info.name)[0].source)) == wanted, call
-                sn.remove("look")
-            else:
-                assert os.path.isdir(sn.mounts(info.name)[0].source)
-        sn.close()
-        at += 7 if killed else 0
+        unmount_all(tmp_path)
+        look(root, f"killed before change {at}, {call}")
+        at += 7
     assert {"mkdir", "pwrite64"} <= calls, calls
     sn = UnionSnapshotter(root)
     remove_all(sn)
     sn.close()
     assert mounts_below(tmp_path) == []
+
+
+def test_power_is_cut_at_any_moment(tmp_path: Path) -> None:
+    """What was confirmed is there, whatever the disk had of it."""
+    disk, image, progress = tmp_path / "disk", tmp_path / "image", tmp_path / "progress"
+    # The disk, what was confirmed before it was looked at, and after: other threads go on meanwhile.
+    states: list[tuple[Path, set[str], set[str]]] = []
+
+    def operation(begin: Callable[[], None]) -> None:
+        begin()
+        with open(progress, "w", buffering=1) as out:
+            live(f"{disk}/root", lambda name: print(name, file=out))
+
+    def confirmed() -> set[str]:
+        return {*progress.read_text().split()} if progress.exists() else set()
+
+    def watch(_: int, call: str) -> bool:
+        # As the disk is now: what was not synced is in the kernel's memory only.
+        state, before = tmp_path / f"state{len(states)}", confirmed()
+        subprocess.run(["cp", "--sparse=always", image, state], check=True)
+        after = confirmed()
+        if states and subprocess.run(["cmp", "--quiet", state, states[-1][0]], check=False).returncode == 0:
+            state.unlink()
+            states[-1] = states[-1][0], before, after  # what the same disk has to show for later on
+        else:
+            states.append((state, before, after))
+        return False
+
+    with mounted_image(str(image), str(disk), size_bytes=48 << 20):
+        run_and_watch(operation, str(disk), watch)
+        unmount_all(disk)
+    assert len(states) > 5
+    shown = set()
+    for state, before, after in states:
+        subprocess.run(["mount", "-o", "loop", state, disk], check=True)
+        try:
+            infos = look(f"{disk}/root", f"confirmed: {before}") if (disk / "root").exists() else []
+            found = {info.name for info in infos} | {"label" for info in infos if info.labels}
+            promised = before & {"base", "top", "label"} | (
+                {"container"} & before if "removing" not in after else set()
+            )
+            assert promised <= found, f"confirmed and lost: {promised - found}"
+            assert not ("removed" in before and "container" in found)
+            shown |= found
+        finally:
+            unmount_all(tmp_path)  # the disk too
+        state.unlink()
+    assert {"base", "top", "container", "label"} <= shown
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
