@@ -390,7 +390,7 @@ def test_other_user_is_refused(layers: Sandbox, supervisor: Supervisor) -> None:
     os.chmod(supervisor.path, 0o666)  # were it not for this, he could not even connect
     os.chown(layers.target, NOBODY, NOBODY)
     words = ["-o", f"lowerdir={layers.lowers[0]}", layers.target]
-    request = wire.Request(["unionfs-mount", *words], len(words), {}, client._namespaces())
+    request = wire.Request(["unionfs-mount", *words], len(words), {}, wire.own_namespaces())
     assert as_user(NOBODY, lambda: _converse(supervisor.path, request)) in (wire.DECLINED, b"")
     assert mounted_under(layers.root) == []
     with mounted(layers) as pid:
@@ -416,7 +416,7 @@ def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO) -> byt
 def test_caller_who_is_gone_leaves_no_mount(layers: Sandbox, supervisor: Supervisor, last: bytes) -> None:
     (waiting,) = supervisor.copies()
     words = ["-o", layer_options(layers), layers.target]
-    request = wire.Request(["unionfs-mount", *words], len(words), dict(os.environ), client._namespaces())
+    request = wire.Request(["unionfs-mount", *words], len(words), dict(os.environ), wire.own_namespaces())
     assert in_child(lambda: _converse(supervisor.path, request, last=last)) == wire.TAKEN
     assert wait_until(lambda: waiting not in supervisor.copies(), END_S)
     assert not is_mounted(layers.target)

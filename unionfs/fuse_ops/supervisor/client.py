@@ -46,7 +46,7 @@ def mount(words: Sequence[str], argv: Sequence[str], stdio: tuple[int, int, int]
         return None
     try:
         try:
-            _ask(connection, wire.Request(argv, len(words), os.environ, _namespaces()), stdio)
+            _ask(connection, wire.Request(argv, len(words), os.environ, wire.own_namespaces()), stdio)
         except OSError:
             return None  # nothing has been done: it waits for our GO
         connection.settimeout(None)
@@ -93,11 +93,6 @@ def _connect() -> _socket.socket | None:
             pass
         connection.close()
     return None
-
-
-def _namespaces() -> tuple[int, int]:
-    """Those of this thread, which the supervisor cannot see: it looks at the process."""
-    return os.stat("/proc/thread-self/ns/mnt").st_ino, os.stat("/proc/thread-self/ns/user").st_ino
 
 
 def _ask(connection: _socket.socket, request: wire.Request, stdio: Sequence[int]) -> None:
