@@ -21,6 +21,7 @@ from tests.engines.image_archives import Made, sha256, to_directory, to_json, to
 from tests.layers.archives import files
 from unionfs.cli.main import main
 from unionfs.engines.images import (
+    ExportOptions,
     Format,
     ImageStore,
     LayerCompression,
@@ -145,7 +146,7 @@ def test_an_image_without_layers(images: ImageStore, tmp_path: Path) -> None:
     made = Made([])
     (image,) = import_images(images, archive_of(to_tar(made.old_docker())))
     assert images.is_complete(image)
-    export_to(images, image, str(tmp_path / "out.tar"), Format.DOCKER)
+    export_to(images, image, str(tmp_path / "out.tar"), ExportOptions())
     images.remove(image.image_id)
     assert import_images(images, tmp_path / "out.tar")[0].image_id == made.image_id
 
@@ -411,7 +412,7 @@ def test_an_export_comes_back(images: ImageStore, tmp_path: Path, kind: Format, 
     made = Made([one, files(b="two"), one], {"variant": "v2", "created": "2024-01-01T00:00:00Z"})
     (image,) = import_images(images, archive_of(to_tar(made.old_docker())))
     out = tmp_path / "out"
-    export_to(images, image, str(out), kind, names=[parse_reference("app:v1")], compression=compression)
+    export_to(images, image, str(out), ExportOptions(kind, [parse_reference("app:v1")], compression))
     images.remove("app:v1")
     assert nothing_is_left(images)
     (again,) = import_images(images, out)
@@ -422,9 +423,9 @@ def test_an_export_is_the_same_each_time(images: ImageStore, tmp_path: Path) -> 
     (image,) = import_images(images, archive_of(to_tar(Made().old_docker())))
     for kind in (Format.DOCKER, Format.OCI_TAR):
         path = tmp_path / "out.tar"
-        export_to(images, image, str(path), kind)
+        export_to(images, image, str(path), ExportOptions(kind))
         stream = io.BytesIO()
-        export_stream(images, image, stream, kind)
+        export_stream(images, image, stream, ExportOptions(kind))
         assert stream.getvalue() == path.read_bytes()
         with tarfile.open(path) as tar:
             assert {(info.mtime, info.uid, info.gid, info.uname) for info in tar} == {(0, 0, 0, "")}
@@ -435,7 +436,7 @@ def test_an_export_appears_when_it_is_complete(images: ImageStore, tmp_path: Pat
     (Path(_tree_of(images, image.chain_id)) / "a").write_text("bad")
     for kind in Format:
         with pytest.raises(UnionfsError):
-            export_to(images, image, str(tmp_path / "out"), kind)
+            export_to(images, image, str(tmp_path / "out"), ExportOptions(kind))
         assert not (tmp_path / "out").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
@@ -452,9 +453,9 @@ def test_an_export_replaces_nothing_but_a_file(images: ImageStore, tmp_path: Pat
     (tmp_path / "dir/file").write_text("mine")
     for kind in Format:
         with pytest.raises(ImageError, match=r"is there already|is a directory"):
-            export_to(images, image, str(tmp_path / "dir"), kind)
+            export_to(images, image, str(tmp_path / "dir"), ExportOptions(kind))
     (tmp_path / "file").write_text("old")
-    export_to(images, image, str(tmp_path / "file"), Format.DOCKER)
+    export_to(images, image, str(tmp_path / "file"), ExportOptions())
     assert tarfile.is_tarfile(tmp_path / "file")
     (tmp_path / "plain").touch()
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -364,7 +364,7 @@ def export(root: str | None, driver: str, output: str, kind: str, compress: str 
 
     A docker-archive is for docker load, podman load and skopeo; oci-tar and oci-dir are OCI layouts.
     """
-    from unionfs.engines.images import Format, LayerCompression, export_stream, export_to
+    from unionfs.engines.images import ExportOptions, Format, LayerCompression, export_stream, export_to
 
     form = Format(kind)
     compression = LayerCompression(compress) if compress else None
@@ -375,8 +375,8 @@ def export(root: str | None, driver: str, output: str, kind: str, compress: str 
             raise ImageError("an archive is nothing for a terminal; name a file with --output, or redirect")
     with opened_images(root, driver) as images, layer_bars() as report:
         one = images.get(name)
-        names = images.meant(name, one)
+        options = ExportOptions(form, images.meant(name, one), compression)
         if output == "-":
-            export_stream(images, one, sys.stdout.buffer, form, names=names, compression=compression, report=report)
+            export_stream(images, one, sys.stdout.buffer, options, report)
         else:
-            export_to(images, one, output, form, names=names, compression=compression, report=report)
+            export_to(images, one, output, options, report)

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from unionfs.engines.images.compress import LayerCompression, compressed
@@ -33,15 +34,23 @@ class Format(enum.Enum):
     OCI_DIRECTORY = "oci-dir"
 
 
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What an image is written as.
+
+    Attributes:
+        kind: the format.
+        names: what the image is called there.
+        compression: of its layers; None: what is usual, ``none`` for Docker, ``gzip`` for OCI.
+    """
+
+    kind: Format = Format.DOCKER
+    names: Sequence[Reference] = ()
+    compression: LayerCompression | None = None
+
+
 def export_image(
-    images: ImageStore,
-    image: Image,
-    output: Output,
-    kind: Format,
-    *,
-    names: Sequence[Reference] = (),
-    compression: LayerCompression | None = None,
-    report: Report = no_report,
+    images: ImageStore, image: Image, output: Output, options: ExportOptions, report: Report = no_report
 ) -> None:
     """Write an image.
 
@@ -49,16 +58,15 @@ def export_image(
         images: where it is.
         image: what to write.
         output: where to.
-        kind: see :class:`Format`.
-        names: what it is called there.
-        compression: of its layers; None: what is usual, ``none`` for Docker, ``gzip`` for OCI.
+        options: what as.
         report: see :class:`unionfs.engines.images.install.Report`.
 
     Raises:
         ImageError: layers of it are missing.
         LayerDamagedError: a layer is not what it was.
     """
-    how = compression or (LayerCompression.NONE if kind is Format.DOCKER else LayerCompression.GZIP)
+    kind, names = options.kind, options.names
+    how = options.compression or (LayerCompression.NONE if kind is Format.DOCKER else LayerCompression.GZIP)
     written: dict[str, tuple[str, int]] = {}
     for layer in images.layers_of(image):
         diff_id = layer.diff_id
@@ -121,35 +129,25 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def export_to(
-    images: ImageStore,
-    image: Image,
-    path: str,
-    kind: Format,
-    *,
-    names: Sequence[Reference] = (),
-    compression: LayerCompression | None = None,
-    report: Report = no_report,
-) -> None:
+def export_to(images: ImageStore, image: Image, path: str, options: ExportOptions, report: Report = no_report) -> None:
     """Write an image to a file or a directory, which appears when it is complete.
 
     Args:
         path: a file is replaced; a directory must not be there yet, or be empty.
-        images, image, kind, names, compression, report: see :func:`export_image`.
+        images, image, options, report: see :func:`export_image`.
 
     Raises:
         ImageError: the directory is there and not empty; and as :func:`export_image`.
     """
     path = os.path.abspath(path)
-    if kind is Format.OCI_DIRECTORY:
+    directory, name = os.path.split(path)
+    if options.kind is Format.OCI_DIRECTORY:
         if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
             raise ImageError(f"{path}: is there already; remove it, or name another directory")
-        begun = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
+        begun = tempfile.mkdtemp(prefix=f".{name}.", dir=directory)
         try:
             _apply_umask(begun, 0o777)
-            export_image(
-                images, image, DirectoryOutput(begun), kind, names=names, compression=compression, report=report
-            )
+            export_image(images, image, DirectoryOutput(begun), options, report)
             os.rename(begun, path)
         except BaseException:
             shutil.rmtree(begun, ignore_errors=True)
@@ -159,14 +157,12 @@ def export_to(
         raise ImageError(f"{path}: is a directory; name a file, or use --format oci-dir")
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe, or /dev/stdout
         with open(path, "wb") as file:
-            export_stream(images, image, file, kind, names=names, compression=compression, report=report)
+            export_stream(images, image, file, options, report)
         return
-    fd, begun = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
+    fd, begun = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
     try:
         with os.fdopen(fd, "w+b") as file:
-            export_stream(
-                images, image, file, kind, names=names, compression=compression, report=report, rewritable=True
-            )
+            export_stream(images, image, file, options, report, rewritable=True)
         _apply_umask(begun, 0o666)
         os.replace(begun, path)
     except BaseException:
@@ -178,11 +174,9 @@ def export_stream(
     images: ImageStore,
     image: Image,
     file: BinaryIO,
-    kind: Format,
-    *,
-    names: Sequence[Reference] = (),
-    compression: LayerCompression | None = None,
+    options: ExportOptions,
     report: Report = no_report,
+    *,
     rewritable: bool = False,
 ) -> None:
     """Write an image as an archive.
@@ -190,10 +184,10 @@ def export_stream(
     Args:
         file: a file or a pipe.
         rewritable: see :class:`unionfs.engines.images.layout_output.TarOutput`.
-        images, image, kind, names, compression, report: see :func:`export_image`.
+        images, image, options, report: see :func:`export_image`.
     """
     output = TarOutput(file, images.spool, rewritable=rewritable)
-    export_image(images, image, output, kind, names=names, compression=compression, report=report)
+    export_image(images, image, output, options, report)
     output.finish()
 
 

@@ -209,13 +209,11 @@ def install(
         return installation.commit(found.names if names is None else names)
 
 
-class _Watched:
-    """A stream that tells how far it is, and fails when it is to stop."""
+class _Through:
+    """A stream that is read through, to its own end."""
 
-    def __init__(self, stream: Seekable, stopped: threading.Event, progress: Callable[[int], None]) -> None:
+    def __init__(self, stream: Seekable) -> None:
         self._stream = stream
-        self._stopped = stopped
-        self._progress = progress
 
     def seekable(self) -> bool:
         return True
@@ -225,6 +223,15 @@ class _Watched:
 
     def tell(self) -> int:
         return self._stream.tell()
+
+
+class _Watched(_Through):
+    """A stream that tells how far it is, and fails when it is to stop."""
+
+    def __init__(self, stream: Seekable, stopped: threading.Event, progress: Callable[[int], None]) -> None:
+        super().__init__(stream)
+        self._stopped = stopped
+        self._progress = progress
 
     def read(self, size: int, /) -> bytes:
         if self._stopped.is_set():
@@ -234,23 +241,14 @@ class _Watched:
         return piece
 
 
-class _Digesting:
-    """A seekable stream that checks the digest of all its bytes, each counted the first time it is read."""
+class _Digesting(_Through):
+    """A stream that checks the digest of all its bytes, each counted the first time it is read."""
 
-    def __init__(self, stream: BinaryIO, blob: LayerBlob) -> None:
-        self._stream = stream
+    def __init__(self, stream: Seekable, blob: LayerBlob) -> None:
+        super().__init__(stream)
         self._blob = blob
         self._digest = hashlib.sha256()
         self._seen = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, /) -> int:
-        return self._stream.seek(offset)
-
-    def tell(self) -> int:
-        return self._stream.tell()
 
     def read(self, size: int, /) -> bytes:
         at = self._stream.tell()
