@@ -36,6 +36,7 @@ from tests.e2e.engines.registry import (
     faulty_proxy,
     running_registry,
 )
+from tests.e2e.engines.terminal import terminal
 from tests.engines.image_archives import Made, sha256, to_json, to_tar
 from tests.layers.archives import archive, files, member
 from unionfs.archive.compression import open_archive
@@ -736,7 +737,29 @@ def test_tls(tmp_path: Path, images: ImageStore) -> None:
         fetch(images, f"{registry.address}/app:v1", plain_http=False, cert_dir=str(certificates))
 
 
-# The end
+# People
+
+
+def test_a_terminal_shows_bars(proxy: FaultyProxy, app: Made, tmp_path: Path) -> None:
+    shown = threading.Event()
+
+    def half(request: Seen, answer: Answer) -> Answer:
+        if len(answer.body) > 5000 and not shown.is_set():
+            answer.cut_after = 200_000
+        return answer
+
+    def wait(request: Seen) -> None:
+        if "Range" in request.headers:
+            shown.wait(60)
+
+    proxy.fault, proxy.before = half, wait
+    command = [str(UNIONFS), "image", "pull", f"{proxy.address}/app:v1", f"--root={tmp_path / 'root'}"]
+    with terminal(command) as screen:
+        screen.wait_for(f"{app.diff_ids[0][7:19]} downloading")
+        screen.wait_for(" KiB of 391 KiB")
+        shown.set()
+        screen.wait_for(app.image_id)
+        assert screen.wait() == 0
 
 
 @pytest.mark.parametrize("when", ["downloading", "unpacking"])
