@@ -423,8 +423,8 @@ def test_rename(sn: Snapshotter, work: Path) -> None:
 
 
 def test_128_layers_mount(sn: Snapshotter, work: Path, request: pytest.FixtureRequest) -> None:
-    """On the object as containers write; through gRPC as layers are unpacked, by a client that mounts the overlay."""
-    unpacking = "socket" in request.node.name
+    """Layers as a client unpacks them that mounts the overlay; on the object every fourth as a container writes."""
+    stride = 4 if "object" in request.node.name else 128  # a server takes a while to start
     flat = work / "flat"
     flat.mkdir()
     changes = [
@@ -448,9 +448,10 @@ def test_128_layers_mount(sn: Snapshotter, work: Path, request: pytest.FixtureRe
     ]
     parent = ""
     for number, change in enumerate(changes):
+        unpacking = number % stride != 0
         key = f"ns/{number}/extract-{number} sha256:{number:064x}" if unpacking else f"layer {number}"
         mounts = sn.prepare(key, parent, ROOTED)
-        assert mounts[0].type == ("overlay" if unpacking and parent else "bind")
+        assert mounts[0].type == ("overlay" if unpacking else "bind")
         with mounted(mounts, work / "mnt") as here:
             if number % 16 == 0:
                 assert_trees_agree(here, flat)
