@@ -94,6 +94,9 @@ def test_guide_without_systemd() -> None:
             load(cell)
             assert_used(cell)
             cell.shell("docker rmi busybox $1", TAG)
+        assert cell.shell("ls -A /run/docker/plugins /var/lib/docker/unionfs/l") == (
+            "/run/docker/plugins:\n\n/var/lib/docker/unionfs/l:\n"
+        )
 
 
 def test_units() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engines.awkward_image import EXPECTED, TAG, AwkwardImage, build
-from tests.e2e.engines.docker_engine import DockerEngine, docker_engine
+from tests.e2e.engines.docker_engine import docker_engine
 from tests.e2e.engines.private import SUB_IDS, USER, CommandFailedError
 from tests.e2e.engines.scenario import (
     BUILT_FROM_IMAGE,
@@ -111,8 +111,11 @@ def test_everything_dies(image: AwkwardImage) -> None:
         engine.start(TAG, "one")
         engine.start(TAG, "two")
         engine.execute("one", "/bin/sh", "-c", "echo kept >/kept; sync /kept")
+        home = f"{engine.home}/"
+        servers = [line.split()[0] for line in engine.cell.processes() if "unionfs" in line and home in line]
+        assert len(servers) >= 2
         engine.stop_plugin(signal.SIGKILL)
-        _kill_file_systems(engine)
+        engine.cell.shell('kill -9 "$@"', *servers)
         engine.kill_engine()
         engine.start_plugin()
         engine.start_engine()
@@ -122,10 +125,3 @@ def test_everything_dies(image: AwkwardImage) -> None:
         assert engine.execute("one", "/bin/cat", "/kept") == "kept\n"
         engine.remove_all()
         assert engine.leftovers() == []
-
-
-def _kill_file_systems(engine: DockerEngine) -> None:
-    """End every server of a union in the cell at once."""
-    found = [line for line in engine.cell.processes() if "unionfs" in line and f"{engine.home}/" in line]
-    assert len(found) >= 2, found
-    engine.cell.shell('kill -9 "$@"', *(line.split()[0] for line in found))
