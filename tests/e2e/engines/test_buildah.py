@@ -148,3 +148,13 @@ def test_from_scratch(buildah: Buildah) -> None:
     """)
     assert said == "made\n"
     assert buildah.podman.run("localhost/by-hand") == "again\n"
+
+
+def test_another_program_of_the_same_library(buildah: Buildah) -> None:
+    """Skopeo puts an image into the store, and takes it out again, as CRI-O does when it pulls."""
+    buildah(f"""
+        skopeo copy -q docker-archive:{buildah.image.archive} containers-storage:localhost/copied:latest
+        skopeo copy -q containers-storage:localhost/copied:latest docker-archive:copied.tar:copied:latest
+    """)
+    assert tuple(digest for digest, _ in saved_layers(buildah.work / "copied.tar")) == buildah.image.diff_ids
+    assert_holds(census(buildah.podman.run("localhost/copied", "/bin/census")), EXPECTED)
