@@ -387,6 +387,7 @@ def test_what_a_container_may_do(cell: Cell) -> None:
 # Side by side, and after a crash
 
 
+@one_runtime
 def test_twenty_at_once(cell: Cell) -> None:
     found: list[subprocess.CompletedProcess[bytes]] = []
 
