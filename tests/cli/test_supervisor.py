@@ -421,6 +421,9 @@ def test_caller_who_is_gone_leaves_no_mount(layers: Sandbox, supervisor: Supervi
     assert wait_until(lambda: waiting not in supervisor.copies(), END_S)
     assert not is_mounted(layers.target)
     assert servers_of(layers.target) == ()
+    if last != wire.GO:
+        assert layers.work is not None
+        assert os.listdir(layers.work) == [], "it did something without being told to go on"
 
 
 def test_nonsense_harms_nobody(layers: Sandbox, supervisor: Supervisor) -> None:
