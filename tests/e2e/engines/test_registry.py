@@ -762,8 +762,11 @@ def test_a_terminal_shows_bars(proxy: FaultyProxy, app: Made, tmp_path: Path) ->
         assert screen.wait() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["downloading", "unpacking"])
-def test_an_interrupt_leaves_nothing(proxy: FaultyProxy, app: Made, tmp_path: Path, when: str) -> None:
+def test_an_interrupt_leaves_nothing(
+    proxy: FaultyProxy, app: Made, tmp_path: Path, when: str, number: signal.Signals
+) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
     def stall(request: Seen) -> None:
@@ -778,8 +781,8 @@ def test_an_interrupt_leaves_nothing(proxy: FaultyProxy, app: Made, tmp_path: Pa
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert reached.wait(60)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 130
+            process.send_signal(number)
+            assert process.wait(60) == 128 + number
         finally:
             go_on.set()
             process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -45,6 +47,7 @@ def run(work: Callable[[], Awaitable[_Result]]) -> _Result:
 
     Raises:
         KeyboardInterrupt: the user ended it, and everything is undone.
+        SystemExit: likewise, with SIGTERM or SIGHUP; the status is a shell's, 128 and the signal's number.
     """
     results: list[_Result] = []
 
@@ -54,7 +57,10 @@ def run(work: Callable[[], Awaitable[_Result]]) -> _Result:
 
             async def one() -> None:
                 results.append(await work())
+                nursery.cancel_scope.cancel()
 
+            if threading.current_thread() is threading.main_thread():  # only that one gets signals
+                nursery.start_soon(_end_on_signals)
             nursery.start_soon(one)
 
     try:
@@ -62,6 +68,12 @@ def run(work: Callable[[], Awaitable[_Result]]) -> _Result:
     except BaseExceptionGroup as group:
         raise _most_telling(group) from None
     return results[0]
+
+
+async def _end_on_signals() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as numbers:
+        async for number in numbers:
+            raise SystemExit(128 + number)
 
 
 def _most_telling(error: BaseException) -> BaseException:
