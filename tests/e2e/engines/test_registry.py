@@ -52,7 +52,7 @@ from unionfs.errors import (
 )
 from unionfs.layers import collect, open_store
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 UNIONFS = REPOSITORY / ".venv/bin/unionfs"
