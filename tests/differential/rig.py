@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from tests.differential.layers import build_lowers
 from tests.differential.operations import Answer, Check, Op, OpenSetXattr, Remount, RemoveXattr, SetXattr, Side
-from tests.support.mounts import is_ours, mounted_overlay, mounted_union
+from tests.support.mounts import is_ours, mounted_overlay, mounted_union, wait_until
 from tests.support.sandbox import new_root
 from tests.support.snapshot import Snapshot, TreeFaultError, checksum_layer, differences, snapshot
+from tests.support.usage import is_counted, taken_bytes, used_bytes
 
 
 class MismatchError(AssertionError):
@@ -54,6 +55,8 @@ class Setting:
     """Further options for both."""
     transport: str = ""
     """How our server talks to the kernel; empty for its own choice."""
+    limited: bool = False
+    """Ours counts what its upper directory holds, against a limit that is never reached."""
 
     @property
     def kernel_options(self) -> tuple[str, ...]:
@@ -64,13 +67,16 @@ class Setting:
     def our_options(self) -> tuple[str, ...]:
         """What ours is mounted with."""
         transport = (f"transport={self.transport}",) if self.transport and is_ours() else ()
-        return ("redirect_dir=on", "dev", *transport, *self.options)
+        limit = (f"quota={1 << 30}",) if self.limited else ()
+        return ("redirect_dir=on", "dev", *transport, *limit, *self.options)
 
 
 PLAIN = Setting("plain", linked_lowers=False)
 LINKED = Setting("linked", linked_lowers=True)
 METACOPY = Setting("metacopy", linked_lowers=False, options=("metacopy=on",))
-SETTINGS = {s.name: s for s in (PLAIN, LINKED, METACOPY)}
+LIMITED = Setting("limited", linked_lowers=False, limited=True)
+LIMITED_LINKED = Setting("limited-linked", linked_lowers=True, limited=True)
+SETTINGS = {s.name: s for s in (PLAIN, LINKED, METACOPY, LIMITED, LIMITED_LINKED)}
 
 
 class Rig:
@@ -170,9 +176,19 @@ class Rig:
         self._compare("trees differ", ours, theirs)
         return ours, theirs
 
+    def _check_count(self) -> None:
+        """What is shown as used is what is on the disk, once nobody has anything open that has no name."""
+        self.ours.close_all()
+        upper, work = self._part("ours", "upper"), self._part("ours", "work/work")
+        if not wait_until(lambda: is_counted(self.ours.root, upper, work), 10):
+            found = f"{used_bytes(self.ours.root)} bytes shown as used, {taken_bytes(upper, work)} and less are"
+            raise MismatchError(found, self.done)
+
     def finish(self) -> None:
         """The last comparison: trees, lowers, and each upper mounted by the other side."""
         ours, theirs = self.check()
+        if self.setting.limited:
+            self._check_count()
         self.unmount()
         for low, before in zip(self.lowers, self._checksums, strict=True):
             if checksum_layer(low) != before:

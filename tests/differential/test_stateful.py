@@ -385,6 +385,9 @@ RUNS = [
     ("linked", "pyfuse3", 10),
     ("metacopy", "direct", 20),
     ("metacopy", "pyfuse3", 10),
+    ("limited", "direct", 15),
+    ("limited", "pyfuse3", 5),
+    ("limited-linked", "direct", 5),
 ]
 
 

@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import random
-import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from tests.support.mounts import MountFailedError, mounted_image, mounted_tmpfs, wait_until
 from tests.support.sandbox import Sandbox, needs_root
+from tests.support.usage import is_counted, taken_bytes, used_bytes
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -27,40 +27,31 @@ QUOTA = f"quota={LIMIT}"
 KEEP_SIZE, PUNCH_HOLE = 1, 2
 
 
-def on_disk(box: Sandbox) -> int:
-    """What the upper and the work directory take, each file once; as du(1) counts."""
-    return _taken(box)[0]
-
-
-def _taken(box: Sandbox) -> tuple[int, int]:
-    """As :func:`on_disk`, and how much of that regular files have beyond their end."""
-    seen: dict[int, tuple[int, int]] = {}
+def places(box: Sandbox) -> tuple[str, str]:
+    """The directories that count."""
     assert box.upper is not None
     assert box.work is not None
-    for root in (box.upper, box.work + "/work"):  # the outer work directory is the caller's
-        for directory, _, files in os.walk(root):
-            for path in (directory, *(f"{directory}/{name}" for name in files)):
-                st = os.lstat(path)
-                taken = st.st_blocks * 512
-                beyond = max(0, taken - -(-st.st_size // 4096) * 4096) if stat.S_ISREG(st.st_mode) else 0
-                seen[st.st_ino] = taken, beyond
-    return sum(taken for taken, _ in seen.values()), sum(beyond for _, beyond in seen.values())
+    return box.upper, box.work + "/work"  # the outer work directory is the caller's
+
+
+def on_disk(box: Sandbox) -> int:
+    """What is taken."""
+    return taken_bytes(*places(box))[0]
 
 
 def shown(box: Sandbox) -> tuple[int, int]:
     """Size and used bytes, as df(1) shows them."""
     st = os.statvfs(box.target)
-    return st.f_blocks * st.f_frsize, (st.f_blocks - st.f_bfree) * st.f_frsize
+    return st.f_blocks * st.f_frsize, used_bytes(box.target)
 
 
-def is_counted(box: Sandbox) -> bool:
-    """Whether df shows what is on the disk; what the disk takes for its own notes on a file, when it likes, aside."""
-    taken, beyond = _taken(box)
-    return taken - beyond <= shown(box)[1] <= taken
+def counted(box: Sandbox) -> bool:
+    """Whether df shows what is on the disk."""
+    return is_counted(box.target, *places(box))
 
 
 def assert_counted(box: Sandbox) -> None:
-    assert is_counted(box), (shown(box), _taken(box))
+    assert counted(box), (shown(box), taken_bytes(*places(box)))
 
 
 def error_of(function: Callable[[], object]) -> int:
@@ -220,7 +211,7 @@ def test_unlinked_files_count_until_closed(box: Sandbox) -> None:
                 other.write(bytes(MIB))
                 os.rename(box.at("low"), box.at("g"))
                 assert shown(box)[1] >= before + 3 * MIB
-        assert wait_until(lambda: is_counted(box), 10)
+        assert wait_until(lambda: counted(box), 10)
         assert shown(box)[1] < before + MIB
 
 
@@ -270,7 +261,7 @@ def test_hard_links_count_once(box: Sandbox) -> None:
         os.unlink(box.at("x"))
         assert_counted(box)
         os.unlink(box.at("y"))
-        assert wait_until(lambda: is_counted(box), 10)
+        assert wait_until(lambda: counted(box), 10)
         assert shown(box)[1] < MIB
 
 
@@ -371,7 +362,7 @@ def test_the_limit_survives_a_remount_and_can_be_raised(box: Sandbox) -> None:
             assert file.write(b"anew") == 4
         os.unlink(box.at("g"))
         os.unlink(box.at("f"))
-        assert wait_until(lambda: is_counted(box), 10)  # the last close is told a little later
+        assert wait_until(lambda: counted(box), 10)  # the last close is told a little later
         os.mkdir(box.at("d"))
     with box.mount():  # without a limit
         assert shown(box)[0] > 100 * LIMIT
@@ -454,7 +445,7 @@ def test_removed_trees_are_given_back(box: Sandbox) -> None:
             os.chmod(box.at(f"t/{number}/f"), 0o600)
         assert shown(box)[1] > before + 100 * 4096
         subprocess.run(["rm", "-r", box.at("copy"), box.at("t")], check=True)
-        assert wait_until(lambda: is_counted(box), 10)
+        assert wait_until(lambda: counted(box), 10)
         assert shown(box)[1] <= before + 8192
 
 

@@ -190,6 +190,10 @@ class _LimitedCopyUp(CopyUp):
         super()._install_file(upper, inode, temp, st)
         self._accounts.settle(inode, *(parent for parent, _ in inode.places()))
 
+    def mark_impure(self, directory: Inode) -> None:
+        super().mark_impure(directory)
+        self._accounts.settle(directory)  # an attribute can take a block
+
     def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
         super().link_held(inode, parent, name)
         self._accounts.settle(parent)
@@ -247,7 +251,13 @@ class _LimitedRenames(Renames):
     ) -> None:
         with self._accounts.removing(target):
             super()._move(source, old_dir, old_name, target, new_dir, new_name)
-        self._accounts.settle(old_dir, new_dir)
+        self._accounts.settle(old_dir, new_dir, source)
+
+    def _exchange(
+        self, first: Inode, first_dir: Inode, first_name: bytes, second: Inode, second_dir: Inode, second_name: bytes
+    ) -> None:
+        super()._exchange(first, first_dir, first_name, second, second_dir, second_name)
+        self._accounts.settle(first_dir, second_dir, first, second)
 
 
 class _LimitedMetadata(MetadataChanges):
