@@ -101,11 +101,14 @@ def test_new_objects_belong_to_the_caller(box: Sandbox) -> None:
 
 @pytest.mark.parametrize("where", ["lower", "upper"])
 @pytest.mark.parametrize("how", ["write", "truncate", "open_truncate", "chown_root", "chown_owner"])
-def test_setuid_bits_and_capabilities_go_when_they_must(box: Sandbox, where: str, how: str) -> None:
+@pytest.mark.parametrize("options", [(), ("writeback=0", "passthrough=0")], ids=["", "uncached"])
+def test_setuid_bits_and_capabilities_go_when_they_must(
+    box: Sandbox, where: str, how: str, options: tuple[str, ...]
+) -> None:
     low = box.lower().file("f", "content", mode=0o6777, owner=(ALICE, ALICE))
     low.xattr("f", "security.capability", CAPABILITY)
     os.chmod(low.at("f"), 0o6777)
-    with box.mount():
+    with box.mount(*options):
         path = box.at("f")
         if where == "upper":
             os.setxattr(path, "user.k", b"v")

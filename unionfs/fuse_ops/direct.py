@@ -548,14 +548,16 @@ class DirectTransport:
         truncate = bool(flags & os.O_TRUNC)
         reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
         if reads_only or self._requests.copied_up(inode, size=0 if truncate else None):
-            return self._open_reply(request, self._tree.open(inode, flags), open_flags)
-        return self._copy_and_open(request, inode, flags, open_flags)
+            # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
+            kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
+            return self._open_reply(request, self._tree.open(inode, flags), kill=kill)
+        return self._copy_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
 
-    async def _copy_and_open(self, request: Request, inode: Inode, flags: int, open_flags: int) -> bytes:
-        return self._open_reply(request, await self._requests.open(inode, flags, request), open_flags)
+    async def _copy_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
+        return self._open_reply(request, await self._requests.open(inode, flags, request), kill=kill)
 
-    def _open_reply(self, request: Request, file: OpenFile, open_flags: int) -> bytes:
-        if open_flags & p.OPEN_KILL_SUIDGID:
+    def _open_reply(self, request: Request, file: OpenFile, *, kill: bool) -> bytes:
+        if kill:
             try:
                 self._tree.clear_privileges(file.inode, request)
             except OSError:
