@@ -78,7 +78,7 @@ def add(record: MountRecord) -> str | None:
     """Write ``record`` and return the path of its file, or None when no place for it is writable."""
     for directory in run_directories():
         path = os.path.join(directory, f"{record.minor}.json")
-        temporary = f"{path}.{record.pid}"
+        temporary = f"{path}.new"  # a minor has one mount, so what a killed server left there is overwritten
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
             with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
