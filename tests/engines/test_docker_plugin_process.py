@@ -66,12 +66,15 @@ def running(directory: Path, *options: str) -> Iterator[Plugin]:
 
 
 def _answers(path: Path) -> bool:
+    """Whether it has come as far as serving, when signals do what they should."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
+            probe.settimeout(PATIENCE_S)
+            probe.sendall(b"POST /Plugin.Activate HTTP/1.1\r\nHost: \r\nContent-Length: 0\r\n\r\n")
+            return probe.recv(100).startswith(b"HTTP/1.1 200")
         except OSError:
             return False
-        return True
 
 
 def refused(*options: str) -> tuple[int, str]:
