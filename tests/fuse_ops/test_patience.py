@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
+import trio
 
+from unionfs.fuse_ops import protocol as p
+from unionfs.fuse_ops.direct import DirectTransport
+from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.patience import Patience
+from unionfs.fuse_ops.protocol import Opcode
+from unionfs.fuse_ops.stack import open_tree
 
 
 def alone(sender: int = 7) -> Patience:
@@ -51,5 +59,29 @@ def test_a_slow_disk_ends_it_for_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("unionfs.fuse_ops.patience.time.perf_counter", lambda: start + 1.0)
     watch.waited_since(start)
     assert not watch.may_wait()
-    monkeypatch.setattr("unionfs.fuse_ops.patience.time.perf_counter", lambda: start + 60.0)
+    monkeypatch.setattr("unionfs.fuse_ops.patience.time.perf_counter", lambda: start + 10.5)
+    assert not watch.may_wait()
+    monkeypatch.setattr("unionfs.fuse_ops.patience.time.perf_counter", lambda: start + 11.5)
     assert watch.may_wait()
+
+
+@pytest.mark.parametrize(("background", "expected"), [(Opcode.RELEASE, True), (Opcode.GETATTR, False)])
+def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, expected: bool) -> None:
+    (tmp_path / "lower").mkdir()
+    options = parse_options([f"lowerdir={tmp_path}/lower"]).options
+    tree = open_tree(options)
+    answers = os.open("/dev/null", os.O_RDWR)
+    transport = DirectTransport(tree, options)
+    transport.mount(f"/dev/fd/{answers}")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                for code, pid in ((Opcode.GETATTR, 7), (background, 0)):
+                    header = p.IN_HEADER.pack(p.IN_HEADER.size + 16, code, 1, 1, 0, 0, pid, 0, 0)
+                    transport.dispatch(memoryview(header + bytes(16)), nursery)
+
+    trio.run(main)
+    assert transport.patience.may_wait() is expected
+    transport.close()
+    tree.close()

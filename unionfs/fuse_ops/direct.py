@@ -48,6 +48,8 @@ _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _TIMEOUT_MAX: Final = 2**63 - 1
 _NO_REPLY: Final = b""
+# Requests that no program waits for: the kernel sends them by itself.
+_NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
 
 Answer = bytes | Coroutine[Any, Any, bytes]
 
@@ -65,7 +67,7 @@ class DirectTransport:
         self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
         self._calls = WaitingCalls()
-        self._patience = self._requests.patience = Patience()
+        self.patience = self._requests.patience = Patience()
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
@@ -173,17 +175,19 @@ class DirectTransport:
                 if error.errno in (errno.EINTR, errno.ENOENT):  # a request that was taken back
                     continue
                 raise
-            self._dispatch(view[:size], nursery)
+            self.dispatch(view[:size], nursery)
             last = now()
             if last > until:
                 return True
 
-    def _dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
+    def dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
+        """Answer the request in ``message``, now or in a task of ``nursery``."""
         _, code, unique, node, uid, gid, pid, _, _ = p.IN_HEADER.unpack_from(message)
         body: bytes | memoryview = message[p.IN_HEADER.size :]
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
-        self._patience.request_from(pid)
+        if code not in _NOBODYS:
+            self.patience.request_from(pid)
         request = Request(unique, node, uid, gid, pid, body)
         if self._tell:
             log.debug("%s of %#x by process %d: %r", _name(code), node, pid, bytes(body[:80]))
@@ -588,10 +592,10 @@ class DirectTransport:
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
         fd = self._requests.files[handle].fd
-        if size <= _SHORT_READ and self._patience.may_wait():
+        if size <= _SHORT_READ and self.patience.may_wait():
             start = time.perf_counter()
             data = os.pread(fd, size, offset)
-            self._patience.waited_since(start)
+            self.patience.waited_since(start)
             return self._data(request, data)
         cached = self._requests.read_cached(fd, offset, size)
         if cached is not None:
@@ -624,10 +628,10 @@ class DirectTransport:
             sync(fd)
             return self._empty(request)
 
-        if self._patience.may_wait():
+        if self.patience.may_wait():
             start = time.perf_counter()
             answer = call()
-            self._patience.waited_since(start)
+            self.patience.waited_since(start)
             return answer
         return self._answer_in_thread(request, Opcode.FSYNC, call)
 

@@ -2,7 +2,8 @@
 
 Handing a short wait to another thread costs more than the wait. As long as one program alone sends requests, each when
 it has the answer to the one before, nobody is held up by waiting on the spot; whoever comes meanwhile waits for one
-disk access, which he may have to do anyway. When that turns out to be slow, it is left to other threads for a while.
+disk access, which he may have to do anyway. When that turns out to be slow, it is left to other threads for some time,
+so that this thread stands still for a tenth of the time at most.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final
 
 _IN_A_ROW: Final = 32  # requests of one thread of one program, until it counts as alone
 _SLOW_S: Final = 5e-3
-_PAUSE_S: Final = 2.0
+_PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so many times its length
 
 
 class Patience:
@@ -41,4 +42,4 @@ class Patience:
         """A wait that began when time.perf_counter() was ``start`` is over."""
         now = time.perf_counter()
         if now - start > _SLOW_S:
-            self._not_before = now + _PAUSE_S
+            self._not_before = now + _PAUSE_FACTOR * (now - start)
