@@ -147,12 +147,15 @@ class DirectTransport:
         self._accepted = accepted
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        async with trio.open_nursery() as nursery:
-            while await self._turn(buffer, nursery):
-                await trio.lowlevel.checkpoint()
-            # The mount is gone, and with it whoever waited; but the descriptors in use must not be closed yet.
-            await trio.to_thread.run_sync(self._calls.close)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                while await self._turn(buffer, nursery):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        finally:
+            # Descriptors that a thread reads from or answers to must not be closed yet.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._calls.close)
 
     async def _turn(self, view: memoryview, nursery: trio.Nursery) -> bool:
         """Serve for a while; false when the mount is gone."""
