@@ -69,7 +69,7 @@ def test_as_root(cell: Cell) -> None:
 def test_as_an_ordinary_user(cell: Cell) -> None:
     pull, run = commands("As an ordinary user")
     # The same as the guide's pull, but for where the image comes from.
-    assert pull == f"unshare --map-root-user --map-auto --mount {PULL}"
+    assert pull == PULL
     archive = cell.root / "tmp/busybox.tar"
     cell.run("unionfs", "image", "export", "busybox", "--output", archive)
     cell.run("bash", "-c", pull.replace("pull busybox", f"import {archive}"), user=USER)
