@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-_IN_A_ROW: Final = 32  # requests of one thread of one program, until it counts as alone
+_IN_A_ROW: Final = 8  # requests of one thread of one program, until it counts as alone
 _SLOW_S: Final = 5e-3
 _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so many times its length
 

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -189,8 +189,9 @@ def faulty_proxy(target: str) -> Iterator[FaultyProxy]:
             if self.command == "HEAD":
                 return
             body = answer.body if answer.cut_after is None else answer.body[: answer.cut_after]
-            self.wfile.write(body)
-            self.wfile.flush()
+            with suppress(BrokenPipeError, ConnectionResetError):  # a client that has seen enough
+                self.wfile.write(body)
+                self.wfile.flush()
             if answer.cut_after is not None:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
