@@ -153,9 +153,11 @@ class DirectTransport:
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         finally:
-            # Descriptors that a thread reads from or answers to must not be closed yet.
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._calls.close)
+            # Descriptors that a thread reads from or answers to must not be closed yet. Where there is none, none is
+            # made for it: a supervisor's copy, which rehearses this, has to stay a process of one thread.
+            if self._calls.has_threads:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._calls.close)
 
     async def _turn(self, view: memoryview, nursery: trio.Nursery) -> bool:
         """Serve for a while; false when the mount is gone."""

@@ -37,6 +37,11 @@ class WaitingCalls:
     def __len__(self) -> int:
         return self._open
 
+    @property
+    def has_threads(self) -> bool:
+        """Whether there is anything to wait for in :meth:`close`."""
+        return bool(self._threads)
+
     def start(self, call: Call) -> None:
         """Run ``call`` in a thread, soon. It must not raise."""
         with self._lock:
