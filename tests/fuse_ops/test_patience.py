@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -83,5 +84,45 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
 
     trio.run(main)
     assert transport.patience.may_wait() is expected
+    transport.close()
+    tree.close()
+
+
+@pytest.mark.parametrize(("size", "in_thread"), [(4096, False), (8 << 20, True)])
+def test_a_large_file_is_synced_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, in_thread: bool
+) -> None:
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    with open(tmp_path / "upper" / "file", "wb") as file:
+        file.truncate(size)
+    words = [f"lowerdir={tmp_path}/lower", f"upperdir={tmp_path}/upper", f"workdir={tmp_path}/work"]
+    options = parse_options(words).options
+    tree = open_tree(options)
+    answers = os.open("/dev/null", os.O_RDWR)
+    transport = DirectTransport(tree, options)
+    transport.mount(f"/dev/fd/{answers}")
+    transport.patience = alone()
+    handle = transport.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
+    body = p.FSYNC_IN.pack(handle, 0, 0)
+    header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), Opcode.FSYNC, 1, 1, 0, 0, 7, 0, 0)
+    synced_by: list[int] = []
+    done = threading.Event()
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        synced_by.append(threading.get_ident())
+        fsync(fd)
+        done.set()
+
+    monkeypatch.setattr(os, "fsync", watched)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            transport.dispatch(memoryview(header + body), nursery)
+
+    trio.run(main)
+    assert done.wait(30)
+    assert (synced_by[0] != threading.get_ident()) is in_thread
     transport.close()
     tree.close()

@@ -46,6 +46,7 @@ _BUFFER_SIZE: Final = _MAX_WRITE + 4096
 _LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
 _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
+_SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
 _TIMEOUT_MAX: Final = 2**63 - 1
 _NO_REPLY: Final = b""
 # Requests that no program waits for: the kernel sends them by itself.
@@ -60,14 +61,14 @@ class DirectTransport:
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self._tree = tree
         self._options = options
-        self._requests = UnionRequests(tree, options)
+        self.requests = UnionRequests(tree, options)
         self._fd = -1
         self._passthrough: Passthrough | None = None
         self._accepted: Callable[[], None] = lambda: None
         self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
         self._calls = WaitingCalls()
-        self.patience = self._requests.patience = Patience()
+        self.patience = self.requests.patience = Patience()
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
@@ -115,7 +116,7 @@ class DirectTransport:
         }
         # What has no handler is answered with ENOSYS, after which the kernel does not ask again: FLUSH (nothing is
         # buffered here), ACCESS (default_permissions), and these where the options say so.
-        if self._requests.sync:
+        if self.requests.sync:
             table |= {Opcode.FSYNC: self._fsync, Opcode.FSYNCDIR: self._fsyncdir}
         if self._options.xattrs:
             table |= {
@@ -355,7 +356,7 @@ class DirectTransport:
     # -- names ------------------------------------------------------------------------------------------------
 
     def _inode(self, request: Request) -> Inode:
-        return self._requests.inode(request.node)
+        return self.requests.inode(request.node)
 
     def _lookup(self, request: Request) -> bytes:
         body = request.body
@@ -380,7 +381,7 @@ class DirectTransport:
 
     def _forget_one(self, node: int, references: int) -> None:
         try:
-            self._requests.forget(node, references)
+            self.requests.forget(node, references)
         except Exception:
             log.exception("forget of %#x failed", node)  # there is nobody to tell
 
@@ -431,7 +432,7 @@ class DirectTransport:
     def _do_rename(self, request: Request, new_node: int, offset: int, flags: int) -> Answer:
         old = request.name(offset)
         new = request.name(offset + len(old) + 1)
-        old_dir, new_dir = self._inode(request), self._requests.inode(new_node)
+        old_dir, new_dir = self._inode(request), self.requests.inode(new_node)
         moved = self._tree.lookup(old_dir, old)
         if moved.upper and not flags & RENAME_EXCHANGE:
             self._tree.rename(old_dir, old, new_dir, new, flags, request)
@@ -441,18 +442,18 @@ class DirectTransport:
     async def _copy_and_rename(
         self, request: Request, old_dir: Inode, old: bytes, new_dir: Inode, new: bytes, flags: int
     ) -> bytes:
-        await self._requests.rename(old_dir, old, new_dir, new, flags, request)
+        await self.requests.rename(old_dir, old, new_dir, new, flags, request)
         return self._empty(request)
 
     def _link(self, request: Request) -> Answer:
-        inode = self._requests.inode(p.U64.unpack_from(request.body)[0])
+        inode = self.requests.inode(p.U64.unpack_from(request.body)[0])
         if not inode.upper:
             return self._copy_and_link(request, inode)
         self._tree.link(inode, self._inode(request), request.name(p.U64.size))
         return self._entry(request, inode)
 
     async def _copy_and_link(self, request: Request, inode: Inode) -> bytes:
-        await self._requests.link(inode, self._inode(request), request.name(p.U64.size))
+        await self.requests.link(inode, self._inode(request), request.name(p.U64.size))
         return self._entry(request, inode)
 
     def _readlink(self, request: Request) -> bytes:
@@ -483,16 +484,16 @@ class DirectTransport:
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
         inode = self._inode(request)
         kill = bool(valid & SetAttr.KILL_SUIDGID)
-        if self._requests.needs_copy_up_for(inode, change):
+        if self.requests.needs_copy_up_for(inode, change):
             return self._copy_and_set(request, inode, change, kill=kill)
         return self._set_attributes(request, inode, change, kill=kill)
 
     async def _copy_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        await self._requests.copy_up(inode, data=change.size is not None, size=change.size)
+        await self.requests.copy_up(inode, data=change.size is not None, size=change.size)
         return self._set_attributes(request, inode, change, kill=kill)
 
     def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        attributes = self._requests.set_attributes_now(inode, change, request)
+        attributes = self.requests.set_attributes_now(inode, change, request)
         if kill and change.uid is None and change.gid is None:  # a change of owner clears them anyhow
             self._tree.clear_privileges(inode, request)
             attributes = self._tree.attributes(inode)
@@ -531,7 +532,7 @@ class DirectTransport:
         name = request.name(p.SETXATTR_IN.size)
         start = p.SETXATTR_IN.size + len(name) + 1
         inode = self._inode(request)
-        await self._requests.set_xattr(inode, name, bytes(request.body[start : start + size]), flags)
+        await self.requests.set_xattr(inode, name, bytes(request.body[start : start + size]), flags)
         if extra & 1:  # FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the group
             mode = stat.S_IMODE(self._tree.attributes(inode).mode)
             if mode & stat.S_ISGID:
@@ -539,7 +540,7 @@ class DirectTransport:
         return self._empty(request)
 
     async def _removexattr(self, request: Request) -> bytes:
-        await self._requests.remove_xattr(self._inode(request), request.name())
+        await self.requests.remove_xattr(self._inode(request), request.name())
         return self._empty(request)
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -549,21 +550,21 @@ class DirectTransport:
         flags, backing = self._keep_cache, 0
         if self._passthrough is not None:
             flags, backing = self._passthrough.open(file)
-        return self._requests.add_file(file), flags, backing
+        return self.requests.add_file(file), flags, backing
 
     def _open(self, request: Request) -> Answer:
         flags, open_flags = p.OPEN_IN.unpack_from(request.body)
         inode = self._inode(request)
         truncate = bool(flags & os.O_TRUNC)
         reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
-        if reads_only or self._requests.copied_up(inode, size=0 if truncate else None):
+        if reads_only or self.requests.copied_up(inode, size=0 if truncate else None):
             # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
             kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
             return self._open_reply(request, self._tree.open(inode, flags), kill=kill)
         return self._copy_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
 
     async def _copy_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
-        return self._open_reply(request, await self._requests.open(inode, flags, request), kill=kill)
+        return self._open_reply(request, await self.requests.open(inode, flags, request), kill=kill)
 
     def _open_reply(self, request: Request, file: OpenFile, *, kill: bool) -> bytes:
         if kill:
@@ -589,20 +590,20 @@ class DirectTransport:
         return self._created(request, inode, file)
 
     def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
-        attributes = self._requests.remembered(inode)
+        attributes = self.requests.remembered(inode)
         s, ns = self._valid_s, self._valid_ns
         entry = (inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes))
         return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
 
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        fd = self._requests.files[handle].fd
+        fd = self.requests.files[handle].fd
         if size <= _SHORT_READ and self.patience.may_wait():
             start = time.perf_counter()
             data = os.pread(fd, size, offset)
             self.patience.waited_since(start)
             return self._data(request, data)
-        cached = self._requests.read_cached(fd, offset, size)
+        cached = self.requests.read_cached(fd, offset, size)
         if cached is not None:
             return self._data(request, cached)
         return self._answer_in_thread(request, Opcode.READ, lambda: self._data(request, os.pread(fd, size, offset)))
@@ -610,21 +611,21 @@ class DirectTransport:
     def _write(self, request: Request) -> bytes:
         handle, offset, size, write_flags, _, _, _ = p.WRITE_IN.unpack_from(request.body)
         data = memoryview(request.body)[p.WRITE_IN.size : p.WRITE_IN.size + size]
-        written = self._requests.write(handle, offset, data)
+        written = self.requests.write(handle, offset, data)
         if write_flags & p.WRITE_KILL_SUIDGID:
-            self._tree.clear_privileges(self._requests.files[handle].inode, request)
+            self._tree.clear_privileges(self.requests.files[handle].inode, request)
         return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, written, 0)
 
     def _release(self, request: Request) -> bytes:
         handle = p.U64.unpack_from(request.body)[0]
         if self._passthrough is not None:
-            self._passthrough.release(self._requests.files[handle])
-        self._requests.release(handle)
+            self._passthrough.release(self.requests.files[handle])
+        self.requests.release(handle)
         return self._empty(request)
 
     def _fsync(self, request: Request) -> bytes:
         handle, flags, _ = p.FSYNC_IN.unpack_from(request.body)
-        file = self._requests.files[handle]
+        file = self.requests.files[handle]
         if not file.inode.upper:
             return self._empty(request)
         fd, sync = file.fd, os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync
@@ -633,7 +634,7 @@ class DirectTransport:
             sync(fd)
             return self._empty(request)
 
-        if self.patience.may_wait():
+        if self.patience.may_wait() and os.fstat(fd).st_size <= _SHORT_SYNC:
             start = time.perf_counter()
             answer = call()
             self.patience.waited_since(start)
@@ -644,7 +645,7 @@ class DirectTransport:
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
         if self._tree.space is not None:
             return self._allocate_limited(request, handle, mode, offset, length)
-        fd = self._requests.files[handle].fd
+        fd = self.requests.files[handle].fd
 
         def call() -> bytes:
             backing_calls.fallocate(fd, mode, offset, length)
@@ -653,21 +654,21 @@ class DirectTransport:
         return self._answer_in_thread(request, Opcode.FALLOCATE, call)
 
     async def _allocate_limited(self, request: Request, handle: int, mode: int, offset: int, length: int) -> bytes:
-        await self._requests.fallocate(handle, mode, offset, length)
+        await self.requests.fallocate(handle, mode, offset, length)
         return self._empty(request)
 
     def _lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        found = os.lseek(self._requests.files[handle].fd, offset, whence)
+        found = os.lseek(self.requests.files[handle].fd, offset, whence)
         return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
 
     def _copy_file_range(self, request: Request) -> Answer:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
         if self._tree.space is not None:
             return self._copy_limited(request, source, source_offset, target, target_offset, min(length, 1 << 30))
-        source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
+        source_fd, target_fd = self.requests.files[source].fd, self.requests.files[target].fd
 
         def call() -> bytes:
             copied = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_offset, target_offset)
@@ -678,7 +679,7 @@ class DirectTransport:
     async def _copy_limited(
         self, request: Request, source: int, source_offset: int, target: int, target_offset: int, length: int
     ) -> bytes:
-        copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
+        copied = await self.requests.copy_range(source, source_offset, target, target_offset, length)
         return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
     async def _ioctl(self, request: Request) -> bytes:
@@ -686,7 +687,7 @@ class DirectTransport:
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
         inode = self._inode(request)
         if backing_calls.changes_inode(command):
-            await self._requests.copy_up(inode, data=False)
+            await self.requests.copy_up(inode, data=False)
         path, _ = self._tree.view.proc_path(inode)
         answer = backing_calls.inode_ioctl(path, command, data, out_size)
         header = p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0)
