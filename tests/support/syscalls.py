@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ def renameat2(src: str, dst: str, flags: int = 0) -> None:
         _SYS_RENAMEAT2, _AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), ctypes.c_uint(flags)
     )
     _checked(result, src)
+
+
+def cached_pages(fd: int) -> int:
+    """How many pages of the file are in the page cache: mincore(2)."""
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return 0
+    pages = bytearray(-(-size // mmap.PAGESIZE))
+    with mmap.mmap(fd, size, mmap.MAP_PRIVATE) as mapping:
+        # Private, so that it may be mapped for writing, which ctypes wants; nothing is written.
+        start = ctypes.c_char.from_buffer(mapping)
+        vector = (ctypes.c_ubyte * len(pages)).from_buffer(pages)
+        _checked(_libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), vector))
+        del start
+    return sum(page & 1 for page in pages)
 
 
 def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:

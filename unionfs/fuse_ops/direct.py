@@ -22,11 +22,12 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.fuse_ops import backing_calls, mounting
+from unionfs.fuse_ops import backing_calls, early_pages, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
 from unionfs.fuse_ops.direct_listing import DirectListing
 from unionfs.fuse_ops.direct_request import Request
+from unionfs.fuse_ops.file_ahead import FileReadAhead
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
@@ -60,6 +61,7 @@ class DirectTransport:
 
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self._tree = tree
+        self._lower = tree.view.lower
         self._options = options
         self.requests = UnionRequests(tree, options)
         self._fd = -1
@@ -73,7 +75,8 @@ class DirectTransport:
         self._valid_s = int(seconds)
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
         self._keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
-        self._listing = DirectListing(tree, self._valid_s, self._valid_ns)
+        self._files_ahead = FileReadAhead()
+        self._listing = DirectListing(tree, self._valid_s, self._valid_ns, self._files_ahead)
         self._handlers: dict[int, Callable[[Request], Answer]] = defaultdict(lambda: self._unknown)
         for code, handler in self._table().items():
             self._handlers[code] = handler
@@ -366,6 +369,9 @@ class DirectTransport:
             return p.ENTRY_REPLY.pack(
                 p.ENTRY_REPLY.size, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0, *(0,) * 16
             )
+        inode = found[0]
+        if inode.lowers and inode.index is None and self._lower.ahead.active:
+            self._lower.want(inode.lowers)  # a path goes through it
         return self._entry_with(request, *found)
 
     def _forget(self, request: Request) -> bytes:
@@ -560,7 +566,13 @@ class DirectTransport:
         if reads_only or self.requests.copied_up(inode, size=0 if truncate else None):
             # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
             kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
-            return self._open_reply(request, self._tree.open(inode, flags), kill=kill)
+            file = self._tree.open(inode, flags)
+            if not reads_only:
+                return self._open_reply(request, file, kill=kill)
+            handle, opened, backing = self._opened(file)
+            if self._keep_cache and opened & Open.KEEP_CACHE:
+                self._give_pages(file, flags)
+            return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
         return self._copy_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
 
     async def _copy_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
@@ -574,6 +586,26 @@ class DirectTransport:
                 self._tree.close_file(file)
                 raise
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
+
+    def _give_pages(self, file: OpenFile, flags: int) -> None:
+        """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
+        if file.inode.filled or not self.patience.may_wait():
+            return
+        start = time.perf_counter()
+        try:
+            size = early_pages.size_to_give(file, flags)
+            if size:
+                self._files_ahead.opened(file.inode)
+                begin = time.perf_counter()
+                data = os.pread(file.fd, size, 0)
+                self._files_ahead.took(time.perf_counter() - begin)
+                length = p.NOTIFY_STORE.size + len(data)
+                header = p.NOTIFY_STORE.pack(length, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, len(data), 0)
+                os.writev(self._fd, [header, data])
+                file.inode.filled = True
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", file.inode.ino, error)
+        self.patience.waited_since(start)
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
@@ -597,7 +629,10 @@ class DirectTransport:
 
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        fd = self.requests.files[handle].fd
+        file = self.requests.files[handle]
+        fd = file.fd
+        if offset == 0:
+            early_pages.was_read(file.inode)
         if size <= _SHORT_READ and self.patience.may_wait():
             start = time.perf_counter()
             data = os.pread(fd, size, offset)

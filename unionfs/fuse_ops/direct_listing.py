@@ -8,8 +8,10 @@ from typing import Final
 
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import Attributes
-from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.file_ahead import FileReadAhead
+from unionfs.fuse_ops.inodes import ROOT_INO, Inode
 from unionfs.fuse_ops.listing import DOT, DOT_DOT, Listings
+from unionfs.fuse_ops.lower_stack import LowerDir
 from unionfs.fuse_ops.tree import UnionTree
 
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
@@ -18,12 +20,14 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 class DirectListing:
     """Lists directories of a tree for a kernel that believes what it is told for some time.
 
-    ``valid_s`` and ``valid_ns`` are that time.
+    ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order.
     """
 
-    def __init__(self, tree: UnionTree, valid_s: int, valid_ns: int) -> None:
+    def __init__(self, tree: UnionTree, valid_s: int, valid_ns: int, files: FileReadAhead) -> None:
         self._tree = tree
+        self._files = files
         self._child = tree.view.child
+        self._lower = tree.view.lower
         self._listings = Listings(tree.view)
         self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
 
@@ -45,6 +49,9 @@ class DirectListing:
         count = len(names)
         if position == count:
             self._listings.drop(directory)
+            if plus:
+                self._files.listed(directory, names)
+        directories: list[LowerDir] | None = [] if plus and self._lower.ahead.active else None
         header = p.DIRENT.size + (p.ENTRY.size if plus else 0)
         while position < count:
             # Names of one offset come together or not at all: the kernel goes on after it.
@@ -68,7 +75,11 @@ class DirectListing:
                     raise
                 if child is not None:
                     self._add(answer, name, offsets[position], *child, plus=plus)
+                    if directories is not None:
+                        directories += child[0].lowers
             position = end
+        if directories:  # who is told of attributes walks on
+            self._lower.want(directories)
         p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, unique)
         return bytes(answer)
 
@@ -87,8 +98,8 @@ class DirectListing:
         for after, name, inode in ((DOT, b".", directory), (DOT_DOT, b"..", directory.parent or directory)):
             if after <= offset:
                 continue
-            attributes = self._tree.attributes(inode)
-            if plus:  # these the kernel does not take as looked up
-                answer += p.ENTRY.pack(0, *self._valid, *p.attr_fields(attributes))
-            answer += p.DIRENT.pack(attributes.ino, after, len(name), stat.S_IFMT(attributes.mode) >> 12)
+            if plus:  # these the kernel does not take as looked up, nor their attributes
+                answer += bytes(p.ENTRY.size)
+            number = inode.ino if inode.ino != ROOT_INO else self._tree.attributes(inode).ino
+            answer += p.DIRENT.pack(number, after, len(name), stat.S_IFDIR >> 12)
             answer += name.ljust(8, b"\0")

@@ -35,6 +35,7 @@ class Inode:
         "aliases",
         "children",
         "data",
+        "filled",
         "handles",
         "has_origin",
         "hold",
@@ -77,6 +78,7 @@ class Inode:
         self.metacopy = False  # the object has metadata only
         self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
         self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
+        self.filled = False  # the kernel has been given the contents, and has not asked for them since
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from unionfs.fuse_ops.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.overlay_format import MARK, OPAQUE_MARK, OverlayXattrs, is_whiteout
 
@@ -88,6 +90,7 @@ class LowerStack:
         self.xattrs = xattrs
         self._follow = follow_redirects
         self._read_xattrs = read_xattrs
+        self.ahead = DirectoryReadAhead()
         self.root = tuple(self._root_dirs(self.layers))
 
     def _root_dirs(self, layers: Sequence[LayerDir]) -> Iterator[LowerDir]:
@@ -141,7 +144,15 @@ class LowerStack:
 
     def lookup(self, stack: Sequence[LowerDir], name: bytes) -> LowerHit | None:
         """What ``stack`` shows under ``name``; None if nothing. Raises EPERM at a redirect not to be followed."""
-        return self._lookup_at(stack, range(len(stack)), name, marks_matter=True)
+        if len(stack) == 1:
+            entry = stack[0]
+            st = self._stat_unless_whiteout(entry, name)
+            if st is None or st is _HIDDEN:
+                return None
+            if not stat.S_ISDIR(st.st_mode):
+                return LowerHit(st, (), entry.layer, entry.join(name), 0)
+            return self._merge(stack, (0,), name, st)
+        return self._search(stack, name)
 
     def lookup_indexed(self, stack: Sequence[LowerDir], index: DirIndex, name: bytes) -> LowerHit | None:
         """As :meth:`lookup`, asking only the layers that ``index`` says have the name."""
@@ -151,16 +162,27 @@ class LowerStack:
         top = stack[positions[0]]
         st = os.stat(name, dir_fd=top.layer.dir_fd(top.path), follow_symlinks=False)
         if stat.S_ISDIR(st.st_mode):
-            return self._lookup_at(stack, positions, name, marks_matter=False)
+            return self._merge(stack, positions, name, st)
         return LowerHit(st, (), top.layer, top.join(name), positions[0])  # the index has no whiteouts
 
-    def _lookup_at(
-        self, stack: Sequence[LowerDir], positions: Sequence[int], name: bytes, *, marks_matter: bool
-    ) -> LowerHit | None:
-        top: tuple[os.stat_result, int] | None = None
+    def _merge(self, stack: Sequence[LowerDir], positions: Sequence[int], name: bytes, st: os.stat_result) -> LowerHit:
+        """The directory that those of ``positions`` make together, all of which are known to be directories."""
         dirs: list[LowerDir] = []
         for position in positions:
             entry = stack[position]
+            marks = self.read_marks(b"/proc/self/fd/%d/%s" % (entry.layer.dir_fd(entry.path), name))
+            dirs.append(LowerDir(entry.layer, entry.join(name), marks.xwhiteouts, marks.nested))
+            if marks.redirect is not None:
+                dirs.extend(self._behind_redirect(stack[position + 1 :], entry.layer, marks))
+                break
+            if marks.opaque:
+                break
+        return LowerHit(st, tuple(dirs), dirs[0].layer, dirs[0].path, positions[0])
+
+    def _search(self, stack: Sequence[LowerDir], name: bytes) -> LowerHit | None:
+        top: tuple[os.stat_result, int] | None = None
+        dirs: list[LowerDir] = []
+        for position, entry in enumerate(stack):
             layer = entry.layer
             path = entry.join(name)
             st = self._stat_unless_whiteout(entry, name)
@@ -181,7 +203,7 @@ class LowerStack:
                 if marks.opaque:
                     break
             # `.wh.name` beside the name hides the layers below, not the name itself: OCI layer rules.
-            if marks_matter and position + 1 < len(stack) and self._has_mark(entry, name):
+            if position + 1 < len(stack) and self._has_mark(entry, name):
                 break
         if top is None:
             return None
@@ -243,6 +265,18 @@ class LowerStack:
 
     def index(self, stack: Sequence[LowerDir]) -> DirIndex:
         """All names that ``stack`` shows. Reads every directory of it once."""
+        start = time.perf_counter()
+        if len(stack) > 1 and self.ahead.active:
+            self.want(stack[1:])
+        index = self._read_index(stack)
+        self.ahead.took(time.perf_counter() - start, index.depth, len(index.names))
+        return index
+
+    def want(self, stack: Sequence[LowerDir]) -> None:
+        """Let the directories of ``stack`` be read from the disk: they will be asked for."""
+        self.ahead.want([(entry.layer, entry.path) for entry in stack])
+
+    def _read_index(self, stack: Sequence[LowerDir]) -> DirIndex:
         names: dict[bytes, tuple[int, ...]] = {}
         closed: set[bytes] = set()  # names that a file or a whiteout ends
         depth = len(stack)

@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 
+from unionfs.fuse_ops import early_pages
 from unionfs.fuse_ops.attributes import Attributes
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
@@ -255,10 +256,30 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        return self._file_info(await self._requests.open(self._requests.inode(inode), flags, ctx))
+        file = await self._requests.open(self._requests.inode(inode), flags, ctx)
+        info = self._file_info(file)
+        if self._keep_cache:
+            await self._give_pages(inode, file, info.fh, flags)
+        return info
+
+    async def _give_pages(
+        self, number: pyfuse3.InodeT, file: OpenFile, handle: pyfuse3.FileHandleT, flags: pyfuse3.FlagT
+    ) -> None:
+        """Put a small file into the kernel's page cache."""
+        try:
+            size = early_pages.size_to_give(file, flags)
+            if size:
+                data = await self._requests.read(handle, 0, size)
+                if early_pages.may_still_give(file):
+                    pyfuse3.notify_store(number, 0, bytes(data))
+                    file.inode.filled = True
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", number, error)
 
     @_handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        if off == 0:
+            early_pages.was_read(self._requests.files[fh].inode)
         return await self._requests.read(fh, off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
 
     @_handler

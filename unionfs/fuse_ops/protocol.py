@@ -127,6 +127,7 @@ XATTR_SIZE_REPLY: Final = struct.Struct("=IiQ II")
 LSEEK_REPLY: Final = struct.Struct("=IiQ Q")
 IOCTL_REPLY: Final = struct.Struct("=IiQ iIII")
 STATFS_REPLY: Final = struct.Struct("=IiQ 5Q 4I 6I")
+NOTIFY_STORE: Final = struct.Struct("=IiQ QQII")  # unasked for: into the page cache of an inode, then the data
 STATX_REPLY: Final = struct.Struct("=IiQ QII2Q")  # followed by struct fuse_statx, the layout of statx(2)
 INIT_REPLY: Final = struct.Struct("=IiQ IIII HHIIHHIIH11H")
 
@@ -152,6 +153,8 @@ COPY_FILE_RANGE_IN: Final = struct.Struct("=QQQQQQQ")
 IOCTL_IN: Final = struct.Struct("=QIIQII")
 STATX_IN: Final = struct.Struct("=IIQII")
 DIRENT: Final = struct.Struct("=QQII")
+
+NOTIFY_STORE_CODE: Final = 4  # in the place of an error number
 
 BACKING_OPEN: Final = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 BACKING_CLOSE: Final = 0x4004E502  # _IOW(229, 2, uint32_t)

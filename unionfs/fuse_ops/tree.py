@@ -195,6 +195,7 @@ class UnionTree:
                 with contextlib.suppress(OSError):
                     syncfs(self._upper.layer.readable_fd)
             self._upper.close()
+        self._lower.ahead.close()
         for layer in (*self._lower.layers, *self._lower.data_layers):
             layer.close()
         if self._lock_fd >= 0:
