@@ -35,12 +35,16 @@ class AttributeChange:
     @property
     def only_mtime(self) -> bool:
         """Whether the modification time is all that is asked for."""
-        return self.mtime_ns is not None and self == AttributeChange(mtime_ns=self.mtime_ns)
+        return self.mtime_ns is not None and self.atime_ns is None and self._leaves_rest
 
     @property
     def kills_privileges(self) -> bool:
         """Whether nothing is asked for: how the kernel says that a write must clear setuid and setgid."""
-        return self == AttributeChange()
+        return self.mtime_ns is None and self.atime_ns is None and self._leaves_rest
+
+    @property
+    def _leaves_rest(self) -> bool:
+        return self.mode is None and self.uid is None and self.gid is None and self.size is None
 
 
 def _in_group(caller: Caller, gid: int) -> bool:
@@ -85,6 +89,16 @@ class MetadataChanges:
         if change.atime_ns is not None or change.mtime_ns is not None:
             self._set_times(inode, change.atime_ns, change.mtime_ns)
 
+    def _real(self, inode: Inode) -> tuple[bytes, int | None, bool]:
+        """The real object as functions of :mod:`os` take it: path, ``dir_fd`` and ``follow_symlinks``.
+
+        A name in a directory descriptor costs the kernel less than a path that begins with a link in /proc.
+        """
+        if inode.orphan_fd >= 0:
+            return b"/proc/self/fd/%d" % inode.orphan_fd, None, True
+        dir_fd, name = self._view.real_at(inode)
+        return name, dir_fd, False
+
     def _truncate(self, inode: Inode, size: int, *, keep_times: bool) -> None:
         if keep_times:
             st = self._view.real_stat(inode)
@@ -103,9 +117,9 @@ class MetadataChanges:
         new_uid, new_gid = ownership.stored(-1 if uid is None else uid, -1 if gid is None else gid)
         if self._change_override(inode, uid=new_uid, gid=new_gid):
             return
-        path, follow = self._view.proc_path(inode)
+        path, dir_fd, follow = self._real(inode)
         try:
-            os.chown(path, new_uid, new_gid, follow_symlinks=follow)
+            os.chown(path, new_uid, new_gid, dir_fd=dir_fd, follow_symlinks=follow)
         except PermissionError:
             if not ownership.squashed:
                 raise
@@ -120,8 +134,8 @@ class MetadataChanges:
             return
         if inode.kind == stat.S_IFLNK:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        path, _ = self._view.proc_path(inode)
-        os.chmod(path, mode)
+        path, dir_fd, _ = self._real(inode)
+        os.chmod(path, mode, dir_fd=dir_fd)
 
     def _change_override(self, inode: Inode, uid: int = -1, gid: int = -1, mode: int | None = None) -> bool:
         """Where owner and mode are kept in an attribute: change them there. False where they are not."""
@@ -153,8 +167,8 @@ class MetadataChanges:
             st = self._view.real_stat(inode)  # os.utime has no UTIME_OMIT
             atime_ns = st.st_atime_ns if atime_ns is None else atime_ns
             mtime_ns = st.st_mtime_ns if mtime_ns is None else mtime_ns
-        path, follow = self._view.proc_path(inode)
-        os.utime(path, ns=(atime_ns, mtime_ns), follow_symlinks=follow)
+        path, dir_fd, follow = self._real(inode)
+        os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd, follow_symlinks=follow)
 
     def clear_privileges(self, inode: Inode, caller: Caller) -> None:
         """Take setuid, setgid and file capabilities away, because ``caller`` changed the contents or the owner.
