@@ -13,6 +13,7 @@ from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.direct_listing import DirectListing
 from unionfs.fuse_ops.file_ahead import FileReadAhead
 from unionfs.fuse_ops.options import parse_options
+from unionfs.fuse_ops.packed_attributes import PackedAttributes
 from unionfs.fuse_ops.stack import open_tree
 from unionfs.fuse_ops.tree import UnionTree
 
@@ -64,14 +65,14 @@ ALL = sorted([b".", b"..", *(b"%03d" % number for number in range(300))])
 
 
 def test_going_on_needs_nothing_that_was_kept(tree: UnionTree) -> None:
-    first = read(DirectListing(tree, 1, 0, FileReadAhead()), tree, 0)
-    rest = read_all(DirectListing(tree, 1, 0, FileReadAhead()), tree, first[-1][1])
+    first = read(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, 0)
+    rest = read_all(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, first[-1][1])
     assert sorted([name for name, _ in first] + rest) == ALL
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgotten: bool) -> None:
-    listing = DirectListing(tree, 1, 0, FileReadAhead())
+    listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
     seen: list[bytes] = []
     offset = 0
     while page := read(listing, tree, offset):
@@ -81,7 +82,7 @@ def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgo
             if not name.startswith(b"."):
                 tree.unlink(tree.root, name)
         if forgotten:
-            listing = DirectListing(tree, 1, 0, FileReadAhead())
+            listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
     assert sorted(seen) == ALL
     assert read_all(listing, tree) == [b".", b".."]
 
@@ -89,10 +90,10 @@ def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgo
 def test_names_of_one_offset_stay_together(tree: UnionTree, monkeypatch: pytest.MonkeyPatch) -> None:
     # Seven names each: some group would lie across the end of a page.
     monkeypatch.setattr(listings, "offset_of", lambda name: 3 + int(name) // 7)
-    listing = DirectListing(tree, 1, 0, FileReadAhead())
+    listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
     assert sorted(read_all(listing, tree)) == ALL
     for _, offset in read(listing, tree, 0)[2:]:
-        again = read_all(DirectListing(tree, 1, 0, FileReadAhead()), tree, offset)
+        again = read_all(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, offset)
         assert sorted(again) == [name for name in ALL[2:] if 3 + int(name) // 7 > offset]
 
 

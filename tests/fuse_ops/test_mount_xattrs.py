@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 
 import pytest
 
@@ -195,3 +196,24 @@ def test_noxattrs_refuses_them(box_with_file: Sandbox) -> None:
     with box.mount("noxattrs"):
         assert error_of(os.setxattr, box.at("f"), "user.x", b"1") == errno.errorcode[errno.EOPNOTSUPP]
         os.chmod(box.at("f"), 0o600)
+
+
+def test_capabilities_of_a_new_file(box: Sandbox) -> None:
+    """It has none, which is known without looking, until it is given some."""
+    box.lower()
+    capability = struct.pack("<5I", 0x0200_0000, 1 << 10, 0, 0, 0)
+    with box.mount():
+        with open(box.at("new"), "w") as file:
+            file.write("#")
+        with pytest.raises(OSError, match="No data"):
+            os.getxattr(box.at("new"), "security.capability")
+        os.setxattr(box.at("new"), "security.capability", capability)
+        os.link(box.at("new"), box.at("second"))
+        assert os.getxattr(box.at("second"), "security.capability") == capability
+        os.chown(box.at("new"), 1, 1)  # takes them away
+        with pytest.raises(OSError, match="No data"):
+            os.getxattr(box.at("second"), "security.capability")
+        os.setxattr(box.at("new"), "security.capability", capability)
+    with box.mount():
+        assert os.getxattr(box.at("new"), "security.capability") == capability
+    box.assert_kernel_agrees()

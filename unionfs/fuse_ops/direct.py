@@ -24,7 +24,7 @@ import trio
 
 from unionfs.fuse_ops import backing_calls, early_pages, mounting
 from unionfs.fuse_ops import protocol as p
-from unionfs.fuse_ops.attributes import ACL_NAMES, Attributes
+from unionfs.fuse_ops.attributes import ACL_NAMES
 from unionfs.fuse_ops.direct_listing import DirectListing
 from unionfs.fuse_ops.direct_request import Request
 from unionfs.fuse_ops.file_ahead import FileReadAhead
@@ -32,6 +32,7 @@ from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.open_files import OpenFile
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.packed_attributes import PackedAttributes, pack
 from unionfs.fuse_ops.passthrough import Passthrough
 from unionfs.fuse_ops.patience import Patience
 from unionfs.fuse_ops.protocol import Init, Opcode, Open, SetAttr
@@ -49,7 +50,11 @@ _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
 _TIMEOUT_MAX: Final = 2**63 - 1
+_CAPABILITY: Final = b"security.capability"
 _NO_REPLY: Final = b""
+_ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
+_ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
+_NO_ATTRIBUTES: Final = bytes(p.ATTR.size)
 # Requests that no program waits for: the kernel sends them by itself.
 _NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
 
@@ -62,6 +67,7 @@ class DirectTransport:
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self._tree = tree
         self._lower = tree.view.lower
+        self._packed = PackedAttributes(tree.view)
         self._options = options
         self.requests = UnionRequests(tree, options)
         self._fd = -1
@@ -76,7 +82,7 @@ class DirectTransport:
         self._valid_ns = int((seconds - self._valid_s) * 1e9)
         self._keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
         self._files_ahead = FileReadAhead()
-        self._listing = DirectListing(tree, self._valid_s, self._valid_ns, self._files_ahead)
+        self._listing = DirectListing(tree, self._packed, self._valid_s, self._valid_ns, self._files_ahead)
         self._handlers: dict[int, Callable[[Request], Answer]] = defaultdict(lambda: self._unknown)
         for code, handler in self._table().items():
             self._handlers[code] = handler
@@ -264,19 +270,15 @@ class DirectTransport:
         return p.OUT_HEADER.pack(p.OUT_HEADER.size + len(data), 0, request.unique) + data
 
     def _entry(self, request: Request, inode: Inode) -> bytes:
-        return self._entry_with(request, inode, self._tree.attributes(inode))
+        return self._entry_with(request, inode, self._packed.of(inode))
 
-    def _entry_with(self, request: Request, inode: Inode, attributes: Attributes) -> bytes:
+    def _entry_with(self, request: Request, inode: Inode, packed: bytes) -> bytes:
         inode.lookups += 1
         s, ns = self._valid_s, self._valid_ns
-        return p.ENTRY_REPLY.pack(
-            p.ENTRY_REPLY.size, 0, request.unique, inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes)
-        )
+        return p.ENTRY_REPLY.pack(_ENTRY_SIZE, 0, request.unique, inode.ino, 0, s, s, ns, ns) + packed
 
-    def _attr_reply(self, request: Request, attributes: Attributes) -> bytes:
-        return p.ATTR_REPLY.pack(
-            p.ATTR_REPLY.size, 0, request.unique, self._valid_s, self._valid_ns, 0, *p.attr_fields(attributes)
-        )
+    def _attr_reply(self, request: Request, packed: bytes) -> bytes:
+        return p.ATTR_REPLY.pack(_ATTR_SIZE, 0, request.unique, self._valid_s, self._valid_ns, 0) + packed
 
     # -- session ----------------------------------------------------------------------------------------------
 
@@ -364,11 +366,10 @@ class DirectTransport:
     def _lookup(self, request: Request) -> bytes:
         body = request.body
         assert isinstance(body, bytes)
-        found = self._tree.view.child(self._inode(request), body[: body.index(0)])
+        found = self._packed.child(self._inode(request), body[: body.index(0)])
         if found is None:  # a miss for the kernel to remember
-            return p.ENTRY_REPLY.pack(
-                p.ENTRY_REPLY.size, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0, *(0,) * 16
-            )
+            reply = p.ENTRY_REPLY.pack(_ENTRY_SIZE, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0)
+            return reply + _NO_ATTRIBUTES
         inode = found[0]
         if inode.lowers and inode.index is None and self._lower.ahead.active:
             self._lower.want(inode.lowers)  # a path goes through it
@@ -468,7 +469,7 @@ class DirectTransport:
     # -- attributes -------------------------------------------------------------------------------------------
 
     def _getattr(self, request: Request) -> bytes:
-        return self._attr_reply(request, self._tree.attributes(self._inode(request)))
+        return self._attr_reply(request, self._packed.of(self._inode(request)))
 
     def _setattr(self, request: Request) -> Answer:
         (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = p.SETATTR_IN.unpack_from(
@@ -503,7 +504,7 @@ class DirectTransport:
         if kill and change.uid is None and change.gid is None:  # a change of owner clears them anyhow
             self._tree.clear_privileges(inode, request)
             attributes = self._tree.attributes(inode)
-        return self._attr_reply(request, attributes)
+        return self._attr_reply(request, pack(inode, attributes))
 
     def _statx(self, request: Request) -> bytes:
         inode = self._inode(request)
@@ -518,7 +519,11 @@ class DirectTransport:
 
     def _getxattr(self, request: Request) -> bytes:
         size, _ = p.GETXATTR_IN.unpack_from(request.body)
-        value = self._tree.get_xattr(self._inode(request), request.name(p.GETXATTR_IN.size))
+        name = request.name(p.GETXATTR_IN.size)
+        inode = self._inode(request)
+        if inode.bare and name == _CAPABILITY:  # asked before each first write and change of owner
+            return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENODATA, request.unique)
+        value = self._tree.get_xattr(inode, name)
         return self._sized(request, value, size)
 
     def _listxattr(self, request: Request) -> bytes:

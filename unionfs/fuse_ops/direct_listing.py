@@ -7,13 +7,15 @@ import stat
 from typing import Final
 
 from unionfs.fuse_ops import protocol as p
-from unionfs.fuse_ops.attributes import Attributes
 from unionfs.fuse_ops.file_ahead import FileReadAhead
 from unionfs.fuse_ops.inodes import ROOT_INO, Inode
 from unionfs.fuse_ops.listing import DOT, DOT_DOT, Listings
 from unionfs.fuse_ops.lower_stack import LowerDir
+from unionfs.fuse_ops.packed_attributes import PackedAttributes
 from unionfs.fuse_ops.tree import UnionTree
 
+_PLUS_SIZE: Final = p.ENTRY.size + p.ATTR.size
+_PADDING: Final = [bytes(-length % 8) for length in range(8)]
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
@@ -23,10 +25,12 @@ class DirectListing:
     ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order.
     """
 
-    def __init__(self, tree: UnionTree, valid_s: int, valid_ns: int, files: FileReadAhead) -> None:
+    def __init__(
+        self, tree: UnionTree, packed: PackedAttributes, valid_s: int, valid_ns: int, files: FileReadAhead
+    ) -> None:
         self._tree = tree
         self._files = files
-        self._child = tree.view.child
+        self._child = packed.child
         self._lower = tree.view.lower
         self._listings = Listings(tree.view)
         self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
@@ -52,7 +56,7 @@ class DirectListing:
             if plus:
                 self._files.listed(directory, names)
         directories: list[LowerDir] | None = [] if plus and self._lower.ahead.active else None
-        header = p.DIRENT.size + (p.ENTRY.size if plus else 0)
+        header = p.DIRENT.size + (_PLUS_SIZE if plus else 0)
         while position < count:
             # Names of one offset come together or not at all: the kernel goes on after it.
             end = position + 1
@@ -74,32 +78,29 @@ class DirectListing:
                         break
                     raise
                 if child is not None:
-                    self._add(answer, name, offsets[position], *child, plus=plus)
+                    inode, attributes = child
+                    if plus:
+                        inode.lookups += 1
+                        answer += p.ENTRY.pack(inode.ino, *self._valid)
+                        answer += attributes
+                    length = len(name)
+                    answer += p.DIRENT.pack(inode.ino, offsets[position], length, inode.kind >> 12)
+                    answer += name
+                    answer += _PADDING[length % 8]
                     if directories is not None:
-                        directories += child[0].lowers
+                        directories += inode.lowers
             position = end
         if directories:  # who is told of attributes walks on
             self._lower.want(directories)
         p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, unique)
         return bytes(answer)
 
-    def _add(
-        self, answer: bytearray, name: bytes, offset: int, inode: Inode, attributes: Attributes, *, plus: bool
-    ) -> None:
-        if plus:
-            inode.lookups += 1
-            answer += p.ENTRY.pack(inode.ino, *self._valid, *p.attr_fields(attributes))
-        length = len(name)
-        answer += p.DIRENT.pack(attributes.ino, offset, length, stat.S_IFMT(attributes.mode) >> 12)
-        answer += name
-        answer += bytes(-length % 8)
-
     def _add_dots(self, answer: bytearray, directory: Inode, offset: int, *, plus: bool) -> None:
         for after, name, inode in ((DOT, b".", directory), (DOT_DOT, b"..", directory.parent or directory)):
             if after <= offset:
                 continue
             if plus:  # these the kernel does not take as looked up, nor their attributes
-                answer += bytes(p.ENTRY.size)
+                answer += bytes(_PLUS_SIZE)
             number = inode.ino if inode.ino != ROOT_INO else self._tree.attributes(inode).ino
             answer += p.DIRENT.pack(number, after, len(name), stat.S_IFDIR >> 12)
             answer += name.ljust(8, b"\0")

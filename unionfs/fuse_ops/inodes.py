@@ -33,6 +33,7 @@ class Inode:
     __slots__ = (
         "__weakref__",
         "aliases",
+        "bare",
         "children",
         "data",
         "filled",
@@ -53,6 +54,7 @@ class Inode:
         "nested",
         "nlink",
         "orphan_fd",
+        "packed",
         "parent",
         "redirect",
         "stack_path",
@@ -78,6 +80,8 @@ class Inode:
         self.metacopy = False  # the object has metadata only
         self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
         self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
+        self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
+        self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities
         self.filled = False  # the kernel has been given the contents, and has not asked for them since
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode

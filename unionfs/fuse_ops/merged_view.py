@@ -300,7 +300,7 @@ class MergedView:
     def adopt_new(self, directory: Inode, name: bytes, st: os.stat_result) -> Inode:
         """The inode of an object just made in the upper layer."""
         inode = self.inodes.new(stat.S_IFMT(st.st_mode), self.inodes.numbers.of((st.st_dev, st.st_ino)))
-        inode.upper = True
+        inode.upper = inode.bare = True
         inode.add_place(directory, name)
         return inode
 

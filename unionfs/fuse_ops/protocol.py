@@ -117,9 +117,9 @@ IN_HEADER: Final = struct.Struct("=IIQQIIIHH")  # length, opcode, unique, node, 
 OUT_HEADER: Final = struct.Struct("=IiQ")  # length, negative errno, unique
 
 ATTR: Final = struct.Struct("=6Q10I")
-ENTRY_REPLY: Final = struct.Struct("=IiQ QQQQII 6Q10I")
-ENTRY: Final = struct.Struct("=QQQQII 6Q10I")
-ATTR_REPLY: Final = struct.Struct("=IiQ QII 6Q10I")
+ENTRY_REPLY: Final = struct.Struct("=IiQ QQQQII")  # followed by attributes, as the next ones are
+ENTRY: Final = struct.Struct("=QQQQII")
+ATTR_REPLY: Final = struct.Struct("=IiQ QII")
 CREATE_REPLY: Final = struct.Struct("=IiQ QQQQII 6Q10I QIi")
 OPEN_REPLY: Final = struct.Struct("=IiQ QIi")
 WRITE_REPLY: Final = struct.Struct("=IiQ II")

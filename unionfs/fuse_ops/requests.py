@@ -164,6 +164,7 @@ class UnionRequests:
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
         await self.copy_up(inode, data=False)
+        inode.bare = False
         self.tree.set_xattr(inode, name, value, flags)
 
     async def remove_xattr(self, inode: Inode, name: bytes) -> None:

@@ -1,0 +1,46 @@
+"""Attributes as the kernel's protocol has them, packed once for what does not change.
+
+Most of a tree is in lower layers. What was packed for one answer is kept for the next ones: the same directory read
+by another program, the attributes that the kernel asks for again after it has read something.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.protocol import ATTR, attr_fields
+
+
+def pack(inode: Inode, attributes: Attributes) -> bytes:
+    """``attributes`` of ``inode`` as struct fuse_attr; kept where they stay what they are."""
+    packed = ATTR.pack(*attr_fields(attributes))
+    # A file of several names has fewer when one of them is removed.
+    if not inode.upper and (attributes.nlink == 1 or inode.kind == stat.S_IFDIR):
+        inode.packed = packed
+    return packed
+
+
+class PackedAttributes:
+    """Attributes of the inodes of a tree."""
+
+    def __init__(self, view: MergedView) -> None:
+        self._view = view
+
+    def of(self, inode: Inode) -> bytes:
+        """What stat(2) shows of ``inode``."""
+        packed = inode.packed
+        if packed is None or inode.upper or inode.parent is None:  # copied up since, or removed
+            return pack(inode, self._view.attributes(inode))
+        return packed
+
+    def child(self, directory: Inode, name: bytes) -> tuple[Inode, bytes] | None:
+        """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
+        if directory.children is not None:
+            inode = directory.children.get(name)
+            if inode is not None:
+                return inode, self.of(inode)
+        found = self._view.child(directory, name)
+        return None if found is None else (found[0], pack(*found))
