@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.copying import copy_data
+from unionfs.fuse_ops.copying import at_path, copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.fuse_ops.overlay_format import OverlayXattrs
 
 MIB = 1 << 20
 
@@ -87,6 +88,29 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source.write_bytes(b"x")
     with files(source, target) as fds, pytest.raises(OSError, match="full"):
         copy_data(*fds, 1)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_attributes_of_a_name_and_of_a_descriptor(tmp_path: Path, *, by_name: bool) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.touch()
+    os.setxattr(source, "user.kept", b"value")
+    os.setxattr(source, "user.overlay.origin", b"ours")
+    os.chmod(source, 0o6715)
+    os.utime(source, ns=(1_000_000_001, 2_000_000_002))
+    original = os.stat(source)
+    with files(source, target) as (source_fd, target_fd):
+        directory = os.open(tmp_path, os.O_PATH)
+        read = (directory, b"source") if by_name else (source_fd, b"")
+        write = (directory, b"target") if by_name else (target_fd, b"")
+        copy_xattrs(at_path(*read), at_path(*write), OverlayXattrs(user=True))
+        copy_attributes(*write, original)
+        copy_times(*write, original)
+        os.close(directory)
+    copy = os.stat(target)
+    assert (copy.st_mode, copy.st_uid, copy.st_gid) == (original.st_mode, original.st_uid, original.st_gid)
+    assert (copy.st_atime_ns, copy.st_mtime_ns) == (1_000_000_001, 2_000_000_002)
+    assert os.listxattr(target) == ["user.kept"]
 
 
 PIECES = st.lists(st.tuples(st.integers(0, 64), st.binary(min_size=1, max_size=50)), max_size=8)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.users import as_user
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.stack import open_tree
 from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.upper_dir import UpperDir
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class User:
 
 
 ROOT = User()
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -82,16 +87,133 @@ def test_what_the_kernel_forgets_is_forgotten(tree: UnionTree) -> None:
     assert len(tree.inodes) == 1
 
 
-def test_a_copy_that_fails_leaves_nothing(tree: UnionTree, dirs: Path) -> None:
+def refuse_unnamed_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As on a file system without O_TMPFILE; counts how often it was asked for."""
+    asked: list[int] = []
+    real_open = os.open
+
+    def refuse(path: bytes, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            asked.append(flags)
+            raise OSError(errno.EOPNOTSUPP, "no unnamed files")
+        return real_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr("unionfs.fuse_ops.upper_dir.os.open", refuse)
+    return asked
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_a_copy_that_fails_leaves_nothing(
+    tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch, *, unnamed: bool
+) -> None:
+    if not unnamed:
+        refuse_unnamed_files(monkeypatch)
     file = tree.lookup(tree.root, b"file")
     job = tree.copy_up.begin(file)
     assert job is not None
-    assert os.listdir(dirs / "work" / "work") != []
+    assert os.listdir(dirs / "work" / "work") == ([] if unnamed else [os.fsdecode(job.temp)])
+    job.run()
     tree.copy_up.abort(job)
-    assert os.listdir(dirs / "upper") == []
+    assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
     assert tree.copy_up.needs(file, data=True)
     tree.copy_up.ensure(file)
     assert (dirs / "upper" / "file").read_text() == "contents"
+
+
+def test_unnamed_files_are_asked_for_once(tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = refuse_unnamed_files(monkeypatch)
+    tree.copy_up.ensure(tree.lookup(tree.root, b"file"))
+    tree.copy_up.ensure(tree.lookup(tree.lookup(tree.root, b"d"), b"two"))
+    assert len(asked) == 1
+    assert (dirs / "upper" / "file").read_text() == "contents"
+    assert (dirs / "upper" / "d" / "two").read_text() == "22"
+
+
+def test_data_is_synced_before_it_has_a_name(tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_fsync, real_name, real_install = os.fsync, UpperDir.give_name, UpperDir.install
+
+    def fsync(fd: int) -> None:
+        events.append(f"fsync of {os.pread(fd, 100, 0).decode()}")
+        real_fsync(fd)
+
+    def give_name(upper: UpperDir, fd: int, name: bytes) -> None:
+        events.append("name")
+        real_name(upper, fd, name)
+
+    def install(upper: UpperDir, *args: Any, **kwargs: Any) -> None:
+        events.append("place")
+        real_install(upper, *args, **kwargs)
+
+    monkeypatch.setattr("unionfs.fuse_ops.copying.os.fsync", fsync)
+    monkeypatch.setattr(UpperDir, "give_name", give_name)
+    monkeypatch.setattr(UpperDir, "install", install)
+    tree.copy_up.ensure(tree.lookup(tree.root, b"file"))
+    assert events == ["fsync of contents", "name", "place"]
+
+
+@pytest.mark.parametrize("metacopy", [False, True])
+def test_a_copy_is_complete_before_it_can_be_seen(
+    dirs: Path, monkeypatch: pytest.MonkeyPatch, *, metacopy: bool
+) -> None:
+    """A crash just before the rename leaves the old state; after it, the copy lacks nothing."""
+    lower = dirs / "low2" / "file"
+    os.chown(lower, 12, 34)
+    os.chmod(lower, 0o4751)
+    os.setxattr(lower, "user.kept", b"value")
+    os.utime(lower, ns=(1_000_000_001, 2_000_000_002))
+    seen: list[os.stat_result] = []
+    attributes: list[set[str]] = []
+
+    def crash(upper: UpperDir, staging_fd: int, temp: bytes, *args: object, **kwargs: object) -> None:
+        assert os.listdir(dirs / "upper") == []
+        seen.append(os.stat(temp, dir_fd=staging_fd))
+        attributes.append(set(os.listxattr(upper.work_path(temp))))
+        raise OSError(errno.EIO, "crash")
+
+    tree = open_tree(options(dirs, metacopy=metacopy))
+    try:
+        file = tree.lookup(tree.root, b"file")
+        with monkeypatch.context() as patch:
+            patch.setattr(UpperDir, "install", crash)
+            with pytest.raises(OSError, match="crash"):
+                tree.copy_up.ensure(file, data=False)
+        assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
+        tree.copy_up.ensure(file, data=False)
+        copy = os.stat(dirs / "upper" / "file")
+    finally:
+        tree.close()
+    for st in (*seen, copy):
+        assert (st.st_mode, st.st_uid, st.st_gid) == (stat.S_IFREG | 0o4751, 12, 34)
+        assert (st.st_size, st.st_atime_ns, st.st_mtime_ns) == (len("contents"), 1_000_000_001, 2_000_000_002)
+    marks = {"trusted.overlay.metacopy", "trusted.overlay.redirect"} if metacopy else set()
+    assert attributes == [{"user.kept", "trusted.overlay.origin"} | marks]
+
+
+def test_a_server_without_privilege_copies_a_read_only_file() -> None:
+    """Extended attributes can be set only as long as the copy may be written."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        dirs = Path(directory)
+        for name in ("low1", "low2", "upper", "work"):
+            (dirs / name).mkdir()
+        lower = dirs / "low2" / "file"
+        lower.write_text("contents")
+        os.setxattr(lower, "user.kept", b"value")
+        os.chmod(lower, 0o444)
+        for path in (dirs, *dirs.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+
+        def change() -> None:
+            tree = open_tree(options(dirs, userxattr=True))
+            file = tree.lookup(tree.root, b"file")
+            tree.set_attributes(file, AttributeChange(mode=0o440), User(NOBODY, NOBODY))
+            tree.close()
+
+        as_user(NOBODY, change)
+        copy = dirs / "upper" / "file"
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o440
+        assert copy.read_text() == "contents"
+        assert set(os.listxattr(copy)) == {"user.kept", "user.overlay.origin"}
 
 
 def test_a_file_removed_while_it_is_copied(tree: UnionTree, dirs: Path) -> None:

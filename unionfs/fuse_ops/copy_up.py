@@ -1,8 +1,9 @@
 """Copy-up: giving an object that only lower layers have a place of its own in the upper layer.
 
 A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
-disk before that, unless the mount is volatile. The slow part, copying data, is a :class:`CopyUpJob` that knows only
-descriptors: it may run in a worker thread while the tree goes on serving others.
+disk before that, unless the mount is volatile. Until then the copy has no name, where the file system allows that.
+The slow part, copying data, is a :class:`CopyUpJob` that knows only descriptors: it may run in a worker thread while
+the tree goes on serving others.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import os
 import stat
 
 from unionfs.fuse_ops import syscalls
-from unionfs.fuse_ops.copying import copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.fuse_ops.copying import at_path, copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.overlay_format import encode_origin
 from unionfs.fuse_ops.upper_dir import UpperDir
+
+At = tuple[int, bytes]
+"""An object as the ``*at`` calls name it: by a directory descriptor and a name, or by its own and an empty one."""
 
 _NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
 
@@ -25,10 +30,19 @@ _NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.
 class CopyUpJob:
     """The copying of one file's data into a temporary file. :meth:`run` may be called in a worker thread."""
 
-    __slots__ = ("inode", "size", "source_fd", "st", "sync", "target_fd", "temp")
+    __slots__ = ("inode", "named", "size", "source_fd", "st", "sync", "target_fd", "temp")
 
     def __init__(
-        self, inode: Inode, st: os.stat_result, source_fd: int, target_fd: int, temp: bytes, size: int, *, sync: bool
+        self,
+        inode: Inode,
+        st: os.stat_result,
+        source_fd: int,
+        target_fd: int,
+        temp: bytes,
+        size: int,
+        *,
+        sync: bool,
+        named: bool = True,
     ) -> None:
         self.inode = inode
         self.st = st
@@ -37,6 +51,7 @@ class CopyUpJob:
         self.temp = temp  # in the work directory; empty when the data goes straight into the upper file
         self.size = size
         self.sync = sync
+        self.named = named  # whether the file is called ``temp`` by now
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
@@ -115,17 +130,17 @@ class CopyUp:
             return None
         source = self._view.data_source(inode)
         temp = upper.temp_name()
-        source_fd = target_fd = -1
+        sync = self._sync and wanted > 0
+        source_fd = source[0].open(source[1], os.O_RDONLY)
         try:
-            source_fd = source[0].open(source[1], os.O_RDONLY)
-            target_fd = os.open(
-                temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=upper.work_fd
-            )
+            target_fd = upper.create_unnamed_file() if sync else -1
+            named = target_fd < 0
+            if named:
+                target_fd = upper.create_file(temp)
         except BaseException:
-            if source_fd >= 0:
-                os.close(source_fd)
+            os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, target_fd, temp, wanted, sync=self._sync and wanted > 0)
+        job = CopyUpJob(inode, st, source_fd, target_fd, temp, wanted, sync=sync, named=named)
         if wanted == 0:
             self.finish(job)
             return None
@@ -138,9 +153,11 @@ class CopyUp:
             return
         upper, inode = self._upper, job.inode
         try:
-            assert inode.lower is not None
-            layer, path = inode.lower
-            self._dress(upper, job.temp, job.st, layer.proc_path(path))
+            if not job.named:
+                upper.give_name(job.target_fd, job.temp)
+            # A metacopy has its data from another file than the rest.
+            source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
+            self._dress(inode, job.st, source, (job.target_fd, b""))
             self._install_file(upper, inode, job.temp, job.st)
         except BaseException:
             self.abort(job)
@@ -177,29 +194,52 @@ class CopyUp:
             if not node.upper:
                 self._directory(self._upper, node, self._view.real_stat(node))
 
-    def _dress(self, upper: UpperDir, temp: bytes, st: os.stat_result, source: bytes) -> None:
-        copy_attributes(upper.work_fd, temp, st)
-        copy_xattrs(source, upper.work_path(temp), self._view.xattrs)
-        copy_times(upper.work_fd, temp, st)
+    def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At) -> None:
+        """Give the copy ``target`` of ``source`` everything but its data and its place.
 
-    def _set_origin(self, upper: UpperDir, temp: bytes, inode: Inode) -> bool:
-        """Record which lower object the copy comes from: the kernel and the next mount take its inode number."""
+        The mode follows the extended attributes, which a server without privilege can set on a file that it may
+        write only. The times are last, and stay: renames and links do not change them.
+        """
+        copy_owner(*target, st)
+        if self._records_origin(inode, st):
+            inode.has_origin = self._set_origin(inode, source, target)
+        copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
+        copy_mode(*target, st)
+        copy_times(*target, st)
+
+    @staticmethod
+    def _lower(inode: Inode) -> tuple[LayerDir, bytes]:
         if inode.kind == stat.S_IFDIR:
-            layer, path = inode.lowers[0].layer, inode.lowers[0].path
-        else:
-            assert inode.lower is not None
-            layer, path = inode.lower
-        dir_fd, name = layer.locate(path)
+            return inode.lowers[0].layer, inode.lowers[0].path
+        assert inode.lower is not None
+        return inode.lower
+
+    def _lower_at(self, inode: Inode) -> At:
+        """The lower object that is copied up."""
+        layer, path = self._lower(inode)
+        return layer.locate(path)
+
+    @staticmethod
+    def _has_other_names(inode: Inode, st: os.stat_result) -> bool:
+        """Whether this may be a file of which the lower layers have names that nobody has looked up."""
+        return st.st_nlink > 1 and inode.nlink != 0
+
+    def _records_origin(self, inode: Inode, st: os.stat_result) -> bool:
+        # Of several names the kernel, too, sets no origin: after a remount they are different files.
+        return inode.kind == stat.S_IFDIR or (inode.parent is not None and not self._has_other_names(inode, st))
+
+    def _set_origin(self, inode: Inode, source: At, target: At) -> bool:
+        """Record which lower object the copy comes from: the kernel and the next mount take its inode number."""
         try:
-            handle = syscalls.file_handle(dir_fd, name)
+            handle = syscalls.file_handle(*source)
         except OSError as error:
             if error.errno not in _NO_HANDLES:
                 raise
             value = b""
         else:
-            value = encode_origin(handle, layer.filesystem_uuid)
+            value = encode_origin(handle, self._lower(inode)[0].filesystem_uuid)
         try:
-            os.setxattr(upper.work_path(temp), self._view.xattrs.origin, value, follow_symlinks=False)
+            os.setxattr(at_path(*target), self._view.xattrs.origin, value, follow_symlinks=not target[1])
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):
                 raise
@@ -222,10 +262,7 @@ class CopyUp:
         temp = upper.temp_name()
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
-            source = inode.lowers[0]
-            self._dress(upper, temp, st, source.layer.proc_path(source.path))
-            inode.has_origin = self._set_origin(upper, temp, inode)
-            copy_times(upper.work_fd, temp, st)
+            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
             self._place(upper, inode, temp, directory=True)
         except BaseException:
             upper.discard(temp)
@@ -237,14 +274,12 @@ class CopyUp:
 
     def _special(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
         temp = upper.temp_name()
-        assert inode.lower is not None
-        layer, path = inode.lower
         if stat.S_ISLNK(st.st_mode):
             os.symlink(self._view.readlink(inode), temp, dir_fd=upper.work_fd)
         else:
             os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
         try:
-            self._dress(upper, temp, st, layer.proc_path(path))
+            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
             self._install_file(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
@@ -253,19 +288,16 @@ class CopyUp:
 
     def _metacopy(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
         """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``)."""
-        assert inode.lower is not None
-        layer, path = inode.lower
         temp = upper.temp_name()
-        fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=upper.work_fd)
+        fd = upper.create_file(temp)
         try:
             os.ftruncate(fd, st.st_size)
-            self._dress(upper, temp, st, layer.proc_path(path))
             os.setxattr(fd, self._view.xattrs.metacopy, b"")
             # An absolute redirect stays right wherever the file is moved or linked to.
             where = self._stack_path(inode)
             if where is not None:
                 os.setxattr(fd, self._view.xattrs.redirect, b"/" + where)
-            os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            self._dress(inode, st, self._lower_at(inode), (fd, b""))
             self._install_file(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
@@ -287,16 +319,13 @@ class CopyUp:
     def _install_file(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
         """Make ``temp`` the upper object of ``inode`` at all its places."""
         places = list(inode.places())
-        has_other_names = st.st_nlink > 1 and inode.nlink != 0
+        has_other_names = self._has_other_names(inode, st)
         if not places and not has_other_names:  # unlinked in the meantime, but still open
             inode.orphan_fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
             os.unlink(temp, dir_fd=upper.work_fd)
             inode.upper = True
             return
         if not has_other_names:
-            # Of several names the kernel, too, sets no origin: after a remount they are different files.
-            inode.has_origin = self._set_origin(upper, temp, inode)
-            copy_times(upper.work_fd, temp, st)
             self._place(upper, inode, temp, directory=False)
             if inode.has_origin and inode.parent is not None:
                 self.mark_impure(inode.parent)
@@ -336,7 +365,7 @@ class CopyUp:
     def _restore_times(dir_fd: int, st: os.stat_result) -> None:
         # In the merged tree nothing appeared in this directory.
         with contextlib.suppress(OSError):
-            os.utime(b"/proc/self/fd/%d" % dir_fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
 
     def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
         """Let files that were opened before the copy-up see what is written after it."""

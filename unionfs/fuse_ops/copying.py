@@ -111,14 +111,24 @@ def _copy_range(source_fd: int, target_fd: int, offset: int, end: int, *, write_
     return offset
 
 
-def copy_xattrs(source: bytes, target: bytes, names: OverlayXattrs) -> None:
-    """Copy all extended attributes between two paths whose last component is not followed, but overlayfs' own.
+def at_path(fd: int, name: bytes) -> bytes | int:
+    """``name`` in the directory ``fd`` for calls without an ``at`` variant; without a name, ``fd`` itself.
 
-    ACLs and file capabilities are extended attributes too. What the target's file system does not support is left
-    out, except for attributes that decide about access: those raise.
+    A descriptor is cheaper where there is one: the kernel takes longer to follow a link in /proc than to do the rest.
     """
+    return b"/proc/self/fd/%d/%s" % (fd, name) if name else fd
+
+
+def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs) -> None:
+    """Copy all extended attributes between two objects, but overlayfs' own.
+
+    Either is a descriptor, or a path whose last component is not followed. ACLs and file capabilities are extended
+    attributes too. What the target's file system does not support is left out, except for attributes that decide
+    about access: those raise.
+    """
+    read_fd, write_fd = isinstance(source, int), isinstance(target, int)  # where there is no link not to follow
     try:
-        listed = os.listxattr(source, follow_symlinks=False)
+        listed = os.listxattr(source, follow_symlinks=read_fd)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
             return
@@ -128,13 +138,13 @@ def copy_xattrs(source: bytes, target: bytes, names: OverlayXattrs) -> None:
         if names.is_private(name):
             continue
         try:
-            value = os.getxattr(source, name, follow_symlinks=False)
+            value = os.getxattr(source, name, follow_symlinks=read_fd)
         except OSError as error:
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 continue
             raise
         try:
-            os.setxattr(target, name, value, follow_symlinks=False)
+            os.setxattr(target, name, value, follow_symlinks=write_fd)
         except OSError as error:
             decides_access = name.startswith((b"security.capability", b"system.posix_acl_"))
             if error.errno == errno.EOPNOTSUPP and not decides_access:
@@ -144,15 +154,36 @@ def copy_xattrs(source: bytes, target: bytes, names: OverlayXattrs) -> None:
             raise
 
 
+# An empty name means, in what follows, the open file or directory ``dir_fd`` itself.
+
+
 def copy_attributes(dir_fd: int, name: bytes, st: os.stat_result) -> None:
     """Give the object ``name`` owner and mode of ``st``; times come last, see :func:`copy_times`."""
-    now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    if (now.st_uid, now.st_gid) != (st.st_uid, st.st_gid):
-        os.chown(name, st.st_uid, st.st_gid, dir_fd=dir_fd, follow_symlinks=False)
+    copy_owner(dir_fd, name, st)
+    copy_mode(dir_fd, name, st)
+
+
+def copy_owner(dir_fd: int, name: bytes, st: os.stat_result) -> None:
+    """Give the object ``name`` the owner of ``st``. It comes first: the kernel then clears setuid and capabilities."""
+    what, at, follow = _arguments(dir_fd, name)
+    now = os.stat(what, dir_fd=at, follow_symlinks=follow)
+    if now.st_uid != st.st_uid or now.st_gid != st.st_gid:
+        os.chown(what, st.st_uid, st.st_gid, dir_fd=at, follow_symlinks=follow)
+
+
+def copy_mode(dir_fd: int, name: bytes, st: os.stat_result) -> None:
+    """Give the object ``name`` the mode of ``st``, which may forbid its owner to set further attributes."""
     if not stat.S_ISLNK(st.st_mode):
-        os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=dir_fd)
+        what, at, _ = _arguments(dir_fd, name)
+        os.chmod(what, stat.S_IMODE(st.st_mode), dir_fd=at)
 
 
 def copy_times(dir_fd: int, name: bytes, st: os.stat_result) -> None:
     """Give the object ``name`` the access and modification time of ``st``, to the nanosecond."""
-    os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+    what, at, follow = _arguments(dir_fd, name)
+    os.utime(what, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=at, follow_symlinks=follow)
+
+
+def _arguments(dir_fd: int, name: bytes) -> tuple[bytes | int, int | None, bool]:
+    """What functions of :mod:`os` take as path, ``dir_fd`` and ``follow_symlinks``."""
+    return (name, dir_fd, False) if name else (dir_fd, None, True)
