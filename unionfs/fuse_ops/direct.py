@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import re
+import select
 import stat
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ import trio
 from unionfs.fuse_ops import backing_calls, early_pages, mounting
 from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.attributes import ACL_NAMES
+from unionfs.fuse_ops.beside_client import LOOK_EVERY, SLOW_ANSWER_S, BesideClient
 from unionfs.fuse_ops.direct_listing import DirectListing
 from unionfs.fuse_ops.direct_request import Request
 from unionfs.fuse_ops.file_ahead import FileReadAhead
@@ -47,6 +49,9 @@ _MAX_WRITE: Final = 1 << 20  # bytes; the kernel's limit is 256 pages
 _BUFFER_SIZE: Final = _MAX_WRITE + 4096
 _LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
 _TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
+_LONG_TURN_S: Final = 10e-3  # the same when there are none that wait for it
+_STAY_MS: Final = 2  # how long to stay there when it sends nothing
+_LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to do meanwhile
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
 _TIMEOUT_MAX: Final = 2**63 - 1
@@ -66,7 +71,7 @@ class DirectTransport:
 
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self._tree = tree
-        self._lower = tree.view.lower
+        self._ahead = tree.view.lower.ahead
         self._packed = PackedAttributes(tree.view)
         self._options = options
         self.requests = UnionRequests(tree, options)
@@ -76,6 +81,8 @@ class DirectTransport:
         self._tell = log.isEnabledFor(logging.DEBUG)
         self._waiting = 0  # requests that are tasks of their own
         self._calls = WaitingCalls()
+        self._beside = BesideClient()
+        self._ready = select.poll()
         self.patience = self.requests.patience = Patience()
         seconds = min(options.timeout_s, 1e18)
         self._valid_s = int(seconds)
@@ -155,6 +162,7 @@ class DirectTransport:
     async def serve(self, accepted: Callable[[], None]) -> None:
         """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
         self._accepted = accepted
+        self._ready.register(self._fd, select.POLLIN)
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         try:
@@ -163,6 +171,7 @@ class DirectTransport:
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         finally:
+            self._beside.close()
             # Descriptors that a thread reads from or answers to must not be closed yet. Where there is none, none is
             # made for it: a supervisor's copy, which rehearses this, has to stay a process of one thread.
             if self._calls.has_threads:
@@ -173,16 +182,24 @@ class DirectTransport:
         """Serve for a while; false when the mount is gone."""
         fd = self._fd
         now = time.perf_counter
-        until = now() + _TURN_S
+        beside = self._beside
+        ready = self._ready
+        until = now() + _LONG_TURN_S
         last = 0.0
         while True:
             try:
                 size = os.readv(fd, [view])
             except BlockingIOError:
+                if beside.active:
+                    if not self._waiting and ready.poll(_STAY_MS):
+                        beside.slept()
+                        continue
+                    beside.leave()
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
                     await trio.lowlevel.wait_readable(fd)
-                    until = now() + _TURN_S
+                    beside.slept()
+                    until = now() + _LONG_TURN_S
                 continue
             except OSError as error:
                 if error.errno == errno.ENODEV:
@@ -190,9 +207,12 @@ class DirectTransport:
                 if error.errno in (errno.EINTR, errno.ENOENT):  # a request that was taken back
                     continue
                 raise
+            begun = now()
             self.dispatch(view[:size], nursery)
             last = now()
-            if last > until:
+            if last - begun > SLOW_ANSWER_S:
+                beside.answered_slowly()
+            if last > until or (self._waiting and last > until - _LONG_TURN_S + _TURN_S):
                 return True
 
     def dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
@@ -202,13 +222,18 @@ class DirectTransport:
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
         if code not in _NOBODYS:
-            self.patience.request_from(pid)
+            before = self.patience.request_from(pid)
+            if not before % LOOK_EVERY:
+                if self._ahead.active:  # the disk is busy, and so are others
+                    before = 0
+                self._beside.consider(pid, before)
         request = Request(unique, node, uid, gid, pid, body)
         if self._tell:
             log.debug("%s of %#x by process %d: %r", _name(code), node, pid, bytes(body[:80]))
         try:
             answer = self._handlers[code](request)
             if not isinstance(answer, bytes):
+                self._beside.leave()  # it goes on in threads, which would inherit the place
                 self._waiting += 1
                 nursery.start_soon(self._wait_for, request, code, answer)
                 return
@@ -235,6 +260,7 @@ class DirectTransport:
                 reply = self._failure(request, code, error)
             self._reply(reply)
 
+        self._beside.leave()
         self._calls.start(answer)
         return _NO_REPLY
 
@@ -370,9 +396,6 @@ class DirectTransport:
         if found is None:  # a miss for the kernel to remember
             reply = p.ENTRY_REPLY.pack(_ENTRY_SIZE, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0)
             return reply + _NO_ATTRIBUTES
-        inode = found[0]
-        if inode.lowers and inode.index is None and self._lower.ahead.active:
-            self._lower.want(inode.lowers)  # a path goes through it
         return self._entry_with(request, *found)
 
     def _forget(self, request: Request) -> bytes:
@@ -636,6 +659,8 @@ class DirectTransport:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
         file = self.requests.files[handle]
         fd = file.fd
+        if size > _LONG_READ:
+            self._beside.leave()
         if offset == 0:
             early_pages.was_read(file.inode)
         if size <= _SHORT_READ and self.patience.may_wait():

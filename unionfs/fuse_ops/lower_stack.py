@@ -19,6 +19,7 @@ from unionfs.fuse_ops.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.overlay_format import MARK, OPAQUE_MARK, OverlayXattrs, is_whiteout
 
+_MANY = 8  # directories to merge, for which it pays to have them read in the background
 _FUSE_OVERLAYFS_OPAQUE = b"user.fuseoverlayfs.opaque"
 
 
@@ -266,7 +267,7 @@ class LowerStack:
     def index(self, stack: Sequence[LowerDir]) -> DirIndex:
         """All names that ``stack`` shows. Reads every directory of it once."""
         start = time.perf_counter()
-        if len(stack) > 1 and self.ahead.active:
+        if len(stack) > _MANY and self.ahead.active:
             self.want(stack[1:])
         index = self._read_index(stack)
         self.ahead.took(time.perf_counter() - start, index.depth, len(index.names))

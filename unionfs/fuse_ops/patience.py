@@ -19,24 +19,28 @@ _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so m
 class Patience:
     """Watches who sends requests, and how long waiting takes."""
 
-    __slots__ = ("_missing", "_not_before", "_sender")
+    __slots__ = ("_in_a_row", "_not_before", "_sender")
 
     def __init__(self) -> None:
         self._sender = 0
-        self._missing = _IN_A_ROW
+        self._in_a_row = 0
         self._not_before = 0.0
 
-    def request_from(self, pid: int) -> None:
-        """A request came from the thread ``pid``; 0 is any of another PID namespace."""
+    def request_from(self, pid: int) -> int:
+        """A request came from the thread ``pid``; 0 is any of another PID namespace.
+
+        Returns how many came from it before this one, without any of another.
+        """
         if pid != self._sender or not pid:
             self._sender = pid
-            self._missing = _IN_A_ROW
-        elif self._missing:
-            self._missing -= 1
+            self._in_a_row = 0
+        else:
+            self._in_a_row += 1
+        return self._in_a_row
 
     def may_wait(self) -> bool:
         """Whether a short wait for the disk is better done here and now."""
-        return not self._missing and time.perf_counter() >= self._not_before
+        return self._in_a_row >= _IN_A_ROW and time.perf_counter() >= self._not_before
 
     def waited_since(self, start: float) -> None:
         """A wait that began when time.perf_counter() was ``start`` is over."""

@@ -1,0 +1,236 @@
+"""The server on its client's processor: when it goes there, and that it always comes back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.mounts import servers_of
+from tests.support.sandbox import Sandbox, needs_root
+from tests.support.users import in_child
+from unionfs.fuse_ops import beside_client
+from unionfs.fuse_ops.beside_client import BesideClient
+
+pytest_plugins = ["tests.support.sandbox"]
+needs_root()
+
+IN_A_ROW = 32
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether nothing else runs on this machine, as the server is told."""
+    answers = [True]
+    monkeypatch.setattr(BesideClient, "_machine_is_quiet", lambda self: answers[0])
+    return answers
+
+
+@pytest.fixture
+def beside() -> Iterator[BesideClient]:
+    before = os.sched_getaffinity(0)
+    beside = BesideClient()
+    yield beside
+    beside.close()
+    assert_ordinary()
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.fixture
+def program() -> Iterator[subprocess.Popen[bytes]]:
+    """One that waits on the first processor; it moves when it is written to."""
+    first = min(os.sched_getaffinity(0))
+    argv = ["taskset", "-c", str(first), "cat"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while processor_of(process.pid) != first or "cat" not in name_of(process.pid):
+            time.sleep(0.001)
+        yield process
+
+
+@pytest.fixture
+def client(program: subprocess.Popen[bytes]) -> int:
+    return program.pid
+
+
+def processor_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[36])
+
+
+def name_of(pid: int) -> str:
+    with open(f"/proc/{pid}/comm") as file:
+        return file.read()
+
+
+def assert_ordinary(pid: int = 0) -> None:
+    assert os.sched_getscheduler(pid) == os.SCHED_OTHER
+
+
+def assert_beside(client: int) -> None:
+    assert os.sched_getscheduler(0) == os.SCHED_IDLE
+    assert os.sched_getaffinity(0) == {processor_of(client)}
+
+
+def test_it_goes_there_after_many_requests(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    for before in range(IN_A_ROW):
+        beside.consider(client, before)
+        assert not beside.active
+        assert_ordinary()
+    beside.consider(client, IN_A_ROW)
+    assert beside.active
+    assert_beside(client)
+
+
+def test_another_client_ends_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    beside.consider(client, IN_A_ROW)
+    beside.consider(client + 1, 0)
+    assert not beside.active
+    assert_ordinary()
+
+
+def test_others_that_run_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    beside.consider(client, IN_A_ROW)
+    quiet[0] = False
+    beside.consider(client, IN_A_ROW + 7)
+    assert beside.active  # not looked at yet
+    beside.consider(client, IN_A_ROW + 8)
+    assert not beside.active
+    beside.consider(client, 2 * IN_A_ROW)
+    assert not beside.active
+    quiet[0] = True
+    beside.consider(client, 3 * IN_A_ROW)
+    assert_beside(client)
+
+
+def test_a_client_that_moves_is_followed(
+    beside: BesideClient, program: subprocess.Popen[bytes], quiet: list[bool]
+) -> None:
+    client = program.pid
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("needs two processors")
+    beside.consider(client, IN_A_ROW)
+    os.sched_setaffinity(client, {allowed[1]})
+    assert program.stdin is not None
+    deadline = time.monotonic() + 10
+    while processor_of(client) != allowed[1]:
+        assert time.monotonic() < deadline
+        program.stdin.write(b"go")
+        program.stdin.flush()
+        time.sleep(0.001)
+    beside.consider(client, IN_A_ROW + 8)
+    assert os.sched_getaffinity(0) == {allowed[0]}
+    for _ in range(8):
+        beside.slept()
+    beside.consider(client, IN_A_ROW + 16)
+    assert_beside(client)
+
+
+def test_many_waits_for_the_disk_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    beside.consider(client, IN_A_ROW)
+    beside.answered_slowly()
+    assert beside.active  # it was busy, it did not wait
+    for _ in range(3):
+        time.sleep(0.001)
+        beside.answered_slowly()
+    assert not beside.active
+    beside.consider(client, 2 * IN_A_ROW)
+    assert not beside.active
+    beside.consider(client, 3 * IN_A_ROW)
+    assert beside.active
+
+
+def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    beside.consider(process.pid, IN_A_ROW)
+    assert not beside.active
+
+
+class TestPrivilege:
+    def test_root_may_come_back(self) -> None:
+        assert beside_client._may_return()
+
+    def test_not_without(self) -> None:
+        def ask() -> bool:
+            os.setresuid(65534, 65534, 65534)
+            return beside_client._may_return()
+
+        assert in_child(ask) is False
+
+    def test_not_with_the_privilege_of_a_user_namespace(self) -> None:
+        code = "from unionfs.fuse_ops import beside_client as b; print(b._may_return())"
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "False\n"
+
+    def test_with_a_limit_that_allows_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (20, 20))
+
+        def ask() -> bool:
+            os.setresuid(65534, 65534, 65534)
+            return beside_client._may_return()
+
+        assert in_child(ask)
+
+    def test_another_policy_is_left_alone(self, client: int, quiet: list[bool]) -> None:
+        def ask() -> int:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            beside = BesideClient()
+            beside.consider(client, IN_A_ROW)
+            return os.sched_getscheduler(0)
+
+        assert in_child(ask) == os.SCHED_BATCH
+
+
+def look_up(box: Sandbox, names: range) -> None:
+    for number in names:
+        assert not os.path.lexists(box.at(f"missing-{number}"))
+
+
+def test_a_server_that_is_not_asked_is_an_ordinary_task(direct_box: Sandbox) -> None:
+    box = direct_box
+    box.lower().file("f", "x")
+    with box.mount():
+        (server,) = servers_of(box.target)
+        look_up(box, range(1000))
+        deadline = time.monotonic() + 10
+        while os.sched_getscheduler(server) == os.SCHED_IDLE and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert_ordinary(server)
+        assert os.sched_getaffinity(server) == os.sched_getaffinity(0)
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def test_it_stays_ordinary_while_others_run(direct_box: Sandbox) -> None:
+    box = direct_box
+    box.lower().file("f", "x")
+    others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(os.cpu_count() or 1)]
+    with box.mount():
+        (server,) = servers_of(box.target)
+        for other in others:
+            other.start()
+        try:
+            seen = set()
+            for start in range(0, 1000, 50):
+                look_up(box, range(start, start + 50))
+                seen.add(os.sched_getscheduler(server))
+            assert seen == {os.SCHED_OTHER}
+        finally:
+            for other in others:
+                other.kill()
+                other.join()
