@@ -162,9 +162,9 @@ class NamespaceChanges:
             st = self._view.real_stat(inode)
             self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
         # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
-        if self._is_free(directory_fd, name):
+        try:
             os.link(source, name, dst_dir_fd=directory_fd, follow_symlinks=follow)
-        else:
+        except FileExistsError:  # a whiteout, since the merged tree has nothing of this name
             temp = upper.temp_name()
             os.link(source, temp, dst_dir_fd=upper.work_fd, follow_symlinks=follow)
             upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
@@ -180,15 +180,6 @@ class NamespaceChanges:
         if not self._view.ownership.overrides:
             return 0
         return 0o700 if kind == stat.S_IFDIR else 0o600
-
-    @staticmethod
-    def _is_free(directory_fd: int, name: bytes) -> bool:
-        """Whether the upper directory has not even a whiteout under ``name`` (which is not in the merged tree)."""
-        try:
-            os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return True
-        return False
 
     def _make(
         self,
@@ -208,8 +199,13 @@ class NamespaceChanges:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
         directory_fd = self._copy_up.ensure_directory(directory)
         is_dir = stat.S_ISDIR(mode)
-        if self._is_free(directory_fd, name):
+        try:
             make(directory_fd, name)
+        except FileExistsError:  # a whiteout, since the merged tree has nothing of this name
+            is_free = False
+        else:
+            is_free = True
+        if is_free:
             try:
                 st = self._finish_new(directory, directory_fd, directory_fd, name, mode, caller, rdev)
                 if is_dir and directory.lowers:

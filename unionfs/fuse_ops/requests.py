@@ -147,6 +147,8 @@ class UnionRequests:
     def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
         # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
         # file, say. There is nothing to do, and above all nothing to copy up.
+        if not self.tree.kernel_keeps_time:
+            return False
         return change.only_mtime and change.mtime_ns == self.tree.attributes(inode).mtime_ns
 
     def set_attributes_now(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:

@@ -99,6 +99,11 @@ class UnionTree:
         self._metadata.kernel_keeps_time = used
 
     @property
+    def kernel_keeps_time(self) -> bool:
+        """Whether it does so."""
+        return self._metadata.kernel_keeps_time
+
+    @property
     def read_only(self) -> bool:
         return self._upper is None
 
