@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -223,3 +224,18 @@ def test_times_of_linked_names_are_one(box: Sandbox) -> None:
         assert os.stat(box.at("d/c")).st_mtime_ns == OLD_NS + 9
         os.chown(box.at("d/c"), 5, 6)
         assert os.stat(box.at("b")).st_uid == 5
+
+
+@pytest.mark.parametrize("move", [os.link, os.rename])
+def test_a_file_copied_up_earlier_keeps_its_number(box: Sandbox, move: Callable[[str, str], None]) -> None:
+    """The directory that it comes to is marked, so that whoever looks there first asks for its origin."""
+    box.lower().file("a/f", "x").dir("b")
+    with box.mount():
+        number = os.stat(box.at("a/f")).st_ino
+        os.chmod(box.at("a/f"), 0o600)
+    with box.mount():
+        move(box.at("a/f"), box.at("b/f"))
+    with box.mount():
+        assert os.stat(box.at("b/f")).st_ino == number
+    with box.kernel():
+        assert os.stat(box.at("b/f")).st_ino == number

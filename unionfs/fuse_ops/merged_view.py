@@ -282,11 +282,10 @@ class MergedView:
                 known.add_place(directory, name)
                 return known
         path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
-        number = (
-            self.inodes.numbers.of(self._origin(path) or real) if directory.impure else self.inodes.numbers.of(real)
-        )
-        inode = self.inodes.new(kind, number)
+        origin = self._origin(path) if directory.impure else None
+        inode = self.inodes.new(kind, self.inodes.numbers.of(origin or real))
         inode.upper = True
+        inode.has_origin = origin is not None  # a directory that it comes to later has to be marked too
         if directory.nested:
             self._show_nested_whiteout(inode, path, st)
         if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
