@@ -137,6 +137,12 @@ class TestWhatIsRead:
         assert ring.names == [b"a", b"b", b"e", b"d", b"c"]
         assert ring.submitted == 5
 
+    def test_nothing_that_is_too_deep_to_be_named(self, layer: LayerDir, ring: Recorder) -> None:
+        ahead = DirectoryReadAhead()
+        make_cold(ahead)
+        ahead.want([(layer, b"deep/" * 20_000), (layer, b"a")])
+        assert ring.names == [b"a"]
+
     def test_a_kernel_without_io_uring(self, layer: LayerDir, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse() -> LookupRing:
             raise PermissionError(1, "not here")

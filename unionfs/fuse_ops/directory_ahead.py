@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 _DIRECTORY_S: Final = 50e-6  # from memory it takes a third of it
 _ENTRY_S: Final = 1e-6  # for each name in it
 _WANTED_MAX: Final = 1024
-_REMEMBERED_MAX: Final = 4096
+_REMEMBERED_MAX: Final = 1024
+_PATH_MAX: Final = 4096  # what the kernel takes at once; deeper directories are not read ahead
 _NAME: Final = b"/.wh..wh..opq"  # to look up; a name that is hardly ever there, in a directory that is
 
 Place = tuple[LayerDir, bytes]  # a directory of a layer
@@ -51,7 +52,7 @@ class DirectoryReadAhead:
 
     def want(self, places: Iterable[Place]) -> None:
         """Read these directories soon, the first ones first, before those that were wanted earlier."""
-        new = [place for place in places if place not in self._asked]
+        new = [place for place in places if place not in self._asked and len(place[1]) + len(_NAME) < _PATH_MAX]
         if not new:
             return
         if len(self._asked) > _REMEMBERED_MAX:
