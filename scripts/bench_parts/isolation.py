@@ -32,6 +32,7 @@ _WRITTEN = {
     "dockerd": ("/run/docker",),
     "podman": ("/run/containers", "/run/libpod", "/var/lib/containers", "/dev/shm"),
 }
+_ASK_AGAIN_S = 15  # longer than it takes to clean up
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,12 +58,14 @@ def run_isolated(main: Callable[[], int], *, debug: bool = False) -> int:
         try:
             os.kill(pid, signal.SIGINT)
         except ProcessLookupError:
-            pass
+            return
+        signal.alarm(_ASK_AGAIN_S)  # an exception that is raised in a destructor is lost
 
-    for number in _ENDING:
+    for number in (*_ENDING, signal.SIGALRM):
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     _, status = os.waitpid(pid, 0)
+    signal.alarm(0)
     for number in _ENDING:
         signal.signal(number, signal.default_int_handler)
     return os.waitstatus_to_exitcode(status)

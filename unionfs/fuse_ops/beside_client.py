@@ -84,10 +84,10 @@ class BesideClient:
         self._waits = _waits()
 
     def answered_slowly(self) -> None:
-        """An answer took long.
+        """An answer that may have been read from the disk took long.
 
-        If that was a wait for the disk, those who bring the data run on this processor too, and go first: often, it
-        is better to be elsewhere.
+        If it was, those who bring the data want a processor too: often, and it is better to be elsewhere. A wait until
+        something is written is no reason, since the client has to wait as well.
         """
         waits = _waits()
         if waits != self._waits:

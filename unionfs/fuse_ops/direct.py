@@ -62,6 +62,10 @@ _ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
 _NO_ATTRIBUTES: Final = bytes(p.ATTR.size)
 # Requests that no program waits for: the kernel sends them by itself.
 _NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
+# Those that may have to read from the disk.
+_READS: Final = frozenset(
+    {Opcode.LOOKUP, Opcode.OPEN, Opcode.READ, Opcode.READDIR, Opcode.READDIRPLUS, Opcode.READLINK}
+)
 
 Answer = bytes | Coroutine[Any, Any, bytes]
 
@@ -210,7 +214,7 @@ class DirectTransport:
             begun = now()
             self.dispatch(view[:size], nursery)
             last = now()
-            if last - begun > SLOW_ANSWER_S:
+            if last - begun > SLOW_ANSWER_S and p.IN_HEADER.unpack_from(view)[1] in _READS:
                 beside.answered_slowly()
             if last > until or (self._waiting and last > until - _LONG_TURN_S + _TURN_S):
                 return True
