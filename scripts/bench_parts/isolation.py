@@ -59,7 +59,7 @@ def run_isolated(main: Callable[[], int], *, debug: bool = False) -> int:
             os.kill(pid, signal.SIGINT)
         except ProcessLookupError:
             return
-        signal.alarm(_ASK_AGAIN_S)  # an exception that is raised in a destructor is lost
+        signal.alarm(_ASK_AGAIN_S)  # the exception may be lost, as in a destructor
 
     for number in (*_ENDING, signal.SIGALRM):
         signal.signal(number, forward)

@@ -153,6 +153,26 @@ def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
     assert not beside.active
 
 
+@pytest.mark.parametrize("refused", ["sched_setscheduler", "sched_setaffinity"])
+def test_nothing_half_done_where_it_is_refused(
+    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    before = os.sched_getaffinity(0)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(1, "not here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, refused, refuse)
+        beside.consider(client, IN_A_ROW)
+    assert not beside.active
+    assert os.sched_getaffinity(0) == before
+    if refused == "sched_setaffinity":
+        assert_ordinary()
+    beside.consider(client, 2 * IN_A_ROW)
+    assert not beside.active  # it is not tried again
+
+
 class TestPrivilege:
     def test_root_may_come_back(self) -> None:
         assert beside_client._may_return()

@@ -1,8 +1,8 @@
 """Keeps the server on the processor of its client, as long as there is one client and nobody else needs a processor.
 
 A program that waits for an answer leaves its processor idle while a second one works out the answer. Waking the first
-one again takes longer than most answers, above all in a virtual machine: 44 us for a lookup instead of 14. When both
-share a processor neither has to be woken: the kernel goes from one to the other.
+one again takes longer than most answers, above all in a virtual machine. When both share a processor neither has to be
+woken: the kernel goes from one to the other.
 
 The scheduler would move the program away from a processor that is in use. It does not when only a task of the policy
 SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing beside others that want to run,
@@ -70,12 +70,13 @@ class BesideClient:
         self._misses = 0
         try:
             processor = _processor_of(client)
-            if self._machine_is_quiet():
-                self._go_to(processor)
-                self._client = client
-            else:
-                self.leave()
-        except OSError:  # it has ended, or its processor is none of ours
+            quiet = self._machine_is_quiet()
+        except OSError:  # it has ended
+            quiet = False
+        if quiet:
+            self._client = client
+            self._go_to(processor)
+        else:
             self.leave()
 
     def slept(self) -> None:
@@ -102,7 +103,10 @@ class BesideClient:
             return
         self.active = False
         self._processor = -1
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        try:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        except OSError:  # the privilege was taken away meanwhile
+            self._usable = False
         with contextlib.suppress(OSError):  # none of those processors is left to us: then the kernel has seen to it
             os.sched_setaffinity(0, self._before)
 
@@ -123,11 +127,16 @@ class BesideClient:
         if processor not in self._before:
             self.leave()
             return
-        os.sched_setaffinity(0, {processor})
+        moved = self.active
+        self.active = True  # also half-way, so that leaving undoes what was done
         self._processor = processor
-        if not self.active:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-            self.active = True
+        try:
+            os.sched_setaffinity(0, {processor})
+            if not moved:
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:  # a filter of system calls, say
+            self._usable = False
+            self.leave()
 
     def _machine_is_quiet(self) -> bool:
         if self._load_fd < 0:
