@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from unionfs.fuse_ops import protocol as p
-from unionfs.fuse_ops.direct import DirectTransport
+from unionfs.fuse_ops.direct import protocol as p
+from unionfs.fuse_ops.direct.protocol import Opcode
+from unionfs.fuse_ops.direct.transport import DirectTransport
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.patience import Patience
-from unionfs.fuse_ops.protocol import Opcode
 from unionfs.fuse_ops.stack import open_tree
 
 
@@ -83,7 +83,7 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
                     transport.dispatch(memoryview(header + bytes(16)), nursery)
 
     trio.run(main)
-    assert transport.patience.may_wait() is expected
+    assert transport.served.patience.may_wait() is expected
     transport.close()
     tree.close()
 
@@ -102,8 +102,8 @@ def test_a_large_file_is_synced_in_a_thread(
     answers = os.open("/dev/null", os.O_RDWR)
     transport = DirectTransport(tree, options)
     transport.mount(f"/dev/fd/{answers}")
-    transport.patience = alone()
-    handle = transport.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
+    transport.served.patience = alone()
+    handle = transport.served.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
     body = p.FSYNC_IN.pack(handle, 0, 0)
     header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), Opcode.FSYNC, 1, 1, 0, 0, 7, 0, 0)
     synced_by: list[int] = []

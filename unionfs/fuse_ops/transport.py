@@ -37,7 +37,7 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
         wanted = os.environ.get("UNIONFS_TRANSPORT", "direct" if _kernel_version() >= _DIRECT_SINCE else "pyfuse3")
     # Imported when chosen: pyfuse3 takes a good part of the time that a mount takes.
     if wanted == "direct":
-        from unionfs.fuse_ops.direct import DirectTransport
+        from unionfs.fuse_ops.direct.transport import DirectTransport
 
         return DirectTransport(tree, options)
     from unionfs.fuse_ops.operations import UnionOperations

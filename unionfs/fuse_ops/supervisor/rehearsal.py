@@ -15,8 +15,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from unionfs.fuse_ops import protocol as p
 from unionfs.fuse_ops.daemon import Ready
+from unionfs.fuse_ops.direct import protocol as p
 
 _ROOT: Final = 1  # the node of the root directory
 _HANDLE: Final = 1  # the first that a server gives

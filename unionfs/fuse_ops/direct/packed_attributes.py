@@ -9,9 +9,9 @@ from __future__ import annotations
 import stat
 
 from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.direct.protocol import ATTR, attr_fields
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView
-from unionfs.fuse_ops.protocol import ATTR, attr_fields
 
 
 def pack(inode: Inode, attributes: Attributes) -> bytes:

@@ -19,9 +19,9 @@ import os
 import stat
 from dataclasses import dataclass
 
+from unionfs.fuse_ops.direct.protocol import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN, U32, Open
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.open_files import OpenFile
-from unionfs.fuse_ops.protocol import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN, U32, Open
 
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 

@@ -6,12 +6,12 @@ import errno
 import stat
 from typing import Final
 
-from unionfs.fuse_ops import protocol as p
+from unionfs.fuse_ops.direct import protocol as p
+from unionfs.fuse_ops.direct.packed_attributes import PackedAttributes
 from unionfs.fuse_ops.file_ahead import FileReadAhead
 from unionfs.fuse_ops.inodes import ROOT_INO, Inode
 from unionfs.fuse_ops.listing import DOT, DOT_DOT, Listings
 from unionfs.fuse_ops.lower_stack import LowerDir
-from unionfs.fuse_ops.packed_attributes import PackedAttributes
 from unionfs.fuse_ops.tree import UnionTree
 
 _PLUS_SIZE: Final = p.ENTRY.size + p.ATTR.size

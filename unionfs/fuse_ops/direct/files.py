@@ -1,0 +1,226 @@
+"""Answers about open files: opening, reading, writing, syncing."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from typing import Final
+
+from unionfs.fuse_ops import backing_calls, early_pages
+from unionfs.fuse_ops.direct import protocol as p
+from unionfs.fuse_ops.direct.answers import Answer, Answers, Handler
+from unionfs.fuse_ops.direct.protocol import Opcode, Open
+from unionfs.fuse_ops.direct.request import Request
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.open_files import OpenFile
+
+log = logging.getLogger(__name__)
+
+_LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to do meanwhile
+_SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
+_SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
+
+
+class FileAnswers(Answers):
+    """Requests for files that are open, and those that open them."""
+
+    def table(self) -> dict[Opcode, Handler]:
+        """What is answered here."""
+        table: dict[Opcode, Handler] = {
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.RELEASE: self._release,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.COPY_FILE_RANGE: self._copy_file_range,
+            Opcode.IOCTL: self._ioctl,
+        }
+        if self._requests.sync:
+            table[Opcode.FSYNC] = self._fsync
+        return table
+
+    def _opened(self, file: OpenFile) -> tuple[int, int, int]:
+        """Handle, flags and backing id for the answer to an open."""
+        flags, backing = self._mount.keep_cache, 0
+        if self._mount.passthrough is not None:
+            flags, backing = self._mount.passthrough.open(file)
+        return self._requests.add_file(file), flags, backing
+
+    def _open(self, request: Request) -> Answer:
+        flags, open_flags = p.OPEN_IN.unpack_from(request.body)
+        inode = self._inode(request)
+        truncate = bool(flags & os.O_TRUNC)
+        reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
+        if reads_only or self._requests.copied_up(inode, size=0 if truncate else None):
+            # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
+            kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
+            file = self._tree.open(inode, flags)
+            if not reads_only:
+                return self._open_reply(request, file, kill=kill)
+            handle, opened, backing = self._opened(file)
+            if self._mount.keep_cache and opened & Open.KEEP_CACHE:
+                self._give_pages(file, flags)
+            return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
+        return self._copy_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
+
+    async def _copy_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
+        return self._open_reply(request, await self._requests.open(inode, flags, request), kill=kill)
+
+    def _open_reply(self, request: Request, file: OpenFile, *, kill: bool) -> bytes:
+        if kill:
+            try:
+                self._tree.clear_privileges(file.inode, request)
+            except OSError:
+                self._tree.close_file(file)
+                raise
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
+
+    def _give_pages(self, file: OpenFile, flags: int) -> None:
+        """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
+        if file.inode.filled or not self._mount.patience.may_wait():
+            return
+        start = time.perf_counter()
+        try:
+            size = early_pages.size_to_give(file, flags)
+            if size:
+                self._mount.files_ahead.opened(file.inode)
+                begin = time.perf_counter()
+                data = os.pread(file.fd, size, 0)
+                self._mount.files_ahead.took(time.perf_counter() - begin)
+                length = p.NOTIFY_STORE.size + len(data)
+                header = p.NOTIFY_STORE.pack(length, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, len(data), 0)
+                os.writev(self._connection.fd, [header, data])
+                file.inode.filled = True
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", file.inode.ino, error)
+        self._mount.patience.waited_since(start)
+
+    def _create(self, request: Request) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        inode, file = self._tree.create(directory, request.name(p.CREATE_IN.size), mode, flags, request)
+        return self._created(request, inode, file)
+
+    def _tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
+        directory = self._inode(request)
+        mode = self._masked(directory, mode, umask)
+        inode, file = self._tree.create_unnamed(directory, mode, flags, request)
+        return self._created(request, inode, file)
+
+    def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
+        attributes = self._requests.remembered(inode)
+        s, ns = self._valid_s, self._valid_ns
+        entry = (inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes))
+        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
+
+    def _read(self, request: Request) -> bytes:
+        handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        file = self._requests.files[handle]
+        fd = file.fd
+        if size > _LONG_READ:
+            self._connection.beside.leave()
+        if offset == 0:
+            early_pages.was_read(file.inode)
+        if size <= _SHORT_READ and self._mount.patience.may_wait():
+            start = time.perf_counter()
+            data = os.pread(fd, size, offset)
+            self._mount.patience.waited_since(start)
+            return self._data(request, data)
+        cached = self._requests.read_cached(fd, offset, size)
+        if cached is not None:
+            return self._data(request, cached)
+        return self._connection.answer_in_thread(
+            request, Opcode.READ, lambda: self._data(request, os.pread(fd, size, offset))
+        )
+
+    def _write(self, request: Request) -> bytes:
+        handle, offset, size, write_flags, _, _, _ = p.WRITE_IN.unpack_from(request.body)
+        data = memoryview(request.body)[p.WRITE_IN.size : p.WRITE_IN.size + size]
+        written = self._requests.write(handle, offset, data)
+        if write_flags & p.WRITE_KILL_SUIDGID:
+            self._tree.clear_privileges(self._requests.files[handle].inode, request)
+        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, written, 0)
+
+    def _release(self, request: Request) -> bytes:
+        handle = p.U64.unpack_from(request.body)[0]
+        if self._mount.passthrough is not None:
+            self._mount.passthrough.release(self._requests.files[handle])
+        self._requests.release(handle)
+        return self.empty(request)
+
+    def _fsync(self, request: Request) -> bytes:
+        handle, flags, _ = p.FSYNC_IN.unpack_from(request.body)
+        file = self._requests.files[handle]
+        if not file.inode.upper:
+            return self.empty(request)
+        fd, sync = file.fd, os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync
+
+        def call() -> bytes:
+            sync(fd)
+            return self.empty(request)
+
+        if self._mount.patience.may_wait() and os.fstat(fd).st_size <= _SHORT_SYNC:
+            start = time.perf_counter()
+            answer = call()
+            self._mount.patience.waited_since(start)
+            return answer
+        return self._connection.answer_in_thread(request, Opcode.FSYNC, call)
+
+    def _fallocate(self, request: Request) -> Answer:
+        handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
+        if self._tree.space is not None:
+            return self._allocate_limited(request, handle, mode, offset, length)
+        fd = self._requests.files[handle].fd
+
+        def call() -> bytes:
+            backing_calls.fallocate(fd, mode, offset, length)
+            return self.empty(request)
+
+        return self._connection.answer_in_thread(request, Opcode.FALLOCATE, call)
+
+    async def _allocate_limited(self, request: Request, handle: int, mode: int, offset: int, length: int) -> bytes:
+        await self._requests.fallocate(handle, mode, offset, length)
+        return self.empty(request)
+
+    def _lseek(self, request: Request) -> bytes:
+        handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        found = os.lseek(self._requests.files[handle].fd, offset, whence)
+        return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
+
+    def _copy_file_range(self, request: Request) -> Answer:
+        source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
+        if self._tree.space is not None:
+            return self._copy_limited(request, source, source_offset, target, target_offset, min(length, 1 << 30))
+        source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
+
+        def call() -> bytes:
+            copied = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_offset, target_offset)
+            return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+
+        return self._connection.answer_in_thread(request, Opcode.COPY_FILE_RANGE, call)
+
+    async def _copy_limited(
+        self, request: Request, source: int, source_offset: int, target: int, target_offset: int, length: int
+    ) -> bytes:
+        copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
+        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+
+    async def _ioctl(self, request: Request) -> bytes:
+        _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)
+        data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
+        inode = self._inode(request)
+        if backing_calls.changes_inode(command):
+            await self._requests.copy_up(inode, data=False)
+        path, _ = self._tree.view.proc_path(inode)
+        answer = backing_calls.inode_ioctl(path, command, data, out_size)
+        header = p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0)
+        return header + answer
