@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +21,9 @@ from bench_parts.requests import RequestCounter
 from bench_parts.samples import Sample
 from bench_parts.scale import Scale
 from bench_parts.stacks import Stack, Stacks
-from bench_parts.syscalls import MNT_DETACH, cpu_ns, umount2, unmount_below
+from bench_parts.syscalls import MNT_DETACH, cpu_ns, spread_subdirectories, umount2, unmount_below
 from quickstart_steps.storage import remove_tree
 
-_KEPT_DIRECTORIES = 24  # those of a whole run, of some 250 MiB each
 _BUSY_S = 5.0
 _SERVER_END_S = 60.0
 # A server that does not answer is killed, so that whoever waits for it gets an error.
@@ -54,8 +53,10 @@ class Rig:
         self.counter: RequestCounter | None = None
         """When set, requests are counted, and times are not to be trusted."""
         self._directory = directory
+        # An ext4 without a journal does not use an inode again within a minute, and looks for others in vain
+        # meanwhile: whoever comes next would pay for thousands that were just removed, if his files were near them.
+        spread_subdirectories(directory)
         self._numbers = itertools.count()
-        self._kept: deque[str] = deque()
 
     @contextlib.contextmanager
     def directories(self) -> Iterator[Directories]:
@@ -73,20 +74,14 @@ class Rig:
 
     @contextlib.contextmanager
     def empty_directory(self) -> Iterator[str]:
-        """A fresh directory of a short name. What is mounted in it is unmounted; the files are removed with the rig's.
-
-        Not at once: an ext4 without a journal does not use an inode again within a minute, and looks for others in
-        vain meanwhile, so whoever comes next would pay for thousands that were just removed.
-        """
+        """A fresh directory of a short name. What is mounted in it is unmounted, and the files are removed."""
         path = os.path.join(self._directory, str(next(self._numbers)))
         os.mkdir(path)
         try:
             yield path
         finally:
             unmount_below(path)
-            self._kept.append(path)
-            if len(self._kept) > _KEPT_DIRECTORIES:
-                remove_tree(self._kept.popleft())
+            remove_tree(path)
 
     @contextlib.contextmanager
     def mounted(self, peer: Peer, stack: Stack, at: Directories, options: Sequence[str] = ()) -> Iterator[Mounted]:
