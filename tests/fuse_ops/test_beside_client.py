@@ -132,20 +132,6 @@ def test_a_client_that_moves_is_followed(
     assert_beside(client)
 
 
-def test_many_waits_for_the_disk_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
-    beside.consider(client, IN_A_ROW)
-    beside.answered_slowly()
-    assert beside.active  # it was busy, it did not wait
-    for _ in range(3):
-        time.sleep(0.001)
-        beside.answered_slowly()
-    assert not beside.active
-    beside.consider(client, 2 * IN_A_ROW)
-    assert not beside.active
-    beside.consider(client, 3 * IN_A_ROW)
-    assert beside.active
-
-
 def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
     with subprocess.Popen(["true"]) as process:
         pass

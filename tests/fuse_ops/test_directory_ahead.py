@@ -137,6 +137,19 @@ class TestWhatIsRead:
         assert ring.names == [b"a", b"b", b"e", b"d", b"c"]
         assert ring.submitted == 5
 
+    def test_it_is_busy_for_a_moment(self, layer: LayerDir, ring: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        ahead = DirectoryReadAhead()
+        make_cold(ahead)
+        assert not ahead.busy  # the disk is slow, but nothing is read
+        ahead.want([(layer, b"a")])
+        assert ahead.busy
+        now += 0.005
+        assert ahead.busy
+        now += 0.006
+        assert not ahead.busy
+
     def test_nothing_that_is_too_deep_to_be_named(self, layer: LayerDir, ring: Recorder) -> None:
         ahead = DirectoryReadAhead()
         make_cold(ahead)

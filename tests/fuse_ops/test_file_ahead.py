@@ -98,6 +98,17 @@ def test_the_next_three(tree: UnionTree, layer: Path) -> None:
     soon_in_memory(layer, [1, 2, 3, 4, *range(6, 40)])
 
 
+def test_it_is_busy_for_a_moment(tree: UnionTree, layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    ahead = cold_reader(tree)
+    assert not ahead.busy
+    open_in(tree, ahead, 0)
+    assert ahead.busy
+    now += 0.011
+    assert not ahead.busy
+
+
 def test_nothing_in_another_order(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     open_in(tree, ahead, 10)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Final
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _DIRECTORY_S: Final = 50e-6  # from memory it takes a third of it
 _ENTRY_S: Final = 1e-6  # for each name in it
+_BUSY_S: Final = 10e-3  # after the last that was wanted
 _WANTED_MAX: Final = 1024
 _REMEMBERED_MAX: Final = 1024
 _PATH_MAX: Final = 4096  # what the kernel takes at once; deeper directories are not read ahead
@@ -40,11 +42,17 @@ class DirectoryReadAhead:
         self._ring: LookupRing | None = None
         self._owner = 0  # the process that has the ring: a fork must not use it
         self._usable = True
+        self._busy_until = 0.0
 
     @property
     def active(self) -> bool:
         """Whether directories came from the disk lately."""
         return self._coldness.is_cold and self._usable
+
+    @property
+    def busy(self) -> bool:
+        """Whether something may be read in the background just now."""
+        return time.monotonic() < self._busy_until
 
     def took(self, seconds: float, directories: int, names: int) -> None:
         """Reading ``directories`` with ``names`` in them took ``seconds``."""
@@ -74,6 +82,7 @@ class DirectoryReadAhead:
                     break
                 wanted.popleft()
             ring.submit()
+            self._busy_until = time.monotonic() + _BUSY_S
         except OSError as error:
             log.debug("directories are not read ahead: %s", error)
             self._usable = False

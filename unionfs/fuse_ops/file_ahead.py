@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections import OrderedDict
 from typing import Final
 
@@ -18,6 +19,7 @@ _WARM_S: Final = 40e-6  # for a small file that is in memory
 _KEPT: Final = 16  # directories
 _SKIPPED: Final = 16  # entries between two opens that may have been something else: directories, links, large files
 _AHEAD: Final = 3  # files
+_BUSY_S: Final = 10e-3  # after the last that was begun
 _BYTES: Final = 128 * 1024  # of each; what the kernel reads ahead at once
 
 
@@ -38,6 +40,12 @@ class FileReadAhead:
     def __init__(self) -> None:
         self._coldness = Coldness()
         self._walks: OrderedDict[Inode, _Walk] = OrderedDict()
+        self._busy_until = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether files may be read in the background just now."""
+        return time.monotonic() < self._busy_until
 
     def listed(self, directory: Inode, names: list[bytes]) -> None:
         """All ``names`` of ``directory`` were told, in this order."""
@@ -66,6 +74,7 @@ class FileReadAhead:
         children = directory.children or {}
         first = max(walk.ahead, position + 1)
         walk.ahead = max(walk.ahead, min(position + 1 + _AHEAD, len(walk.names)))
+        self._busy_until = time.monotonic() + _BUSY_S
         for name in walk.names[first : walk.ahead]:
             child = children.get(name)
             if child is not None:

@@ -197,9 +197,12 @@ class UnionRequests:
         return file
 
     @staticmethod
-    def read_cached(fd: int, offset: int, size: int) -> bytes | bytearray | None:
-        """Up to ``size`` bytes if they are in the page cache (or past the end); None if the disk must be waited for."""
-        buffer = bytearray(size)
+    def read_cached(fd: int, offset: int, buffer: bytearray | memoryview) -> int | None:
+        """Fill ``buffer`` from the page cache; None if the disk must be waited for.
+
+        Returns how many bytes there are, fewer than asked for only at the end of the file.
+        """
+        size = len(buffer)
         try:
             count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
         except BlockingIOError:
@@ -208,17 +211,19 @@ class UnionRequests:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             return None
-        if count < size:
-            if offset + count < os.fstat(fd).st_size:
-                return None
-            del buffer[count:]
-        return buffer
+        if count < size and offset + count < os.fstat(fd).st_size:
+            return None
+        return count
 
     async def read(self, handle: int, offset: int, size: int) -> bytes | bytearray:
         """Up to ``size`` bytes, waiting for the disk in a thread."""
         fd = self.files[handle].fd
-        data = self.read_cached(fd, offset, size)
-        return await trio.to_thread.run_sync(os.pread, fd, size, offset) if data is None else data
+        data = bytearray(size)
+        count = self.read_cached(fd, offset, data)
+        if count is None:
+            return await trio.to_thread.run_sync(os.pread, fd, size, offset)
+        del data[count:]
+        return data
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""

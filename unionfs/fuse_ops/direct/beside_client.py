@@ -20,13 +20,9 @@ from typing import Final
 LOOK_EVERY: Final = 8
 """Requests, from one look to the next."""
 
-SLOW_ANSWER_S: Final = 150e-6
-"""An answer that takes longer may have waited for the disk."""
-
 _CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
-_WAITS_AT_MOST: Final = 3  # for the disk, from one look to the next
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
@@ -45,8 +41,6 @@ class BesideClient:
         self._processor = -1
         self._before: set[int] = set()
         self._misses = 0
-        self._waits = 0  # of this thread, ever
-        self._slow_answers = 0  # for such a wait, since the last look
 
     def consider(self, client: int, before: int) -> None:
         """A request came from the thread ``client``, and ``before`` it others that no other program's came between.
@@ -58,10 +52,7 @@ class BesideClient:
             self.leave()
         if before % (LOOK_EVERY if self.active else _LOOK_AFTER) or before == 0:
             return
-        waits = self._slow_answers
-        if before % _LOOK_AFTER == 0:
-            self._slow_answers = 0
-        if not self._usable or waits >= _WAITS_AT_MOST:
+        if not self._usable:
             return
         if self.active and client == self._client and self._misses < _MISSES:
             if not self._machine_is_quiet():
@@ -82,20 +73,6 @@ class BesideClient:
     def slept(self) -> None:
         """The client did not send anything at once, as one on this processor does: it may be on another one by now."""
         self._misses += 1
-        self._waits = _waits()
-
-    def answered_slowly(self) -> None:
-        """An answer that may have been read from the disk took long.
-
-        If it was, those who bring the data want a processor too: often, and it is better to be elsewhere. A wait until
-        something is written is no reason, since the client has to wait as well.
-        """
-        waits = _waits()
-        if waits != self._waits:
-            self._waits = waits
-            self._slow_answers += 1
-            if self._slow_answers >= _WAITS_AT_MOST:
-                self.leave()
 
     def leave(self) -> None:
         """Run wherever the scheduler likes, as any other task."""
@@ -123,7 +100,6 @@ class BesideClient:
             return
         if not self.active:
             self._before = os.sched_getaffinity(0)
-            self._waits = _waits()
         if processor not in self._before:
             self.leave()
             return
@@ -143,11 +119,6 @@ class BesideClient:
             self._load_fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         running = int(os.pread(self._load_fd, 100, 0).split()[3].partition(b"/")[0])
         return running <= 1  # this thread is one
-
-
-def _waits() -> int:
-    """How often this thread gave its processor up to wait for something."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def _processor_of(thread: int) -> int:

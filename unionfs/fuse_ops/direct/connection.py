@@ -41,7 +41,7 @@ class Connection:
             self.fd = mounting.mount(target, options.fuse_words or default_fuse_words(), options.source)
         os.set_blocking(self.fd, False)
 
-    def reply(self, answer: bytes) -> None:
+    def reply(self, answer: bytes | memoryview) -> None:
         """Send ``answer``; an empty one is none. Any thread may do this."""
         if not answer:
             return
@@ -62,13 +62,14 @@ class Connection:
             log.error("%s of %#x failed; the program gets EIO", name_of(code), request.node, exc_info=error)
         return p.OUT_HEADER.pack(p.OUT_HEADER.size, -number, request.unique)
 
-    def answer_in_thread(self, request: Request, code: int, call: Callable[[], bytes]) -> bytes:
+    def answer_in_thread(self, request: Request, code: int, call: Callable[[], bytes | memoryview]) -> bytes:
         """Let a thread answer with what ``call`` returns, which waits for the disk and knows nothing of the tree.
 
         Returns what the handler is to return meanwhile.
         """
 
         def answer() -> None:
+            reply: bytes | memoryview
             try:
                 reply = call()
             except Exception as error:

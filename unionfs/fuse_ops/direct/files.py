@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
+import struct
 import time
 from typing import Final
 
 from unionfs.fuse_ops import backing_calls, early_pages
 from unionfs.fuse_ops.direct import protocol as p
-from unionfs.fuse_ops.direct.answers import Answer, Answers, Handler
+from unionfs.fuse_ops.direct.answers import NO_REPLY, Answer, Answers, Handler, Mount
 from unionfs.fuse_ops.direct.protocol import Opcode, Open
 from unionfs.fuse_ops.direct.request import Request
 from unionfs.fuse_ops.inodes import Inode
@@ -18,6 +20,7 @@ from unionfs.fuse_ops.open_files import OpenFile
 
 log = logging.getLogger(__name__)
 
+_PAGE: Final = mmap.PAGESIZE
 _LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to do meanwhile
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 _SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
@@ -25,6 +28,11 @@ _SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to writ
 
 class FileAnswers(Answers):
     """Requests for files that are open, and those that open them."""
+
+    def __init__(self, mount: Mount) -> None:
+        super().__init__(mount)
+        # What is read, behind the header that goes before it, at the start of a page.
+        self._page_buffer = memoryview(mmap.mmap(-1, _PAGE + _SHORT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def table(self) -> dict[Opcode, Handler]:
         """What is answered here."""
@@ -90,11 +98,10 @@ class FileAnswers(Answers):
             if size:
                 self._mount.files_ahead.opened(file.inode)
                 begin = time.perf_counter()
-                data = os.pread(file.fd, size, 0)
+                count = os.preadv(file.fd, [self._page_buffer[_PAGE : _PAGE + size]], 0)
                 self._mount.files_ahead.took(time.perf_counter() - begin)
-                length = p.NOTIFY_STORE.size + len(data)
-                header = p.NOTIFY_STORE.pack(length, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, len(data), 0)
-                os.writev(self._connection.fd, [header, data])
+                store = self._with_header(p.NOTIFY_STORE, count, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, count, 0)
+                os.write(self._connection.fd, store)
                 file.inode.filled = True
         except OSError as error:  # whoever reads gets the error, if it is still there
             log.debug("nothing of %#x is given to the kernel: %s", file.inode.ino, error)
@@ -128,17 +135,28 @@ class FileAnswers(Answers):
             self._connection.beside.leave()
         if offset == 0:
             early_pages.was_read(file.inode)
-        if size <= _SHORT_READ and self._mount.patience.may_wait():
+        if size > _SHORT_READ:
+            return self._connection.answer_in_thread(request, Opcode.READ, lambda: _contents(request, fd, offset, size))
+        data = self._page_buffer[_PAGE : _PAGE + size]
+        if self._mount.patience.may_wait():
             start = time.perf_counter()
-            data = os.pread(fd, size, offset)
+            count = os.preadv(fd, [data], offset)
             self._mount.patience.waited_since(start)
-            return self._data(request, data)
-        cached = self._requests.read_cached(fd, offset, size)
-        if cached is not None:
-            return self._data(request, cached)
-        return self._connection.answer_in_thread(
-            request, Opcode.READ, lambda: self._data(request, os.pread(fd, size, offset))
-        )
+        else:
+            cached = self._requests.read_cached(fd, offset, data)
+            if cached is None:
+                return self._connection.answer_in_thread(
+                    request, Opcode.READ, lambda: _contents(request, fd, offset, size)
+                )
+            count = cached
+        self._connection.reply(self._with_header(p.OUT_HEADER, count, 0, request.unique))
+        return NO_REPLY
+
+    def _with_header(self, header: struct.Struct, count: int, *fields: int) -> memoryview:
+        """The ``count`` bytes that were read into the page buffer, as a message; its length comes before ``fields``."""
+        begin = _PAGE - header.size
+        header.pack_into(self._page_buffer, begin, header.size + count, *fields)
+        return self._page_buffer[begin : _PAGE + count]
 
     def _write(self, request: Request) -> bytes:
         handle, offset, size, write_flags, _, _, _ = p.WRITE_IN.unpack_from(request.body)
@@ -224,3 +242,10 @@ class FileAnswers(Answers):
         answer = backing_calls.inode_ioctl(path, command, data, out_size)
         header = p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0)
         return header + answer
+
+
+def _contents(request: Request, fd: int, offset: int, size: int) -> memoryview:
+    answer = memoryview(bytearray(p.OUT_HEADER.size + size))
+    length = p.OUT_HEADER.size + os.preadv(fd, [answer[p.OUT_HEADER.size :]], offset)
+    p.OUT_HEADER.pack_into(answer, 0, length, 0, request.unique)
+    return answer[:length]

@@ -22,7 +22,7 @@ import trio
 from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.answers import Handler, Mount
 from unionfs.fuse_ops.direct.attributes import AttributeAnswers
-from unionfs.fuse_ops.direct.beside_client import LOOK_EVERY, SLOW_ANSWER_S
+from unionfs.fuse_ops.direct.beside_client import LOOK_EVERY
 from unionfs.fuse_ops.direct.connection import name_of
 from unionfs.fuse_ops.direct.directories import DirectoryAnswers
 from unionfs.fuse_ops.direct.files import FileAnswers
@@ -42,10 +42,6 @@ _LONG_TURN_S: Final = 10e-3  # the same when there are none that wait for it
 _STAY_MS: Final = 2  # how long to stay beside a client that sends nothing
 # Requests that no program waits for: the kernel sends them by itself.
 _NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
-# Those that may have to read from the disk.
-_READS: Final = frozenset(
-    {Opcode.LOOKUP, Opcode.OPEN, Opcode.READ, Opcode.READDIR, Opcode.READDIRPLUS, Opcode.READLINK}
-)
 _ANSWERS: Final = (SessionAnswers, NameAnswers, AttributeAnswers, FileAnswers, DirectoryAnswers)
 
 
@@ -117,11 +113,8 @@ class DirectTransport:
                 if error.errno in (errno.EINTR, errno.ENOENT):  # a request that was taken back
                     continue
                 raise
-            begun = now()
             self.dispatch(view[:size], nursery)
             last = now()
-            if last - begun > SLOW_ANSWER_S and p.IN_HEADER.unpack_from(view)[1] in _READS:
-                beside.answered_slowly()
             if last > until or (self._waiting and last > until - _LONG_TURN_S + _TURN_S):
                 return True
 
@@ -134,7 +127,7 @@ class DirectTransport:
         if code not in _NOBODYS:
             before = self.served.patience.request_from(pid)
             if not before % LOOK_EVERY:
-                if self._ahead.active:  # the disk is busy, and so are others
+                if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
                     before = 0
                 self._beside.consider(pid, before)
         request = Request(unique, node, uid, gid, pid, body)
