@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import unionfs.fuse_ops.tree
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unionfs"
 
@@ -166,3 +168,22 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in documents():
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} points to {target}, which is not there"
+
+
+def test_what_was_compiled_is_what_is_there() -> None:
+    """Nobody tests a file that is not the one he reads."""
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    names = next(
+        ast.literal_eval(statement.value).split()
+        for statement in setup.body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_COMPILED"
+    )
+    assert len(names) > 30
+    compiled = {path.with_name(path.name.partition(".")[0] + ".py"): path for path in ROOT.glob("unionfs/**/*.so")}
+    if os.environ.get("UNIONFS_COMPILE") == "0":
+        assert compiled == {}
+        return
+    assert set(compiled) == {ROOT / "unionfs" / "fuse_ops" / f"{name}.py" for name in names}
+    for source, made in compiled.items():
+        assert source.stat().st_mtime <= made.stat().st_mtime, f"{source} was changed; run scripts/setup"
+    assert unionfs.fuse_ops.tree.__file__ == str(compiled[ROOT / "unionfs" / "fuse_ops" / "tree.py"])

@@ -517,7 +517,7 @@ def test_most_memory_is_shared(layers: Sandbox, supervisor: Supervisor) -> None:
 def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is never a mixture of two versions; the supervisor starts again with the new one."""
     copied = os.path.join(layers.root, "installed")
-    shutil.copytree(PACKAGE, f"{copied}/unionfs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, f"{copied}/unionfs", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     # Python's own, and not this repository's hook for an editable installation, finds the copy.
     packages = os.path.dirname(os.path.dirname(trio.__file__))
     start = f"import sys; sys.path[:0] = [{copied!r}, {packages!r}]; "

@@ -87,13 +87,16 @@ def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgo
     assert read_all(listing, tree) == [b".", b".."]
 
 
-def test_names_of_one_offset_stay_together(tree: UnionTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_one_offset_stay_together(tree: UnionTree) -> None:
     # Seven names each: some group would lie across the end of a page.
-    monkeypatch.setattr(listings, "offset_of", lambda name: 3 + int(name) // 7)
-    listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
+    def make() -> DirectListing:
+        kept = listings.Listings(tree.view, lambda name: 3 + int(name) // 7)
+        return DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead(), kept)
+
+    listing = make()
     assert sorted(read_all(listing, tree)) == ALL
     for _, offset in read(listing, tree, 0)[2:]:
-        again = read_all(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, offset)
+        again = read_all(make(), tree, offset)
         assert sorted(again) == [name for name in ALL[2:] if 3 + int(name) // 7 > offset]
 
 

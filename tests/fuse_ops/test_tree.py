@@ -19,7 +19,6 @@ from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.stack import open_tree
 from unionfs.fuse_ops.tree import UnionTree
-from unionfs.fuse_ops.upper_dir import UpperDir
 
 
 @dataclass(frozen=True)
@@ -131,23 +130,23 @@ def test_unnamed_files_are_asked_for_once(tree: UnionTree, dirs: Path, monkeypat
 
 def test_data_is_synced_before_it_has_a_name(tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    real_fsync, real_name, real_install = os.fsync, UpperDir.give_name, UpperDir.install
+    real_fsync, real_link, real_rename = os.fsync, os.link, os.rename
 
     def fsync(fd: int) -> None:
         events.append(f"fsync of {os.pread(fd, 100, 0).decode()}")
         real_fsync(fd)
 
-    def give_name(upper: UpperDir, fd: int, name: bytes) -> None:
+    def link(*args: Any, **kwargs: Any) -> None:
         events.append("name")
-        real_name(upper, fd, name)
+        real_link(*args, **kwargs)
 
-    def install(upper: UpperDir, *args: Any, **kwargs: Any) -> None:
+    def rename(*args: Any, **kwargs: Any) -> None:
         events.append("place")
-        real_install(upper, *args, **kwargs)
+        real_rename(*args, **kwargs)
 
-    monkeypatch.setattr("unionfs.fuse_ops.copying.os.fsync", fsync)
-    monkeypatch.setattr(UpperDir, "give_name", give_name)
-    monkeypatch.setattr(UpperDir, "install", install)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "rename", rename)
     tree.copy_up.ensure(tree.lookup(tree.root, b"file"))
     assert events == ["fsync of contents", "name", "place"]
 
@@ -165,17 +164,17 @@ def test_a_copy_is_complete_before_it_can_be_seen(
     seen: list[os.stat_result] = []
     attributes: list[set[str]] = []
 
-    def crash(upper: UpperDir, staging_fd: int, temp: bytes, *args: object, **kwargs: object) -> None:
+    def crash(temp: bytes, name: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
         assert os.listdir(dirs / "upper") == []
-        seen.append(os.stat(temp, dir_fd=staging_fd))
-        attributes.append(set(os.listxattr(upper.work_path(temp))))
+        seen.append(os.stat(temp, dir_fd=src_dir_fd))
+        attributes.append(set(os.listxattr(b"/proc/self/fd/%d/%s" % (src_dir_fd, temp))))
         raise OSError(errno.EIO, "crash")
 
     tree = open_tree(options(dirs, metacopy=metacopy))
     try:
         file = tree.lookup(tree.root, b"file")
         with monkeypatch.context() as patch:
-            patch.setattr(UpperDir, "install", crash)
+            patch.setattr(os, "rename", crash)
             with pytest.raises(OSError, match="crash"):
                 tree.copy_up.ensure(file, data=False)
         assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
@@ -277,12 +276,16 @@ def test_no_descriptor_for_a_reader_does_not_undo_a_copy(
     """What goes wrong after the copy is in its place must not take it away again."""
     os.link(dirs / "low2" / "file", dirs / "low2" / "other")
     file = tree.lookup(tree.root, b"file")
+    reader = tree.open(file, os.O_RDONLY)
+    real_open = os.open
 
-    def fail(*args: object) -> None:
-        raise OSError(errno.EMFILE, "too many open files")
+    def fail(path: bytes, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags == os.O_RDONLY | os.O_CLOEXEC and path.startswith(b"/proc/self/fd/"):
+            raise OSError(errno.EMFILE, "too many open files")
+        return real_open(path, flags, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tree.copy_up, "_switch_handles", fail)
+        patch.setattr(os, "open", fail)
         with pytest.raises(OSError, match="too many"):
             tree.open(file, os.O_RDWR)
     assert tree.attributes(file).size == len("contents")
@@ -290,6 +293,7 @@ def test_no_descriptor_for_a_reader_does_not_undo_a_copy(
     os.pwrite(handle.fd, b"CON", 0)
     tree.close_file(handle)
     assert (dirs / "upper" / "file").read_text() == "CONtents"
+    tree.close_file(reader)
 
 
 def test_readers_follow_a_copy_up(tree: UnionTree) -> None:
@@ -302,7 +306,8 @@ def test_readers_follow_a_copy_up(tree: UnionTree) -> None:
 
 
 def test_truncation_at_open_copies_no_data(tree: UnionTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unionfs.fuse_ops.copy_up.copy_data", lambda *args: pytest.fail("data was copied"))
+    for how in ("unionfs.fuse_ops.copying.syscalls.reflink", "unionfs.fuse_ops.copying.os.copy_file_range"):
+        monkeypatch.setattr(how, lambda *args: pytest.fail("data was copied"))
     handle = tree.open(tree.lookup(tree.root, b"file"), os.O_WRONLY | os.O_TRUNC)
     assert os.fstat(handle.fd).st_size == 0
     tree.close_file(handle)

@@ -43,11 +43,11 @@ class LimitedTree(UnionTree):
         xattrs: OverlayXattrs,
     ) -> None:
         assert options.quota_bytes
-        self.space: SpaceLimit = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
+        self.limit = self.space = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
         super().__init__(lower, upper, cache, options, xattrs)
 
     def _make_parts(self) -> TreeParts:
-        self._accounts = accounts = _Accounts(self.view, self.space)
+        self._accounts = accounts = _Accounts(self.view, self.limit)
         copy_up = _LimitedCopyUp(self.view, accounts)
         changes = _LimitedChanges(self.view, copy_up, accounts)
         renames = _LimitedRenames(self.view, copy_up, changes, accounts)
@@ -64,13 +64,13 @@ class LimitedTree(UnionTree):
         self._accounts.released(handle.inode)
 
     def statfs(self) -> os.statvfs_result:
-        return self.space.statvfs(super().statfs())
+        return self.limit.statvfs(super().statfs())
 
     def statistics(self) -> dict[str, int]:
         return {
             **super().statistics(),
-            "quota_bytes": self.space.limit_bytes,
-            "quota_used_bytes": self.space.used_bytes,
+            "quota_bytes": self.limit.limit_bytes,
+            "quota_used_bytes": self.limit.used_bytes,
         }
 
 

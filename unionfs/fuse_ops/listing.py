@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from unionfs.fuse_ops.inodes import Inode
@@ -34,10 +35,11 @@ def offset_of(name: bytes) -> int:
 
 
 class Listings:
-    """The listings of the directories that were read last."""
+    """The listings of the directories that were read last; ``offset_of`` orders them."""
 
-    def __init__(self, view: MergedView) -> None:
+    def __init__(self, view: MergedView, offset_of: Callable[[bytes], int] = offset_of) -> None:
         self._view = view
+        self._offset_of = offset_of
         self._kept: OrderedDict[Inode, Listing] = OrderedDict()
 
     def __len__(self) -> int:
@@ -45,6 +47,7 @@ class Listings:
 
     def start(self, directory: Inode) -> Listing:
         """The names that ``directory`` has now; raises OSError if it cannot be read."""
+        offset_of = self._offset_of
         pairs = sorted((offset_of(name), name) for name in self._view.names(directory))
         listing = Listing([offset for offset, _ in pairs], [name for _, name in pairs])
         self._kept[directory] = listing

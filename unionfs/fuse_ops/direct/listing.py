@@ -22,17 +22,24 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 class DirectListing:
     """Lists directories of a tree for a kernel that believes what it is told for some time.
 
-    ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order.
+    ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order; ``listings`` says it, by the
+    names' hashes unless given.
     """
 
     def __init__(
-        self, tree: UnionTree, packed: PackedAttributes, valid_s: int, valid_ns: int, files: FileReadAhead
+        self,
+        tree: UnionTree,
+        packed: PackedAttributes,
+        valid_s: int,
+        valid_ns: int,
+        files: FileReadAhead,
+        listings: Listings | None = None,
     ) -> None:
         self._tree = tree
         self._files = files
         self._child = packed.child
         self._lower = tree.view.lower
-        self._listings = Listings(tree.view)
+        self._listings = Listings(tree.view) if listings is None else listings
         self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
 
     def answer(self, unique: int, directory: Inode, offset: int, size: int, *, plus: bool) -> bytes:

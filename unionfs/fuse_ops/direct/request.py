@@ -13,25 +13,27 @@ _OVERFLOW_ID: Final = 65534
 class Request:
     """One request. ``body`` is what follows the header."""
 
-    __slots__ = ("body", "gid", "node", "pid", "uid", "unique")
-
-    uid: int
-    gid: int
+    __slots__ = ("_gid", "_uid", "body", "node", "pid", "unique")
 
     def __init__(self, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes | memoryview) -> None:
         self.unique = unique
         self.node = node
-        if uid != UNKNOWN_ID:  # else they are looked up by whoever needs them, which is hardly ever
-            self.uid = uid
-            self.gid = gid
+        self._uid = uid
+        self._gid = gid
         self.pid = pid
         self.body = body
 
-    def __getattr__(self, name: str) -> int:
-        if name not in ("uid", "gid"):
-            raise AttributeError(name)
-        self._find_caller()
-        return self.uid if name == "uid" else self.gid
+    @property
+    def uid(self) -> int:
+        if self._uid == UNKNOWN_ID:
+            self._find_caller()
+        return self._uid
+
+    @property
+    def gid(self) -> int:
+        if self._uid == UNKNOWN_ID:
+            self._find_caller()
+        return self._gid
 
     def name(self, offset: int = 0) -> bytes:
         """The zero-terminated name at ``offset`` of the arguments."""
@@ -43,14 +45,14 @@ class Request:
 
         Of a process that this one cannot see they are those that stand for unknown ones, without privilege.
         """
-        self.uid = self.gid = _OVERFLOW_ID
+        self._uid = self._gid = _OVERFLOW_ID
         try:
             with open(f"/proc/{self.pid}/status", "rb") as status:
                 for line in status:
                     if line.startswith(b"Uid:"):
-                        self.uid = int(line.split()[4])  # the fourth is that of file accesses
+                        self._uid = int(line.split()[4])  # the fourth is that of file accesses
                     elif line.startswith(b"Gid:"):
-                        self.gid = int(line.split()[4])
+                        self._gid = int(line.split()[4])
                         break
         except OSError:
             pass  # it has ended
