@@ -204,6 +204,20 @@ def look_up(box: Sandbox, names: range) -> None:
         assert not os.path.lexists(box.at(f"missing-{number}"))
 
 
+def test_it_goes_to_a_program_that_is_alone(direct_box: Sandbox) -> None:
+    box = direct_box
+    box.lower().file("f", "x")
+    with box.mount():
+        (server,) = servers_of(box.target)
+        deadline = time.monotonic() + 60  # others may run on this machine now and then
+        start = 0
+        while os.sched_getscheduler(server) != os.SCHED_IDLE:
+            assert time.monotonic() < deadline
+            look_up(box, range(start, start + 100))
+            start += 100
+        assert len(os.sched_getaffinity(server)) == 1
+
+
 def test_a_server_that_is_not_asked_is_an_ordinary_task(direct_box: Sandbox) -> None:
     box = direct_box
     box.lower().file("f", "x")

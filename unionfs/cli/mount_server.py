@@ -235,8 +235,11 @@ def _read_command_line(arguments: Sequence[str]) -> _CommandLine:
 def _versions() -> str:
     import ctypes
     from importlib.metadata import version
+    from importlib.util import find_spec
 
-    lines = [f"unionfs-mount: version {__version__}", f"pyfuse3 version: {version('pyfuse3')}"]
+    spec = find_spec("unionfs.fuse_ops.tree")
+    compiled = "" if spec is None or (spec.origin or "").endswith(".py") else " (compiled)"
+    lines = [f"unionfs-mount: version {__version__}{compiled}", f"pyfuse3 version: {version('pyfuse3')}"]
     try:
         package_version = ctypes.CDLL("libfuse3.so.3").fuse_pkgversion
         package_version.restype = ctypes.c_char_p
