@@ -13,19 +13,6 @@ import stat
 from unionfs.archive.rooted import RootedDir, open_regular
 from unionfs.archive.unpack import in_user_namespace
 from unionfs.fuse_ops.copying import copy_attributes, copy_data, copy_times, copy_xattrs
-from unionfs.fuse_ops.overlay_format import OverlayXattrs
-
-
-class _AllXattrs(OverlayXattrs):
-    """In a complete tree no xattr is the file system's own: what looks like one belongs to a nested overlay."""
-
-    __slots__ = ()
-
-    def is_private(self, stored: bytes) -> bool:
-        return False
-
-
-_NAMES = _AllXattrs(user=False)
 
 
 def copy_tree(source: str, target: str) -> None:
@@ -76,7 +63,8 @@ class _TreeCopy:
                 else:
                     self._entry(source, target, name, path, child)
             copy_attributes(target, b".", info)
-            copy_xattrs(_at(source, b"."), _at(target, b"."), _NAMES)
+            # All of them: in a complete tree, what looks like overlayfs' own belongs to a nested one.
+            copy_xattrs(_at(source, b"."), _at(target, b"."))
             return info
 
     def _entry(self, source: int, target: int, name: bytes, path: bytes, info: os.stat_result) -> None:
@@ -106,7 +94,7 @@ class _TreeCopy:
             os.mknod(name, kind | 0o600, info.st_rdev, dir_fd=target)
         # Changing the owner clears setuid and capabilities, so it comes first.
         copy_attributes(target, name, info)
-        copy_xattrs(_at(source, name), _at(target, name), _NAMES)
+        copy_xattrs(_at(source, name), _at(target, name))
         copy_times(target, name, info)
 
     def _link(self, first: bytes, target: int, name: bytes) -> None:

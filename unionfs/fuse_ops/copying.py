@@ -119,8 +119,8 @@ def at_path(fd: int, name: bytes) -> bytes | int:
     return b"/proc/self/fd/%d/%s" % (fd, name) if name else fd
 
 
-def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs) -> None:
-    """Copy all extended attributes between two objects, but overlayfs' own.
+def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs | None = None) -> None:
+    """Copy all extended attributes between two objects, but overlayfs' own, if ``names`` says which these are.
 
     Either is a descriptor, or a path whose last component is not followed. ACLs and file capabilities are extended
     attributes too. What the target's file system does not support is left out, except for attributes that decide
@@ -135,7 +135,7 @@ def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs) 
         raise
     for text in listed:
         name = os.fsencode(text)
-        if names.is_private(name):
+        if names is not None and names.is_private(name):
             continue
         try:
             value = os.getxattr(source, name, follow_symlinks=read_fd)
