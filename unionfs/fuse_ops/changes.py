@@ -150,8 +150,7 @@ class NamespaceChanges:
         """Give ``inode`` a further name."""
         upper = self._copy_up.require_writable()
         check_new_name(name)
-        if self._view.find(directory, name) is not None:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+        self._require_free(directory, name)
         unnamed = inode.orphan and inode.hold is None
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -181,6 +180,10 @@ class NamespaceChanges:
             return 0
         return 0o700 if kind == stat.S_IFDIR else 0o600
 
+    def _require_free(self, directory: Inode, name: bytes) -> None:
+        if self._view.find(directory, name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+
     def _make(
         self,
         directory: Inode,
@@ -193,16 +196,20 @@ class NamespaceChanges:
         """Make an object with ``make(dir_fd, name)``, give it its owner, and put it into ``directory``."""
         upper = self._copy_up.require_writable()
         check_new_name(name)
-        if self._view.find(directory, name) is not None:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+        # Where only the upper layer can have the name, making the object says whether it does.
+        look_first = bool(directory.lowers) or not directory.upper
+        if look_first:
+            self._require_free(directory, name)
         if directory.orphan:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
         directory_fd = self._copy_up.ensure_directory(directory)
         is_dir = stat.S_ISDIR(mode)
         try:
             make(directory_fd, name)
-        except FileExistsError:  # a whiteout, since the merged tree has nothing of this name
-            is_free = False
+        except FileExistsError:
+            if not look_first:
+                self._require_free(directory, name)
+            is_free = False  # a whiteout, since the merged tree has nothing of this name
         else:
             is_free = True
         if is_free:
@@ -282,15 +289,15 @@ class NamespaceChanges:
     def _remove(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
         is_dir = inode.kind == stat.S_IFDIR
         directory_fd = self._copy_up.ensure_directory(directory)
-        hidden = self.hides_lower(directory, name)
+        hides = not inode.upper or self.hides_lower(directory, name)
         self.keep_for_users(inode)
         if not inode.upper:
             upper.whiteout(directory_fd, name)
-        elif hidden:
+        elif hides:
             upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
         else:
             upper.remove(directory_fd, name, directory=is_dir)
-        if hidden or not inode.upper:
+        if hides:
             self.note_whiteout(directory, name)
         self.removed(inode, directory, name)
 
@@ -328,7 +335,10 @@ class NamespaceChanges:
             inode.nlink -= 1
         elif not inode.upper:
             assert inode.lower is not None
-            inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
+            if inode.packed is not None:  # of files with one name only
+                inode.nlink = 0
+            else:
+                inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
         inode.remove_place(directory, name)
         if inode.hold is not None and inode.nlink == 0:
             self._release_hold(inode)

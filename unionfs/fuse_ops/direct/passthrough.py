@@ -92,6 +92,8 @@ class Passthrough:
             return True
         if os.fstat(file.fd).st_mode & _SPECIAL_BITS:
             return False
+        if inode.bare:
+            return True
         try:
             os.getxattr(file.fd, b"security.capability")
         except OSError:
