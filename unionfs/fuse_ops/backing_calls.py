@@ -24,6 +24,7 @@ _SETFLAGS: Final = 0x40086602
 _GETVERSION: Final = 0x80087601
 _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
+_KNOWN: Final = frozenset({_GETFLAGS, _SETFLAGS, _GETVERSION, _FSGETXATTR, _FSSETXATTR})
 _IMMUTABLE_OR_APPEND: Final = 0x30
 _PROJECT_INHERIT: Final = 0x20000000
 _XFLAG_IMMUTABLE_OR_APPEND: Final = 0x18
@@ -82,6 +83,11 @@ def _may_set(fd: int, command: int, data: bytes) -> bool:
     return not (flags & _XFLAG_IMMUTABLE_OR_APPEND or inherits or data[12:16] != present[12:16])
 
 
+def knows_ioctl(command: int) -> bool:
+    """Whether :func:`inode_ioctl` does it."""
+    return command in _KNOWN
+
+
 def changes_inode(command: int) -> bool:
     """Whether an ioctl that :func:`inode_ioctl` knows changes the file."""
     return command in (_SETFLAGS, _FSSETXATTR)
@@ -94,7 +100,7 @@ def inode_ioctl(path: bytes, command: int, data: bytes, out_size: int) -> bytes:
     the merged tree allows, such as a rename of its directory. EPERM also for another project: the quota that it stands
     for is the host's.
     """
-    if command not in (_GETFLAGS, _SETFLAGS, _GETVERSION, _FSGETXATTR, _FSSETXATTR):
+    if command not in _KNOWN:
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -43,11 +43,12 @@ class LimitedTree(UnionTree):
         xattrs: OverlayXattrs,
     ) -> None:
         assert options.quota_bytes
-        self.limit = self.space = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
+        # ``space`` may be None for other trees; here it is not.
+        self._limit = self.space = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
         super().__init__(lower, upper, cache, options, xattrs)
 
     def _make_parts(self) -> TreeParts:
-        self._accounts = accounts = _Accounts(self.view, self.limit)
+        self._accounts = accounts = _Accounts(self.view, self._limit)
         copy_up = _LimitedCopyUp(self.view, accounts)
         changes = _LimitedChanges(self.view, copy_up, accounts)
         renames = _LimitedRenames(self.view, copy_up, changes, accounts)
@@ -64,13 +65,13 @@ class LimitedTree(UnionTree):
         self._accounts.released(handle.inode)
 
     def statfs(self) -> os.statvfs_result:
-        return self.limit.statvfs(super().statfs())
+        return self._limit.statvfs(super().statfs())
 
     def statistics(self) -> dict[str, int]:
         return {
             **super().statistics(),
-            "quota_bytes": self.limit.limit_bytes,
-            "quota_used_bytes": self.limit.used_bytes,
+            "quota_bytes": self._limit.limit_bytes,
+            "quota_used_bytes": self._limit.used_bytes,
         }
 
 

@@ -166,6 +166,10 @@ class UnionRequests:
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
         await self.copy_up(inode, data=False)
+        self.set_xattr_now(inode, name, value, flags)
+
+    def set_xattr_now(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
+        """Set an attribute of an inode that has been copied up."""
         inode.bare = False
         self.tree.set_xattr(inode, name, value, flags)
 

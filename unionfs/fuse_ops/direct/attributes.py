@@ -107,20 +107,40 @@ class AttributeAnswers(Answers):
             raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
         return self._data(request, value)
 
-    async def _setxattr(self, request: Request) -> bytes:
+    def _setxattr(self, request: Request) -> Answer:
         size, flags, extra, _ = p.SETXATTR_IN.unpack_from(request.body)
         name = request.name(p.SETXATTR_IN.size)
         start = p.SETXATTR_IN.size + len(name) + 1
+        value = bytes(request.body[start : start + size])
         inode = self._inode(request)
-        await self._requests.set_xattr(inode, name, bytes(request.body[start : start + size]), flags)
-        if extra & 1:  # FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the group
+        drops_setgid = bool(extra & 1)  # FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the group
+        if not inode.upper:
+            return self._copy_and_set_xattr(request, inode, name, value, flags, drops_setgid=drops_setgid)
+        self._requests.set_xattr_now(inode, name, value, flags)
+        return self._xattr_is_set(request, inode, drops_setgid=drops_setgid)
+
+    async def _copy_and_set_xattr(
+        self, request: Request, inode: Inode, name: bytes, value: bytes, flags: int, *, drops_setgid: bool
+    ) -> bytes:
+        await self._requests.set_xattr(inode, name, value, flags)
+        return self._xattr_is_set(request, inode, drops_setgid=drops_setgid)
+
+    def _xattr_is_set(self, request: Request, inode: Inode, *, drops_setgid: bool) -> bytes:
+        if drops_setgid:
             mode = stat.S_IMODE(self._tree.attributes(inode).mode)
             if mode & stat.S_ISGID:
                 self._tree.set_attributes(inode, AttributeChange(mode=mode & ~stat.S_ISGID), request)
         return self.empty(request)
 
-    async def _removexattr(self, request: Request) -> bytes:
-        await self._requests.remove_xattr(self._inode(request), request.name())
+    def _removexattr(self, request: Request) -> Answer:
+        inode = self._inode(request)
+        if not inode.upper:
+            return self._copy_and_remove_xattr(request, inode)
+        self._tree.remove_xattr(inode, request.name())
+        return self.empty(request)
+
+    async def _copy_and_remove_xattr(self, request: Request, inode: Inode) -> bytes:
+        await self._requests.remove_xattr(inode, request.name())
         return self.empty(request)
 
 

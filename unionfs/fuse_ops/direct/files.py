@@ -232,16 +232,26 @@ class FileAnswers(Answers):
         copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
         return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
 
-    async def _ioctl(self, request: Request) -> bytes:
+    def _ioctl(self, request: Request) -> Answer:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)
+        if not backing_calls.knows_ioctl(command):  # isatty(3), say, which Python asks about each file that it opens
+            return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOTTY, request.unique)
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
         inode = self._inode(request)
-        if backing_calls.changes_inode(command):
-            await self._requests.copy_up(inode, data=False)
+        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, data=False):
+            return self._copy_and_control(request, inode, command, data, out_size)
+        return self._control(request, inode, command, data, out_size)
+
+    async def _copy_and_control(
+        self, request: Request, inode: Inode, command: int, data: bytes, out_size: int
+    ) -> bytes:
+        await self._requests.copy_up(inode, data=False)
+        return self._control(request, inode, command, data, out_size)
+
+    def _control(self, request: Request, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
         path, _ = self._tree.view.proc_path(inode)
         answer = backing_calls.inode_ioctl(path, command, data, out_size)
-        header = p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0)
-        return header + answer
+        return p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0) + answer
 
 
 def _contents(request: Request, fd: int, offset: int, size: int) -> memoryview:

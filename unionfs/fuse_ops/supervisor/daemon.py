@@ -20,6 +20,8 @@ from unionfs.fuse_ops.daemon import inherited_fds
 from unionfs.fuse_ops.supervisor import worker
 from unionfs.fuse_ops.supervisor.code import LoadedCode
 
+# Making the next copy takes a processor from the mount that was just asked for. It can wait, unless somebody else asks.
+_NEXT_COPY_S: Final = 0.02
 _FAILED_PAUSE_S: Final = 1.0  # after a copy that ended by itself: what killed it may kill the next one too
 
 
@@ -65,6 +67,8 @@ def supervise(listener: socket.socket, serve: worker.Serve, *, idle_s: float = 0
                 asked = time.monotonic()
                 if not said:
                     time.sleep(_FAILED_PAUSE_S)
+                else:
+                    select.select([listener], [], [], _NEXT_COPY_S)
                 waiting = _start(listener, code, serve)
                 poll.register(waiting, select.POLLIN)
 
