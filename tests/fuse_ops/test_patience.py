@@ -88,10 +88,8 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
     tree.close()
 
 
-@pytest.mark.parametrize(("size", "in_thread"), [(4096, False), (8 << 20, True)])
-def test_a_large_file_is_synced_in_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, in_thread: bool
-) -> None:
+def who_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, patience: Patience, size: int) -> int:
+    """The thread that syncs the root directory, or a file of ``size`` bytes, when the kernel asks for it."""
     for name in ("lower", "upper", "work"):
         (tmp_path / name).mkdir()
     with open(tmp_path / "upper" / "file", "wb") as file:
@@ -102,10 +100,10 @@ def test_a_large_file_is_synced_in_a_thread(
     answers = os.open("/dev/null", os.O_RDWR)
     transport = DirectTransport(tree, options)
     transport.mount(f"/dev/fd/{answers}")
-    transport.served.patience = alone()
+    transport.served.patience = patience
     handle = transport.served.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
     body = p.FSYNC_IN.pack(handle, 0, 0)
-    header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), Opcode.FSYNC, 1, 1, 0, 0, 7, 0, 0)
+    header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), code, 1, 1, 0, 0, 7, 0, 0)
     synced_by: list[int] = []
     done = threading.Event()
     fsync = os.fsync
@@ -123,6 +121,22 @@ def test_a_large_file_is_synced_in_a_thread(
 
     trio.run(main)
     assert done.wait(30)
-    assert (synced_by[0] != threading.get_ident()) is in_thread
     transport.close()
     tree.close()
+    return synced_by[0]
+
+
+@pytest.mark.parametrize(("size", "in_thread"), [(4096, False), (8 << 20, True)])
+def test_a_large_file_is_synced_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, in_thread: bool
+) -> None:
+    by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), size)
+    assert (by != threading.get_ident()) is in_thread
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_directory_is_synced_on_the_spot_for_one_that_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), 0)
+    assert (by == threading.get_ident()) is is_alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.answers import Answers, Handler, Mount
@@ -58,4 +59,10 @@ class DirectoryAnswers(Answers):
                 os.close(fd)
             return self.empty(request)
 
-        return self._connection.answer_in_thread(request, Opcode.FSYNCDIR, call)
+        patience = self._mount.patience
+        if not patience.may_wait():
+            return self._connection.answer_in_thread(request, Opcode.FSYNCDIR, call)
+        start = time.perf_counter()
+        answer = call()
+        patience.waited_since(start)
+        return answer
