@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,7 +181,8 @@ def test_what_was_compiled_is_what_is_there() -> None:
     )
     assert len(names) > 30
     compiled = {path.with_name(path.name.partition(".")[0] + ".py"): path for path in ROOT.glob("unionfs/**/*.so")}
-    version = subprocess.run(["unionfs-mount", "--version"], capture_output=True, text=True, check=True)
+    program = Path(sys.executable).with_name("unionfs-mount")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     assert ("(compiled)" in version.stdout) == bool(compiled)
     if os.environ.get("UNIONFS_COMPILE") == "0":
         assert compiled == {}
