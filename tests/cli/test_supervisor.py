@@ -507,6 +507,19 @@ def test_twenty_at_once(layers: Sandbox, supervisor: Supervisor) -> None:
     assert wait_until(lambda: len(supervisor.copies()) == 1, END_S)
 
 
+def test_the_next_caller_does_not_wait_for_the_next_copy(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it is put off for the sake of the mount that is going on, but not while somebody asks."""
+    path = os.path.join(layers.new_dir("run"), "s.sock")
+    monkeypatch.setenv(wire.SWITCH, path)
+    code = "import unionfs.fuse_ops.supervisor.daemon as daemon; daemon._NEXT_COPY_S = 600; "
+    code += "import sys; from unionfs.cli.supervisor_program import main; sys.exit(main(sys.argv[1], 0))"
+    program = [sys.executable, "-c", code, path]
+    with running_supervisor(os.path.dirname(path), program=program) as running:
+        for _ in range(3):
+            with mounted(layers) as pid:
+                assert running.serves(pid)
+
+
 def test_most_memory_is_shared(layers: Sandbox, supervisor: Supervisor) -> None:
     """The issue's limit for each further mount, 8 MiB; what is private cannot be shared by more of them."""
     with mounted(layers) as pid, open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as lines:
