@@ -7,6 +7,7 @@ request (measured by scripts/bench). ``UNIONFS_COMPILE=0`` leaves them as they a
 from __future__ import annotations
 
 import os
+from typing import cast
 
 from setuptools import Extension, setup
 
@@ -31,6 +32,6 @@ if os.environ.get("UNIONFS_COMPILE") != "0":
         opt_level="2",
         debug_level="0",
     )
-    extensions = [extension for extension in made if isinstance(extension, Extension)]
+    extensions = cast("list[Extension]", made)  # setuptools is imported, so that they are its own
 
 setup(ext_modules=extensions)
