@@ -10,6 +10,8 @@ import pytest
 from tests.support.layers import OLD_NS
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import allocated_bytes, assert_same, snapshot, upper_entries, without_root_time
+from tests.support.syscalls import renameat2
+from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -88,6 +90,54 @@ def test_a_renamed_metacopy_finds_its_data(box: Sandbox) -> None:
             f.write(b"end")
         with open(box.at("linked"), "rb") as f:
             assert f.read() == DATA + b"end"
+
+
+@pytest.mark.parametrize("maker", ["kernel", "ours"])
+def test_a_metacopy_that_was_made_before_finds_its_data_when_it_is_moved(box: Sandbox, maker: str) -> None:
+    """It has no redirect of its own then, or one that holds in its directory only."""
+    names = ("renamed", "moved", "linked", "swapped", "turned")
+    contents = {name: name.encode() * 100_000 for name in names}
+    low = box.lower().dir("e").file("e/other", DATA)
+    for name in names:
+        low.file(f"d/{name}", contents[name])
+    with box.kernel(*BOTH, "index=off") if maker == "kernel" else box.mount(*BOTH):
+        for name in names:
+            os.chmod(box.at(f"d/{name}"), 0o600)
+        os.rename(box.at("d/turned"), box.at("d/turned2"))
+    assert METACOPY in os.listxattr(box.in_upper("d/moved"))
+    assert REDIRECT not in os.listxattr(box.in_upper("d/moved"))  # where it is, it is found without
+    with box.mount(*BOTH):
+        os.rename(box.at("d/renamed"), box.at("d/renamed2"))
+        os.rename(box.at("d/moved"), box.at("e/moved2"))
+        os.link(box.at("d/linked"), box.at("e/linked2"))
+        os.unlink(box.at("d/linked"))
+        renameat2(box.at("d/swapped"), box.at("e/other"), RENAME_EXCHANGE)
+        os.rename(box.at("d/turned2"), box.at("e/turned3"))
+        os.rename(box.at("d"), box.at("e/d"))
+        tree = snapshot(box.target)
+    assert_same(box.union_snapshot(*BOTH), tree)
+    assert_same(tree, box.kernel_snapshot(*BOTH, "index=off"))
+    with box.mount(*BOTH):
+        places = {"e/d/renamed2": "renamed", "e/moved2": "moved", "e/linked2": "linked", "e/other": "swapped"}
+        for place, name in (places | {"e/turned3": "turned"}).items():
+            assert allocated_bytes(box.in_upper(place)) <= 8192
+            with open(box.at(place), "rb") as f:
+                assert f.read() == contents[name], place
+        with open(box.at("e/d/swapped"), "rb") as f:
+            assert f.read() == DATA
+
+
+def test_a_metacopy_without_room_for_a_redirect_is_copied_when_it_is_moved(box: Sandbox) -> None:
+    directory = "/".join([letter * 250 for letter in "abcdefghij"])
+    low = box.lower().dir("e").file(f"{directory}/f", DATA)
+    low.xattr(f"{directory}/f", "user.large", bytes(2000))  # ext4 has one block of 4 KiB for the attributes of a file
+    with box.mount(*BOTH):
+        os.chmod(box.at(f"{directory}/f"), 0o600)
+        assert METACOPY in os.listxattr(box.in_upper(f"{directory}/f"))
+        os.rename(box.at(f"{directory}/f"), box.at("e/f"))
+        with open(box.at("e/f"), "rb") as f:
+            assert f.read() == DATA
+    assert METACOPY not in os.listxattr(box.in_upper("e/f"))
 
 
 @pytest.mark.parametrize("as_lower", [False, True])

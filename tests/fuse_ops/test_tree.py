@@ -109,8 +109,8 @@ def test_a_copy_that_fails_leaves_nothing(
         refuse_unnamed_files(monkeypatch)
     file = tree.lookup(tree.root, b"file")
     job = tree.copy_up.begin(file)
-    assert job is not None
-    assert os.listdir(dirs / "work" / "work") == ([] if unnamed else [os.fsdecode(job.temp)])
+    assert job is not None and job.new is not None
+    assert os.listdir(dirs / "work" / "work") == ([] if unnamed else [os.fsdecode(job.new.temp)])
     job.run()
     tree.copy_up.abort(job)
     assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
@@ -128,7 +128,10 @@ def test_unnamed_files_are_asked_for_once(tree: UnionTree, dirs: Path, monkeypat
     assert (dirs / "upper" / "d" / "two").read_text() == "22"
 
 
-def test_data_is_synced_before_it_has_a_name(tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_data_is_synced_before_it_has_its_place(
+    tree: UnionTree, dirs: Path, monkeypatch: pytest.MonkeyPatch, *, unnamed: bool
+) -> None:
     events: list[str] = []
     real_fsync, real_link, real_rename = os.fsync, os.link, os.rename
 
@@ -137,25 +140,28 @@ def test_data_is_synced_before_it_has_a_name(tree: UnionTree, dirs: Path, monkey
         real_fsync(fd)
 
     def link(*args: Any, **kwargs: Any) -> None:
-        events.append("name")
+        events.append("link")
         real_link(*args, **kwargs)
 
     def rename(*args: Any, **kwargs: Any) -> None:
-        events.append("place")
+        events.append("rename")
         real_rename(*args, **kwargs)
 
+    if not unnamed:
+        refuse_unnamed_files(monkeypatch)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "link", link)
     monkeypatch.setattr(os, "rename", rename)
     tree.copy_up.ensure(tree.lookup(tree.root, b"file"))
-    assert events == ["fsync of contents", "name", "place"]
+    assert events == ["fsync of contents", "link" if unnamed else "rename"]
 
 
+@pytest.mark.parametrize("unnamed", [True, False])
 @pytest.mark.parametrize("metacopy", [False, True])
 def test_a_copy_is_complete_before_it_can_be_seen(
-    dirs: Path, monkeypatch: pytest.MonkeyPatch, *, metacopy: bool
+    dirs: Path, monkeypatch: pytest.MonkeyPatch, *, metacopy: bool, unnamed: bool
 ) -> None:
-    """A crash just before the rename leaves the old state; after it, the copy lacks nothing."""
+    """A crash just before it has its place leaves the old state; after it, the copy lacks nothing."""
     lower = dirs / "low2" / "file"
     os.chown(lower, 12, 34)
     os.chmod(lower, 0o4751)
@@ -164,17 +170,20 @@ def test_a_copy_is_complete_before_it_can_be_seen(
     seen: list[os.stat_result] = []
     attributes: list[set[str]] = []
 
-    def crash(temp: bytes, name: bytes, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    def crash(temp: bytes, name: bytes, *, src_dir_fd: int | None = None, dst_dir_fd: int) -> None:
         assert os.listdir(dirs / "upper") == []
-        seen.append(os.stat(temp, dir_fd=src_dir_fd))
-        attributes.append(set(os.listxattr(b"/proc/self/fd/%d/%s" % (src_dir_fd, temp))))
+        path = temp if src_dir_fd is None else b"/proc/self/fd/%d/%s" % (src_dir_fd, temp)
+        seen.append(os.stat(path))
+        attributes.append(set(os.listxattr(path)))
         raise OSError(errno.EIO, "crash")
 
+    if not unnamed:
+        refuse_unnamed_files(monkeypatch)
     tree = open_tree(options(dirs, metacopy=metacopy))
     try:
         file = tree.lookup(tree.root, b"file")
         with monkeypatch.context() as patch:
-            patch.setattr(os, "rename", crash)
+            patch.setattr(os, "link" if unnamed else "rename", crash)
             with pytest.raises(OSError, match="crash"):
                 tree.copy_up.ensure(file, data=False)
         assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
@@ -185,7 +194,7 @@ def test_a_copy_is_complete_before_it_can_be_seen(
     for st in (*seen, copy):
         assert (st.st_mode, st.st_uid, st.st_gid) == (stat.S_IFREG | 0o4751, 12, 34)
         assert (st.st_size, st.st_atime_ns, st.st_mtime_ns) == (len("contents"), 1_000_000_001, 2_000_000_002)
-    marks = {"trusted.overlay.metacopy", "trusted.overlay.redirect"} if metacopy else set()
+    marks = {"trusted.overlay.metacopy"} if metacopy else set()
     assert attributes == [{"user.kept", "trusted.overlay.origin"} | marks]
 
 

@@ -155,6 +155,7 @@ class NamespaceChanges:
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._copy_up.ensure(inode, data=False)
+        self._copy_up.detach(inode)
         directory_fd = self._copy_up.ensure_directory(directory)
         source, follow = self._view.proc_path(inode)
         if inode.hold is None and inode.key is None:

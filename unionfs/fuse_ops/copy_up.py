@@ -19,18 +19,21 @@ from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.overlay_format import encode_origin
-from unionfs.fuse_ops.upper_dir import UpperDir
+from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
 
 At = tuple[int, bytes]
 """An object as the ``*at`` calls name it: by a directory descriptor and a name, or by its own and an empty one."""
+
+NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
+"""Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
 
 _NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
 
 
 class CopyUpJob:
-    """The copying of one file's data into a temporary file. :meth:`run` may be called in a worker thread."""
+    """The copying of one file's data. :meth:`run` may be called in a worker thread."""
 
-    __slots__ = ("inode", "named", "size", "source_fd", "st", "sync", "target_fd", "temp")
+    __slots__ = ("inode", "new", "size", "source_fd", "st", "sync", "target_fd")
 
     def __init__(
         self,
@@ -38,20 +41,18 @@ class CopyUpJob:
         st: os.stat_result,
         source_fd: int,
         target_fd: int,
-        temp: bytes,
+        new: NewFile | None,
         size: int,
         *,
         sync: bool,
-        named: bool = True,
     ) -> None:
         self.inode = inode
         self.st = st
         self.source_fd = source_fd
         self.target_fd = target_fd
-        self.temp = temp  # in the work directory; empty when the data goes straight into the upper file
+        self.new = new  # the file behind ``target_fd``; None when the data goes straight into the upper file
         self.size = size
         self.sync = sync
-        self.named = named  # whether the file is called ``temp`` by now
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
@@ -129,18 +130,13 @@ class CopyUp:
             self._metacopy(upper, inode, st)
             return None
         source = self._view.data_source(inode)
-        temp = upper.temp_name()
-        sync = self._sync and wanted > 0
         source_fd = source[0].open(source[1], os.O_RDONLY)
         try:
-            target_fd = upper.create_unnamed_file() if sync else -1
-            named = target_fd < 0
-            if named:
-                target_fd = upper.create_file(temp)
+            new = upper.new_file()
         except BaseException:
             os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, target_fd, temp, wanted, sync=sync, named=named)
+        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync=self._sync and wanted > 0)
         if wanted == 0:
             self.finish(job)
             return None
@@ -148,17 +144,15 @@ class CopyUp:
 
     def finish(self, job: CopyUpJob) -> None:
         """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
-        if not job.temp:
+        if job.new is None:
             self._finish_data(job)
             return
         upper, inode = self._upper, job.inode
         try:
-            if not job.named:
-                upper.give_name(job.target_fd, job.temp)
             # A metacopy has its data from another file than the rest.
             source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
             self._dress(inode, job.st, source, (job.target_fd, b""))
-            self._install_file(upper, inode, job.temp, job.st)
+            self._install_file(upper, inode, job.new, job.st)
         except BaseException:
             self.abort(job)
             raise
@@ -173,8 +167,8 @@ class CopyUp:
     def abort(self, job: CopyUpJob) -> None:
         """Give up: the file stays what it was."""
         job.close()
-        if job.temp:
-            self._upper.discard(job.temp)
+        if job.new is not None:
+            self._upper.discard(job.new.temp)
         else:
             with contextlib.suppress(OSError):  # a metacopy stays a file without data
                 path, _ = self._view.proc_path(job.inode)
@@ -263,7 +257,7 @@ class CopyUp:
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
             self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._place(upper, inode, temp, directory=True)
+            self._place_directory(upper, inode, temp)
         except BaseException:
             upper.discard(temp)
             raise
@@ -280,60 +274,78 @@ class CopyUp:
             os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
         try:
             self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._install_file(upper, inode, temp, st)
+            self._install_file(upper, inode, NewFile(-1, temp, named=True), st)
         except BaseException:
             upper.discard(temp)
             raise
         inode.lower = None
 
     def _metacopy(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
-        """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``)."""
-        temp = upper.temp_name()
-        fd = upper.create_file(temp)
+        """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``).
+
+        It is found there under the name that the copy has; :meth:`detach` sees to it that this stays so.
+        """
+        new = upper.new_file()
         try:
-            os.ftruncate(fd, st.st_size)
-            os.setxattr(fd, self._view.xattrs.metacopy, b"")
-            # An absolute redirect stays right wherever the file is moved or linked to.
-            where = self._stack_path(inode)
-            if where is not None:
-                os.setxattr(fd, self._view.xattrs.redirect, b"/" + where)
-            self._dress(inode, st, self._lower_at(inode), (fd, b""))
-            self._install_file(upper, inode, temp, st)
+            os.ftruncate(new.fd, st.st_size)
+            os.setxattr(new.fd, self._view.xattrs.metacopy, b"")
+            self._dress(inode, st, self._lower_at(inode), (new.fd, b""))
+            self._install_file(upper, inode, new, st)
         except BaseException:
-            upper.discard(temp)
+            upper.discard(new.temp)
             raise
         finally:
-            os.close(fd)
+            os.close(new.fd)
         if not inode.metacopy:
             inode.metacopy = True
             inode.data = inode.lower
         inode.lower = None
 
-    @staticmethod
-    def _stack_path(inode: Inode) -> bytes | None:
-        parent = inode.parent
-        if parent is None or parent.stack_path is None:
-            return None
-        return parent.stack_path + b"/" + inode.name if parent.stack_path else inode.name
+    def detach(self, inode: Inode) -> None:
+        """Before a metacopy gets another name: have it find its data by a path from the top (kernel: ``redirect``).
 
-    def _install_file(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
-        """Make ``temp`` the upper object of ``inode`` at all its places."""
+        Where that cannot be recorded the data is copied.
+        """
+        if not inode.metacopy or (inode.orphan and inode.hold is None):
+            return
+        path, _ = self._view.proc_path(inode)
+        name = inode.name
+        with contextlib.suppress(OSError):
+            recorded = os.getxattr(path, self._view.xattrs.redirect, follow_symlinks=False)
+            if recorded.startswith(b"/"):
+                return  # it holds wherever the file is
+            name = recorded
+        directory = None if inode.parent is None else inode.parent.stack_path
+        if directory is not None:
+            where = b"/%s/%s" % (directory, name) if directory else b"/" + name
+            try:
+                os.setxattr(path, self._view.xattrs.redirect, where, follow_symlinks=False)
+                return
+            except OSError as error:
+                if error.errno not in NO_ROOM_FOR_PATH:
+                    raise
+        self.ensure(inode)
+
+    def _install_file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        """Make ``new`` the upper object of ``inode`` at all its places."""
         places = list(inode.places())
         has_other_names = self._has_other_names(inode, st)
         if not places and not has_other_names:  # unlinked in the meantime, but still open
-            inode.orphan_fd = os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
-            os.unlink(temp, dir_fd=upper.work_fd)
+            upper.hold(new)  # a file that never had a name could be given one later
+            inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+            os.unlink(new.temp, dir_fd=upper.work_fd)
             inode.upper = True
             return
         if not has_other_names:
-            self._place(upper, inode, temp, directory=False)
+            self._place_file(upper, inode, new)
             if inode.has_origin and inode.parent is not None:
                 self.mark_impure(inode.parent)
             inode.upper = True
             return
         # Several names: the copy stays in the work directory for as long as the mount lives, and every name that is
         # looked up becomes a link to it. So they remain one file, also those that nobody has looked up yet.
-        inode.hold = temp
+        upper.hold(new)
+        inode.hold = new.temp
         inode.upper = True
         if inode.nlink is None:
             inode.nlink = st.st_nlink
@@ -354,11 +366,18 @@ class CopyUp:
             os.link(inode.hold, name, src_dir_fd=upper.work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
         self._restore_times(parent_fd, before)
 
-    def _place(self, upper: UpperDir, inode: Inode, temp: bytes, *, directory: bool) -> None:
+    def _place_file(self, upper: UpperDir, inode: Inode, new: NewFile) -> None:
         assert inode.parent is not None
         parent_fd = self._view.upper_dir_fd(inode.parent)
         before = os.stat(parent_fd)
-        upper.install(upper.work_fd, temp, parent_fd, inode.name, directory=directory)
+        upper.place(new, parent_fd, inode.name)
+        self._restore_times(parent_fd, before)
+
+    def _place_directory(self, upper: UpperDir, inode: Inode, temp: bytes) -> None:
+        assert inode.parent is not None
+        parent_fd = self._view.upper_dir_fd(inode.parent)
+        before = os.stat(parent_fd)
+        upper.install(upper.work_fd, temp, parent_fd, inode.name, directory=True)
         self._restore_times(parent_fd, before)
 
     @staticmethod
@@ -386,7 +405,7 @@ class CopyUp:
         except BaseException:
             os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, target_fd, b"", wanted, sync=self._sync and wanted > 0)
+        job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync=self._sync and wanted > 0)
         if wanted == 0:
             self.finish(job)
             return None

@@ -25,7 +25,7 @@ from unionfs.fuse_ops.overlay_format import OverlayXattrs
 from unionfs.fuse_ops.renames import Renames
 from unionfs.fuse_ops.space_limit import SpaceLimit
 from unionfs.fuse_ops.tree import TreeParts, UnionTree
-from unionfs.fuse_ops.upper_dir import UpperDir
+from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
 
 # Up to this size a file is taken to have no holes, when it is asked what a copy of it needs.
 _WHOLE_BYTES: Final = 1 << 20
@@ -187,9 +187,14 @@ class _LimitedCopyUp(CopyUp):
         assert inode.parent is not None
         self._accounts.settle(inode, inode.parent)
 
-    def _install_file(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
-        super()._install_file(upper, inode, temp, st)
+    def _install_file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        super()._install_file(upper, inode, new, st)
         self._accounts.settle(inode, *(parent for parent, _ in inode.places()))
+
+    def detach(self, inode: Inode) -> None:
+        super().detach(inode)
+        if inode.metacopy:
+            self._accounts.settle(inode)  # as well
 
     def mark_impure(self, directory: Inode) -> None:
         super().mark_impure(directory)

@@ -7,7 +7,7 @@ import os
 import stat
 
 from unionfs.fuse_ops.changes import Caller, NamespaceChanges, check_new_name
-from unionfs.fuse_ops.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up import NO_ROOM_FOR_PATH, CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView, enoent
 from unionfs.fuse_ops.options import RedirectMode
@@ -81,6 +81,7 @@ class Renames:
         self._copy_up.ensure(inode, data=False)
         self._copy_up.ensure_directory(new_dir)
         if not is_dir:
+            self._copy_up.detach(inode)
             return
         upper = self._copy_up.require_writable()
         path, _ = self._view.proc_path(inode)
@@ -99,8 +100,8 @@ class Renames:
         try:
             os.setxattr(path, self._view.xattrs.redirect, redirect, follow_symlinks=False)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM):
-                # No room for the path in an attribute: let the program copy, as it does between file systems.
+            if error.errno in NO_ROOM_FOR_PATH:
+                # Let the program copy, as it does between file systems.
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from None
             raise
         inode.redirect = redirect

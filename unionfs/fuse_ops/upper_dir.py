@@ -24,6 +24,17 @@ _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, err
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class NewFile:
+    """A file in the making: ``fd``, and the name ``temp`` in the work directory, which it has if ``named``."""
+
+    __slots__ = ("fd", "named", "temp")
+
+    def __init__(self, fd: int, temp: bytes, *, named: bool) -> None:
+        self.fd = fd
+        self.temp = temp
+        self.named = named
+
+
 class UpperDir:
     """The upper directory ``layer`` with its work directory ``work_fd`` (a descriptor of ``<workdir>/work``)."""
 
@@ -49,30 +60,40 @@ class UpperDir:
     def work_path(self, name: bytes) -> bytes:
         return b"/proc/self/fd/%d/%s" % (self.work_fd, name)
 
-    def create_file(self, name: bytes) -> int:
-        """Make the empty file ``name`` in the work directory; returns its descriptor."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(name, flags, 0o600, dir_fd=self.work_fd)
+    def new_file(self) -> NewFile:
+        """Make an empty file; it gets its place by :meth:`place`, or a name in the work directory by :meth:`hold`.
 
-    def create_unnamed_file(self) -> int:
-        """Make an empty file that gets its name later, by :meth:`give_name`; -1 where the file system has none.
-
-        It is cheaper to sync, since some file systems sync the directory of a new name with it: ext4 without a
-        journal takes nearly twice as long for that. And a server that dies leaves nothing to be removed.
+        It has no name until then where the file system can do that. That is cheaper, above all to sync, since some
+        file systems sync the directory of a new name with it: ext4 without a journal takes nearly twice as long for
+        that. And a server that dies leaves nothing to be removed.
         """
-        if not self._has_unnamed_files:
-            return -1
-        try:
-            return os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.work_fd)
-        except OSError as error:
-            if error.errno not in _NO_UNNAMED_FILES:
-                raise
-            self._has_unnamed_files = False
-            return -1
+        temp = self.temp_name()
+        if self._has_unnamed_files:
+            try:
+                fd = os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.work_fd)
+                return NewFile(fd, temp, named=False)
+            except OSError as error:
+                if error.errno not in _NO_UNNAMED_FILES:
+                    raise
+                self._has_unnamed_files = False
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        return NewFile(os.open(temp, flags, 0o600, dir_fd=self.work_fd), temp, named=True)
 
-    def give_name(self, fd: int, name: bytes) -> None:
-        """Give the unnamed file ``fd`` its name in the work directory."""
-        os.link(b"/proc/self/fd/%d" % fd, name, dst_dir_fd=self.work_fd)
+    def hold(self, new: NewFile) -> None:
+        """Give ``new`` its name in the work directory, if it has none."""
+        if not new.named:
+            os.link(b"/proc/self/fd/%d" % new.fd, new.temp, dst_dir_fd=self.work_fd)
+            new.named = True
+
+    def place(self, new: NewFile, dir_fd: int, name: bytes) -> None:
+        """Give a finished file its place, where there is nothing or a whiteout."""
+        if not new.named:
+            try:
+                os.link(b"/proc/self/fd/%d" % new.fd, name, dst_dir_fd=dir_fd)
+                return
+            except FileExistsError:  # only a rename replaces something
+                self.hold(new)
+        self.install(self.work_fd, new.temp, dir_fd, name, directory=False)
 
     def discard(self, name: bytes) -> None:
         """Remove ``name`` from the work directory, whatever it is; what cannot be removed is left to the next mount."""
