@@ -375,7 +375,7 @@ def test_thread_in_another_mount_namespace_than_its_process(layers: Sandbox, sup
         def ask() -> None:
             assert ctypes.CDLL(None).unshare(CLONE_NEWNS | 0x200) == 0  # CLONE_FS
             words = ["-o", layer_options(layers), layers.target]
-            answers.append(client.mount(words, ["unionfs-mount", *words]))
+            answers.append(client.mount(words, ["unionfs-mount", *words], os.environb))
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -416,7 +416,7 @@ def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO) -> byt
 def test_caller_who_is_gone_leaves_no_mount(layers: Sandbox, supervisor: Supervisor, last: bytes) -> None:
     (waiting,) = supervisor.copies()
     words = ["-o", layer_options(layers), layers.target]
-    request = wire.Request(["unionfs-mount", *words], len(words), dict(os.environ), wire.own_namespaces())
+    request = wire.Request(["unionfs-mount", *words], len(words), os.environb, wire.own_namespaces())
     assert in_child(lambda: _converse(supervisor.path, request, last=last)) == wire.TAKEN
     assert wait_until(lambda: waiting not in supervisor.copies(), END_S)
     assert not is_mounted(layers.target)

@@ -1,12 +1,10 @@
 """``unionfs-mount``: the mount program that container engines, mount(8) and /etc/fstab run.
 
 Engines start it for every mount. So it first asks the supervisor, for which it needs to import next to nothing, and
-only starts a server by itself when there is none; see mount_server.
+only starts a server by itself when there is none; see mount_server. What that costs is said in supervisor.wire.
 """
 
-from __future__ import annotations
-
-import os
+import posix
 import sys
 
 from unionfs.fuse_ops.supervisor import client
@@ -16,15 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run the program and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # With a standard stream closed, Python has None for it, and the number would be given to the next file.
         if None not in (sys.stdin, sys.stdout, sys.stderr):
-            status = client.mount(words, sys.orig_argv if arguments is None else [*sys.orig_argv[:1], *words])
+            argv = sys.orig_argv if arguments is None else [*sys.orig_argv[:1], *words]
+            status = client.mount(words, argv, posix.environ)
             if status is not None and arguments is None:
-                os._exit(status)  # nothing is left to do, and taking Python down takes as long as the supervisor's part
+                # Nothing is left to do, and taking Python down takes as long as the supervisor's part.
+                posix._exit(status)
             if status is not None:
                 return status
     except KeyboardInterrupt:

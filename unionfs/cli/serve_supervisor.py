@@ -22,8 +22,9 @@ def supervisor(path: str | None, idle_s: float) -> None:
     not. A socket that systemd passes (LISTEN_FDS) is used in place of --socket. Mounts live on when this ends.
     """
     if path is None and os.environ.get("LISTEN_PID") != str(os.getpid()):
-        paths = [found for found in wire.socket_paths() if os.access(os.path.dirname(os.path.dirname(found)), os.W_OK)]
+        found = wire.socket_paths(os.environb)
+        paths = [place for place in found if os.access(os.path.dirname(os.path.dirname(place)), os.W_OK)]
         if not paths:
             raise SupervisorError("there is no place for the socket; set XDG_RUNTIME_DIR, or name one with --socket")
-        path = paths[0]
+        path = os.fsdecode(paths[0])
     os.execv(sys.executable, command(None if path is None else os.path.abspath(path), idle_s))

@@ -96,7 +96,7 @@ def _mount(words: list[str]) -> tuple[int, bytes]:
         opened.callback(os.close, null)
         said = os.memfd_create("unionfs-mount", os.MFD_CLOEXEC)  # not a pipe, which would have to be read meanwhile
         opened.callback(os.close, said)
-        status = supervisor.mount(words, command, (null, null, said))
+        status = supervisor.mount(words, command, os.environb, (null, null, said))
         if status is not None:
             return status, os.pread(said, os.fstat(said).st_size, 0)
     done = subprocess.run(

@@ -76,14 +76,15 @@ def is_alive(record: MountRecord) -> bool:
 
 def add(record: MountRecord) -> str | None:
     """Write ``record`` and return the path of its file, or None when no place for it is writable."""
+    text = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogateescape")
     for directory in run_directories():
         path = os.path.join(directory, f"{record.minor}.json")
         temporary = f"{path}.new"  # a minor has one mount, so what a killed server left there is overwritten
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            with open(temporary, "wb") as file:
                 os.fchmod(file.fileno(), 0o644)
-                json.dump(asdict(record), file, ensure_ascii=False)
+                file.write(text)
             os.rename(temporary, path)
         except OSError:
             continue

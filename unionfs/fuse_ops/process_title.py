@@ -19,7 +19,7 @@ _MM_MAP: Final = struct.Struct("=11QQII")  # struct prctl_mm_map
 _KEEP_EXE: Final = 0xFFFF_FFFF
 
 
-def set_title(name: str, argv: Sequence[str], environment: Mapping[str, str]) -> bool:
+def set_title(name: str, argv: Sequence[str], environment: Mapping[bytes, bytes]) -> bool:
     """Let /proc/PID/comm, cmdline and environ show these.
 
     The arguments are put into memory of their own, and the kernel is told where they are (prctl(2), PR_SET_MM_MAP).
@@ -27,7 +27,7 @@ def set_title(name: str, argv: Sequence[str], environment: Mapping[str, str]) ->
     """
     _libc.prctl(_PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0)
     arguments = b"".join(os.fsencode(word) + b"\0" for word in argv)
-    variables = b"".join(os.fsencode(f"{key}={value}") + b"\0" for key, value in environment.items())
+    variables = b"".join(b"%s=%s\0" % variable for variable in environment.items())
     try:
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()  # the first of them is number 3 of proc(5)

@@ -10,36 +10,37 @@ worker     ``FAILED``         it cannot be mounted, and the caller's stderr says
 worker     ``DECLINED``       nothing has been done: start a server yourself. Also the meaning of an end before ``GO``
 ========== ================== =======================================================================================
 
-Only ``os`` and ``sys`` are imported: the mount program reads this module before it does anything else.
+The mount program reads this module before it does anything else, so only what Python has loaded anyhow is imported:
+``posix`` is what the module os is made of, without the millisecond that the rest of it takes. Annotations are quoted
+since even ``__future__`` is a module.
 """
 
-from __future__ import annotations
-
-import os
+import posix
 import sys
 
 from unionfs import __version__
 
-TYPE_CHECKING = False  # typing takes 3 ms
+TYPE_CHECKING = False  # the module typing takes 3 ms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Final
 
-SWITCH: Final = "UNIONFS_SUPERVISOR"
+SWITCH: "Final" = "UNIONFS_SUPERVISOR"
 """The environment variable: ``0`` for no supervisor, or the path of another socket."""
 
-TAKEN: Final = b"t"
-GO: Final = b"g"
-READY: Final = b"r"
-FAILED: Final = b"f"
-DECLINED: Final = b"d"
+TAKEN: "Final" = b"t"
+GO: "Final" = b"g"
+READY: "Final" = b"r"
+FAILED: "Final" = b"f"
+DECLINED: "Final" = b"d"
 
-MAX_REQUEST_BYTES: Final = 16 << 20  # more than execve(2) takes: a quarter of the stack limit, 6 MiB at most
-LENGTH_BYTES: Final = 4
+MAX_REQUEST_BYTES: "Final" = 16 << 20  # more than execve(2) takes: a quarter of the stack limit, 6 MiB at most
+LENGTH_BYTES: "Final" = 4
 
-_MAGIC: Final = "unionfs supervisor 1"
-_PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
+_MAGIC: "Final" = "unionfs supervisor 1"
+_PACKAGE: "Final" = __file__.rsplit("/", 3)[0]
+_ENCODING: "Final" = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+_INITIAL_USER_NAMESPACE: "Final" = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
 
 
 class DeclinedError(Exception):
@@ -52,14 +53,14 @@ class Request:
     Args:
         argv: the command line as ``ps`` is to show it; its last words are those of unionfs-mount.
         word_count: how many they are.
-        environment: the caller's environment variables.
+        environment: the caller's environment variables (``os.environb``).
         namespaces: the inode numbers of the caller's mount and user namespace, as it sees them.
     """
 
     __slots__ = ("argv", "environment", "namespaces", "word_count")
 
     def __init__(
-        self, argv: Sequence[str], word_count: int, environment: Mapping[str, str], namespaces: tuple[int, int]
+        self, argv: "Sequence[str]", word_count: int, environment: "Mapping[bytes, bytes]", namespaces: tuple[int, int]
     ) -> None:
         self.argv = list(argv)
         self.word_count = word_count
@@ -74,23 +75,33 @@ class Request:
     def pack(self) -> bytes:
         """The request as it is sent, its length first. No field can contain the zero byte that ends it."""
         numbers = (*self.namespaces, self.word_count, len(self.argv))
-        fields = [*_greeting(), *map(str, numbers), *self.argv]
-        fields += [f"{name}={value}" for name, value in self.environment.items()]
-        body = os.fsencode("\0".join(fields))
+        fields = [encode(text) for text in (*_greeting(), *map(str, numbers), *self.argv)]
+        fields += [b"%s=%s" % variable for variable in self.environment.items()]
+        body = b"\0".join(fields)
         return len(body).to_bytes(LENGTH_BYTES, sys.byteorder) + body
 
     @classmethod
-    def unpack(cls, body: bytes) -> Request:
+    def unpack(cls, body: bytes) -> "Request":
         """The request that was sent, without its length; ValueError for that of another version or installation."""
-        greeting, fields = _greeting(), os.fsdecode(body).split("\0")
+        greeting, fields = [encode(text) for text in _greeting()], body.split(b"\0")
         if fields[: len(greeting)] != greeting:
             raise ValueError("the caller has another version")
         mount_ns, user_ns, word_count, argc = map(int, fields[len(greeting) : len(greeting) + 4])
         rest = fields[len(greeting) + 4 :]
         if not 0 <= word_count <= argc <= len(rest):
             raise ValueError("the numbers of words are wrong")
-        environment = dict(field.split("=", 1) for field in rest[argc:] if "=" in field[1:])
-        return cls(rest[:argc], word_count, environment, (mount_ns, user_ns))
+        argv = [word.decode(*_ENCODING) for word in rest[:argc]]
+        environment = {}
+        for field in rest[argc:]:
+            name, _, value = field.partition(b"=")
+            if name:
+                environment[name] = value
+        return cls(argv, word_count, environment, (mount_ns, user_ns))
+
+
+def encode(text: str) -> bytes:
+    """``os.fsencode``."""
+    return text.encode(*_ENCODING)
 
 
 def _greeting() -> list[str]:
@@ -100,23 +111,23 @@ def _greeting() -> list[str]:
 
 def own_namespaces() -> tuple[int, int]:
     """The mount and user namespace of this thread. The supervisor cannot see those: it looks at the process."""
-    return os.stat("/proc/thread-self/ns/mnt").st_ino, os.stat("/proc/thread-self/ns/user").st_ino
+    return posix.stat("/proc/thread-self/ns/mnt").st_ino, posix.stat("/proc/thread-self/ns/user").st_ino
 
 
-def socket_paths() -> list[str]:
+def socket_paths(environment: "Mapping[bytes, bytes]") -> list[bytes]:
     """Where a supervisor for this process may listen, the preferred place first; empty when it is switched off."""
-    chosen = os.environ.get(SWITCH)
+    chosen = environment.get(encode(SWITCH))
     if chosen:
-        return [chosen] if os.path.isabs(chosen) else []
-    name = "supervisor.sock"
+        return [chosen] if chosen.startswith(b"/") else []
+    name = b"supervisor.sock"
     try:
-        namespace = os.stat("/proc/self/ns/user").st_ino
+        namespace = posix.stat("/proc/self/ns/user").st_ino
     except OSError:
         return []  # without /proc nobody can tell who the caller is
     if namespace != _INITIAL_USER_NAMESPACE:
-        name = f"supervisor-{namespace}.sock"  # the directory is shared with the namespace around
-    directories = ["/run/unionfs"] if os.geteuid() == 0 else []
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isabs(runtime):
-        directories.append(os.path.join(runtime, "unionfs"))
-    return [os.path.join(directory, name) for directory in directories]
+        name = b"supervisor-%d.sock" % namespace  # the directory is shared with the namespace around
+    directories = [b"/run/unionfs"] if posix.geteuid() == 0 else []
+    runtime = environment.get(b"XDG_RUNTIME_DIR", b"")
+    if runtime.startswith(b"/"):
+        directories.append(runtime.rstrip(b"/") + b"/unionfs")
+    return [directory + b"/" + name for directory in directories]

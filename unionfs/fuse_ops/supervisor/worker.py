@@ -7,7 +7,7 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from unionfs.fuse_ops.daemon import Ready, release_caller
@@ -88,11 +88,20 @@ def _become_like_caller(connection: socket.socket) -> wire.Request:
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
         os.close(fd)
-    os.environ.clear()
-    os.environ.update(request.environment)
+    _set_environment(request.environment)
     sys.argv = [request.argv[0] if request.argv else "", *request.words]
     set_title("unionfs-mount", request.argv, request.environment)
     return request
+
+
+def _set_environment(wanted: Mapping[bytes, bytes]) -> None:
+    # Most variables are the same for all who are logged in, and each change is a call of setenv(3).
+    present = dict(os.environb)
+    for name in present.keys() - wanted.keys():
+        del os.environb[name]
+    for name, value in wanted.items():
+        if present.get(name) != value:
+            os.environb[name] = value
 
 
 def _rehearse_asking() -> None:
