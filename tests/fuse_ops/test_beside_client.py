@@ -18,6 +18,7 @@ from tests.support.sandbox import Sandbox, needs_root
 from tests.support.users import in_child
 from unionfs.fuse_ops.direct import beside_client
 from unionfs.fuse_ops.direct.beside_client import BesideClient
+from unionfs.fuse_ops.direct.connection import Connection
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -101,11 +102,58 @@ def test_others_that_run_end_it(beside: BesideClient, client: int, quiet: list[b
     beside.consider(client, IN_A_ROW + 7)
     assert beside.active  # not looked at yet
     beside.consider(client, IN_A_ROW + 8)
-    assert not beside.active
+    assert beside.active and beside.in_doubt
+    beside.consider(client, IN_A_ROW + 9)
+    assert not beside.active and not beside.in_doubt
+    assert_ordinary()
     beside.consider(client, 2 * IN_A_ROW)
-    assert not beside.active
+    beside.consider(client, 2 * IN_A_ROW + 1)
+    assert not beside.active and not beside.in_doubt
     quiet[0] = True
     beside.consider(client, 3 * IN_A_ROW)
+    assert_beside(client)
+
+
+def test_who_runs_for_a_moment_does_not_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    quiet[0] = False
+    beside.consider(client, IN_A_ROW)
+    assert not beside.active
+    quiet[0] = True
+    beside.consider(client, IN_A_ROW + 1)
+    assert_beside(client)
+    quiet[0] = False
+    beside.consider(client, IN_A_ROW + 8)
+    quiet[0] = True
+    beside.consider(client, IN_A_ROW + 9)
+    assert_beside(client)
+    quiet[0] = False
+    beside.consider(client, IN_A_ROW + 10)
+    assert not beside.in_doubt, "it is looked at before its time"
+
+
+def test_who_only_syncs_is_left_alone(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    number = IN_A_ROW
+    beside.consider(client, number)
+    for _ in range(8):
+        beside.before_sync(number)
+        number += 1
+    assert_beside(client)
+    beside.before_sync(number)
+    assert not beside.active
+    assert_ordinary()
+    while number < 4 * IN_A_ROW:
+        number += 1
+        beside.consider(client, number)
+        beside.before_sync(number)
+    assert not beside.active
+    beside.consider(client, 5 * IN_A_ROW)
+    assert_beside(client)
+
+
+def test_who_syncs_now_and_then_is_not(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    beside.consider(client, IN_A_ROW)
+    for number in range(IN_A_ROW, 4 * IN_A_ROW, 2):
+        beside.before_sync(number)
     assert_beside(client)
 
 
@@ -265,3 +313,13 @@ def test_it_stays_ordinary_while_others_run(direct_box: Sandbox) -> None:
             for other in others:
                 other.kill()
                 other.join()
+
+
+def test_nobody_is_left_beside_when_the_connection_is_closed(client: int, quiet: list[bool]) -> None:
+    before = os.sched_getaffinity(0)
+    connection = Connection()
+    connection.beside.consider(client, IN_A_ROW)
+    assert_beside(client)
+    connection.close()
+    assert_ordinary()
+    assert os.sched_getaffinity(0) == before

@@ -19,11 +19,11 @@ _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so m
 class Patience:
     """Watches who sends requests, and how long waiting takes."""
 
-    __slots__ = ("_in_a_row", "_not_before", "_sender")
+    __slots__ = ("_not_before", "_sender", "in_a_row")
 
     def __init__(self) -> None:
         self._sender = 0
-        self._in_a_row = 0
+        self.in_a_row = 0  # requests of the same sender before the present one
         self._not_before = 0.0
 
     def request_from(self, pid: int) -> int:
@@ -33,14 +33,14 @@ class Patience:
         """
         if pid != self._sender or not pid:
             self._sender = pid
-            self._in_a_row = 0
+            self.in_a_row = 0
         else:
-            self._in_a_row += 1
-        return self._in_a_row
+            self.in_a_row += 1
+        return self.in_a_row
 
     def may_wait(self) -> bool:
         """Whether a short wait for the disk is better done here and now."""
-        return self._in_a_row >= _IN_A_ROW and time.perf_counter() >= self._not_before
+        return self.in_a_row >= _IN_A_ROW and time.perf_counter() >= self._not_before
 
     def waited_since(self, start: float) -> None:
         """A wait that began when time.perf_counter() was ``start`` is over."""

@@ -8,6 +8,9 @@ The scheduler would move the program away from a processor that is in use. It do
 SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing beside others that want to run,
 which is why it is one only while nothing else runs on the machine, and looks again all the time; and only with the
 privilege to go back.
+
+Who does nothing but sync, as a log is written, is left alone. A disk may interrupt one processor only, as virtual ones
+do, and is waited for longest on the others; a sync waits several times, and the scheduler knows where that is shortest.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ LOOK_EVERY: Final = 8
 _CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
+_SYNCS: Final = 8  # in a row, until a client is one who does nothing else
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
@@ -35,47 +39,64 @@ class BesideClient:
 
     def __init__(self) -> None:
         self.active = False
+        self.in_doubt = False
+        """Others wanted to run when it was looked at last; if they do at the next request too, this is left."""
         self._usable = _may_return()
         self._load_fd = -1
         self._client = 0
         self._processor = -1
         self._before: set[int] = set()
         self._misses = 0
+        self._syncs = 0
+        self._last_sync = 0
 
     def consider(self, client: int, before: int) -> None:
         """A request came from the thread ``client``, and ``before`` it others that no other program's came between.
 
         Every now and then this goes to where the client runs, or leaves it if others want to run. Call it while the
-        client waits for its answer.
+        client waits for its answer: at each request while this is in doubt, else at every ``LOOK_EVERY``-th.
         """
         if before == 0:
             self.leave()
-        if before % (LOOK_EVERY if self.active else _LOOK_AFTER) or before == 0:
+        if before == 0 or not self._usable:
             return
-        if not self._usable:
+        if not self.in_doubt and before % (LOOK_EVERY if self.active else _LOOK_AFTER):
             return
-        if self.active and client == self._client and self._misses < _MISSES:
-            if not self._machine_is_quiet():
+        if self._syncs > _SYNCS and before == self._last_sync + 1:
+            return
+        if not self._machine_is_quiet():
+            # A thread of the kernel has work for some microseconds after each access to a disk, for instance.
+            if self.in_doubt:
                 self.leave()
+            else:
+                self.in_doubt = True
+            return
+        self.in_doubt = False
+        if self.active and client == self._client and self._misses < _MISSES:
             return
         self._misses = 0
         try:
             processor = _processor_of(client)
-            quiet = self._machine_is_quiet()
         except OSError:  # it has ended
-            quiet = False
-        if quiet:
-            self._client = client
-            self._go_to(processor)
-        else:
             self.leave()
+            return
+        self._client = client
+        self._go_to(processor)
 
     def slept(self) -> None:
         """The client did not send anything at once, as one on this processor does: it may be on another one by now."""
         self._misses += 1
 
+    def before_sync(self, before: int) -> None:
+        """What is about to be done, after ``before`` other requests of the client, brings something to the disk."""
+        self._syncs = self._syncs + 1 if before == self._last_sync + 1 else 1
+        self._last_sync = before
+        if self._syncs > _SYNCS:
+            self.leave()
+
     def leave(self) -> None:
         """Run wherever the scheduler likes, as any other task."""
+        self.in_doubt = False
         if not self.active:
             return
         self.active = False

@@ -91,6 +91,7 @@ class Connection:
 
     def close(self) -> None:
         """Give the connection up; what still waits for an answer gets ENOTCONN."""
+        self.beside.close()
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self.fd)

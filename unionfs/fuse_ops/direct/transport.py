@@ -126,7 +126,7 @@ class DirectTransport:
             body = bytes(body)  # the buffer is used again
         if code not in _NOBODYS:
             before = self.served.patience.request_from(pid)
-            if not before % LOOK_EVERY:
+            if not before % LOOK_EVERY or self._beside.in_doubt:
                 if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
                     before = 0
                 self._beside.consider(pid, before)
