@@ -88,8 +88,10 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
     tree.close()
 
 
-def who_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, patience: Patience, size: int) -> int:
-    """The thread that syncs the root directory, or a file of ``size`` bytes, when the kernel asks for it."""
+def who_syncs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, patience: Patience, size: int, flags: int = 0
+) -> tuple[str, int]:
+    """The call that syncs the root directory, or a file of ``size`` bytes, when the kernel asks for it; its thread."""
     for name in ("lower", "upper", "work"):
         (tmp_path / name).mkdir()
     with open(tmp_path / "upper" / "file", "wb") as file:
@@ -102,35 +104,46 @@ def who_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, pat
     transport.mount(f"/dev/fd/{answers}")
     transport.served.patience = patience
     handle = transport.served.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
-    body = p.FSYNC_IN.pack(handle, 0, 0)
+    body = p.FSYNC_IN.pack(handle, flags, 0)
     header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), code, 1, 1, 0, 0, 7, 0, 0)
-    synced_by: list[int] = []
+    synced: list[tuple[str, int]] = []
     done = threading.Event()
-    fsync = os.fsync
 
-    def watched(fd: int) -> None:
-        synced_by.append(threading.get_ident())
-        fsync(fd)
-        done.set()
+    def watch(name: str) -> None:
+        real = getattr(os, name)
 
-    monkeypatch.setattr(os, "fsync", watched)
+        def watched(fd: int) -> None:
+            synced.append((name, threading.get_ident()))
+            real(fd)
+            done.set()
+
+        monkeypatch.setattr(os, name, watched)
+
+    def fstat(fd: int) -> os.stat_result:
+        raise AssertionError("who has seen a time makes the next sync write the inode")
+
+    watch("fsync")
+    watch("fdatasync")
+    monkeypatch.setattr(os, "fstat", fstat)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             transport.dispatch(memoryview(header + body), nursery)
 
     trio.run(main)
+    monkeypatch.undo()
     assert done.wait(30)
     transport.close()
     tree.close()
-    return synced_by[0]
+    assert len(synced) == 1
+    return synced[0]
 
 
 @pytest.mark.parametrize(("size", "in_thread"), [(4096, False), (8 << 20, True)])
 def test_a_large_file_is_synced_in_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, in_thread: bool
 ) -> None:
-    by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), size)
+    _, by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), size)
     assert (by != threading.get_ident()) is in_thread
 
 
@@ -138,5 +151,13 @@ def test_a_large_file_is_synced_in_a_thread(
 def test_a_directory_is_synced_on_the_spot_for_one_that_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
-    by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), 0)
+    _, by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), 0)
     assert (by == threading.get_ident()) is is_alone
+
+
+@pytest.mark.parametrize("code", [Opcode.FSYNC, Opcode.FSYNCDIR])
+@pytest.mark.parametrize(("flags", "call"), [(0, "fsync"), (p.FSYNC_FDATASYNC, "fdatasync")])
+def test_no_more_is_synced_than_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, flags: int, call: str
+) -> None:
+    assert who_syncs(tmp_path, monkeypatch, code, alone(), 4096, flags)[0] == call

@@ -48,13 +48,15 @@ class DirectoryAnswers(Answers):
         return self._listing.answer(request.unique, self._inode(request), offset, size, plus=True)
 
     def _fsyncdir(self, request: Request) -> bytes:
+        _, flags, _ = p.FSYNC_IN.unpack_from(request.body)
+        sync = os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync  # the first leaves the directory's times out
         fd = self._tree.open_upper_directory(self._inode(request))
         if fd < 0:
             return self.empty(request)
 
         def call() -> bytes:
             try:
-                os.fsync(fd)
+                sync(fd)
             finally:
                 os.close(fd)
             return self.empty(request)
