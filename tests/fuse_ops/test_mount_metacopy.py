@@ -127,6 +127,23 @@ def test_a_metacopy_that_was_made_before_finds_its_data_when_it_is_moved(box: Sa
             assert f.read() == DATA
 
 
+def test_every_name_of_a_hard_linked_metacopy_finds_its_data(box: Sandbox) -> None:
+    low = box.lower().dir("x").file("d/a", DATA)
+    low.link("d/b", to="d/a").link("y/c", to="d/a")
+    places = ("x/moved", "d/b", "y/c", "x/further")
+    with box.mount(*BOTH):
+        os.chmod(box.at("d/a"), 0o600)
+        os.rename(box.at("d/a"), box.at("x/moved"))
+        os.link(box.at("d/b"), box.at("x/further"))
+        assert {os.stat(box.at(place)).st_mode & 0o777 for place in places} == {0o600}
+    for mounted in (box.mount(*BOTH), box.kernel(*BOTH, "index=off")):
+        with mounted:
+            for place in places:
+                with open(box.at(place), "rb") as f:
+                    assert f.read() == DATA, place
+    assert allocated_bytes(box.in_upper("x/moved")) <= 8192
+
+
 def test_a_metacopy_without_room_for_a_redirect_is_copied_when_it_is_moved(box: Sandbox) -> None:
     directory = "/".join([letter * 250 for letter in "abcdefghij"])
     low = box.lower().dir("e").file(f"{directory}/f", DATA)
