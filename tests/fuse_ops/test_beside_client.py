@@ -181,6 +181,20 @@ def test_a_client_that_moves_is_followed(
     assert_beside(client)
 
 
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_where_nothing_says_what_runs_it_stays_away(
+    beside: BesideClient, client: int, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def hidden(*args: object) -> None:
+        raise PermissionError(13, "not to be seen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, hidden)
+        for number in range(IN_A_ROW, 4 * IN_A_ROW):
+            beside.consider(client, number)
+            assert not beside.active
+
+
 def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
     with subprocess.Popen(["true"]) as process:
         pass

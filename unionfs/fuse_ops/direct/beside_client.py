@@ -136,9 +136,12 @@ class BesideClient:
             self.leave()
 
     def _machine_is_quiet(self) -> bool:
-        if self._load_fd < 0:
-            self._load_fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
-        running = int(os.pread(self._load_fd, 100, 0).split()[3].partition(b"/")[0])
+        try:
+            if self._load_fd < 0:
+                self._load_fd = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+            running = int(os.pread(self._load_fd, 100, 0).split()[3].partition(b"/")[0])
+        except OSError:  # no /proc, or one that hides this
+            return False
         return running <= 1  # this thread is one
 
 
