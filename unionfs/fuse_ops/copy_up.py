@@ -88,9 +88,18 @@ class CopyUp:
         """Whether ``inode`` has to be copied up before its metadata, or with ``data`` its contents, can be changed."""
         return not inode.upper or (data and inode.metacopy)
 
-    def ensure(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
-        """Copy ``inode`` up now if it needs to be. ``size``: how many bytes of the data will matter (truncation)."""
-        job = self.begin(inode, data=data, size=size)
+    def ensure(
+        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+    ) -> None:
+        """Copy ``inode`` up now if it needs to be.
+
+        Args:
+            inode: what is to be changed.
+            data: whether its contents are, and not its metadata only.
+            size: how many bytes of the data will matter (truncation).
+            st: lstat of its real object, from somebody who has just asked for it.
+        """
+        job = self.begin(inode, data=data, size=size, st=st)
         if job is None:
             return
         try:
@@ -106,8 +115,10 @@ class CopyUp:
             self.ensure(directory)
         return self._view.upper_dir_fd(directory)
 
-    def begin(self, inode: Inode, *, data: bool = True, size: int | None = None) -> CopyUpJob | None:
-        """Start copying ``inode`` up; returns the job that is left to do, None if it is done already.
+    def begin(
+        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+    ) -> CopyUpJob | None:
+        """Start copying ``inode`` up as :meth:`ensure` does; returns the job that is left to do, None if it is done.
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
@@ -117,7 +128,8 @@ class CopyUp:
         if inode.upper:
             return self._begin_data(inode, size)
         self._ensure_parents(inode)
-        st = self._view.real_stat(inode)
+        if st is None:
+            st = self._view.real_stat(inode)
         if inode.kind == stat.S_IFDIR:
             self._directory(upper, inode, st)
             return None

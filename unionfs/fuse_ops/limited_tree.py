@@ -137,11 +137,13 @@ class _LimitedCopyUp(CopyUp):
         self._accounts = accounts
         self._expected: dict[CopyUpJob, tuple[int, int]] = {}
 
-    def begin(self, inode: Inode, *, data: bool = True, size: int | None = None) -> CopyUpJob | None:
+    def begin(
+        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+    ) -> CopyUpJob | None:
         space = self._accounts.space
         needed = self._needed(inode, data=data, size=size)
         space.require(needed)
-        job = super().begin(inode, data=data, size=size)
+        job = super().begin(inode, data=data, size=size, st=st)
         if job is not None:
             ino = os.fstat(job.target_fd).st_ino
             space.expect(ino, needed)
@@ -271,9 +273,10 @@ class _LimitedMetadata(MetadataChanges):
         super().__init__(view, copy_up)
         self._accounts = accounts
 
-    def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> None:
-        super().set_attributes(inode, change, caller)
+    def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> os.stat_result | None:
+        st = super().set_attributes(inode, change, caller)
         self._accounts.settle(inode, truncated=change.size is not None)
+        return st
 
     def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         space = self._accounts.space

@@ -70,12 +70,16 @@ class MetadataChanges:
 
     # -- attributes -------------------------------------------------------------------------------------------
 
-    def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> None:
-        """Apply ``change``. A truncation copies no more data than what remains."""
+    def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> os.stat_result | None:
+        """Apply ``change``. A truncation copies no more data than what remains.
+
+        Returns lstat of the real object afterwards, if that had to be asked for.
+        """
+        st: os.stat_result | None = None
         self._copy_up.require_writable()
         if change.kills_privileges:
             self.clear_privileges(inode, caller)
-            return
+            return None
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
@@ -83,11 +87,14 @@ class MetadataChanges:
             if caller.uid != 0:
                 self.clear_privileges(inode, caller)
         if change.uid is not None or change.gid is not None:
-            self._chown(inode, change.uid, change.gid, caller)
+            st = self._chown(inode, change.uid, change.gid, caller)
         if change.mode is not None:
             self._chmod(inode, stat.S_IMODE(change.mode))
+            st = None
         if change.atime_ns is not None or change.mtime_ns is not None:
             self._set_times(inode, change.atime_ns, change.mtime_ns)
+            st = None
+        return st
 
     def _real(self, inode: Inode) -> tuple[bytes, int | None, bool]:
         """The real object as functions of :mod:`os` take it: path, ``dir_fd`` and ``follow_symlinks``.
@@ -112,11 +119,11 @@ class MetadataChanges:
         path, _ = self._view.proc_path(inode)
         os.truncate(path, size)
 
-    def _chown(self, inode: Inode, uid: int | None, gid: int | None, caller: Caller) -> None:
+    def _chown(self, inode: Inode, uid: int | None, gid: int | None, caller: Caller) -> os.stat_result | None:
         ownership = self._view.ownership
         new_uid, new_gid = ownership.stored(-1 if uid is None else uid, -1 if gid is None else gid)
         if self._change_override(inode, uid=new_uid, gid=new_gid):
-            return
+            return None
         path, dir_fd, follow = self._real(inode)
         try:
             os.chown(path, new_uid, new_gid, dir_fd=dir_fd, follow_symlinks=follow)
@@ -124,10 +131,13 @@ class MetadataChanges:
             if not ownership.squashed:
                 raise
             self.clear_privileges(inode, caller)
-            return
+            return None
         # The backing chown(2) has cleared setuid and capabilities, but setgid only if the group may execute.
-        if inode.kind == stat.S_IFREG and self._view.real_stat(inode).st_mode & stat.S_ISGID:
+        st = self._view.real_stat(inode)
+        if inode.kind == stat.S_IFREG and st.st_mode & stat.S_ISGID:
             self.clear_privileges(inode, caller)
+            return None
+        return st
 
     def _chmod(self, inode: Inode, mode: int) -> None:
         if self._change_override(inode, mode=mode):

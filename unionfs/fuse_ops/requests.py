@@ -83,10 +83,11 @@ class UnionRequests:
             return True
         if self.sync and (self.patience is None or not self.patience.may_wait()):
             return False
-        if self.tree.view.real_stat(inode).st_size > _INLINE_COPY_BYTES:
+        st = self.tree.view.real_stat(inode)
+        if st.st_size > _INLINE_COPY_BYTES:
             return False
         start = time.perf_counter()
-        copy_up.ensure(inode, data=data, size=size)
+        copy_up.ensure(inode, data=data, size=size, st=st)
         if self.patience is not None:
             self.patience.waited_since(start)
         return True
@@ -153,9 +154,10 @@ class UnionRequests:
 
     def set_attributes_now(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
         """Change attributes of an inode that does not have to be copied up for it."""
+        st: os.stat_result | None = None
         if not self._changes_nothing(inode, change):
-            self.tree.set_attributes(inode, change, caller)
-        return self.tree.attributes(inode)
+            st = self.tree.set_attributes(inode, change, caller)
+        return self.tree.attributes(inode) if st is None else self.tree.view.present(inode, st)
 
     async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
         if self.needs_copy_up_for(inode, change):
