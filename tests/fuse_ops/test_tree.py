@@ -86,6 +86,60 @@ def test_what_the_kernel_forgets_is_forgotten(tree: UnionTree) -> None:
     assert len(tree.inodes) == 1
 
 
+class TestWhiteoutDevices:
+    """The file system is asked for them when the first is needed."""
+
+    @pytest.fixture
+    def answers(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """What mknod(2) says to the next ones who ask: an errno, 0 for what it says really."""
+        answers: list[int] = []
+        real_mknod = os.mknod
+
+        def mknod(path: bytes, *args: Any, **kwargs: Any) -> None:
+            if error := answers.pop(0):
+                raise OSError(error, os.strerror(error))
+            real_mknod(path, *args, **kwargs)
+
+        monkeypatch.setattr("unionfs.fuse_ops.upper_dir.os.mknod", mknod)
+        return answers
+
+    def test_a_mount_asks_for_nothing_and_leaves_nothing(self, answers: list[int], tree: UnionTree, dirs: Path) -> None:
+        assert os.listdir(dirs / "work" / "work") == []
+        assert [name for name in os.listxattr(dirs / "work" / "work") if "overlay" in name] == []
+
+    def test_one_inode_serves_all(self, answers: list[int], tree: UnionTree, dirs: Path) -> None:
+        answers += [0]
+        tree.unlink(tree.root, b"file")
+        tree.unlink(tree.lookup(tree.root, b"d"), b"one")
+        made = [os.lstat(dirs / "upper" / name) for name in ("file", "d/one")]
+        assert [(stat.S_ISCHR(st.st_mode), st.st_rdev) for st in made] == [(True, 0)] * 2
+        assert len({st.st_ino for st in made}) == 1
+
+    @pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL])
+    def test_marks_where_there_are_none(self, answers: list[int], tree: UnionTree, dirs: Path, error: int) -> None:
+        answers += [error]
+        tree.unlink(tree.root, b"file")
+        tree.unlink(tree.lookup(tree.root, b"d"), b"one")
+        assert (dirs / "upper" / ".wh.file").exists() and (dirs / "upper" / "d" / ".wh.one").exists()
+        assert tree.find(tree.root, b"file") is None
+
+    @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+    def test_a_full_disk_says_nothing_about_them(
+        self, answers: list[int], tree: UnionTree, dirs: Path, error: int
+    ) -> None:
+        answers += [error, error, 0]
+        with pytest.raises(OSError) as raised:
+            tree.unlink(tree.root, b"file")
+        assert raised.value.errno == error
+        with pytest.raises(OSError) as raised:
+            tree.rename(tree.root, b"file", tree.root, b"new", 0, ROOT)
+        assert raised.value.errno == error
+        assert sorted(tree.names(tree.root)) == [b"d", b"file"]
+        assert os.listdir(dirs / "upper") in ([], ["file"])  # it was copied up to be renamed
+        tree.unlink(tree.root, b"file")
+        assert stat.S_ISCHR(os.lstat(dirs / "upper" / "file").st_mode)
+
+
 def refuse_unnamed_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As on a file system without O_TMPFILE; counts how often it was asked for."""
     asked: list[int] = []

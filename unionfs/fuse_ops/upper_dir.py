@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_ACL = "system.posix_acl_default"
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+_NO_DEVICES = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -46,9 +47,10 @@ class UpperDir:
         # Another server may use the same work directory: engines mount a container twice.
         self._prefix = b"#%x-" % os.getpid()
         self._whiteout_link: bytes | None = None
-        self._has_unnamed_files = True  # until the file system says otherwise
-        self.device_whiteouts = self._can_make_devices()
-        self.rename_whiteout = self.device_whiteouts
+        # Until the file system says otherwise, which it is asked when it matters first: a mount should take no longer.
+        self._has_unnamed_files = True
+        self._rename_whiteout = True
+        self._device_whiteouts: bool | None = None
 
     # -- the work directory -----------------------------------------------------------------------------------
 
@@ -132,14 +134,21 @@ class UpperDir:
 
     # -- whiteouts --------------------------------------------------------------------------------------------
 
-    def _can_make_devices(self) -> bool:
-        name = self.temp_name()
-        try:
-            os.mknod(name, stat.S_IFCHR, WHITEOUT_DEVICE, dir_fd=self.work_fd)
-        except OSError:
-            return False
-        os.unlink(name, dir_fd=self.work_fd)
-        return True
+    @property
+    def device_whiteouts(self) -> bool:
+        """Whether whiteouts are devices; where those cannot be made, they are marks."""
+        if self._device_whiteouts is None:
+            link = self.temp_name()
+            try:
+                os.mknod(link, stat.S_IFCHR, WHITEOUT_DEVICE, dir_fd=self.work_fd)
+            except OSError as error:
+                if error.errno not in _NO_DEVICES:
+                    raise
+                self._device_whiteouts = False
+            else:
+                self._device_whiteouts = True
+                self._whiteout_link = link
+        return self._device_whiteouts
 
     def _link_whiteout(self, dir_fd: int, name: bytes) -> None:
         """Make ``name`` a device whiteout: one inode serves them all while its link count allows (as the kernel)."""
@@ -247,25 +256,26 @@ class UpperDir:
 
         At the new place there is nothing, an object that the kernel lets it replace, or a whiteout.
         """
+        devices = leave_whiteout and self.device_whiteouts  # before anything is done: asking may fail
         if over_whiteout and directory:
             syscalls.renameat2(*old, *new, syscalls.RENAME_EXCHANGE)
             if not leave_whiteout:
                 os.unlink(old[1], dir_fd=old[0])
-            elif not self.device_whiteouts:
+            elif not devices:
                 # What came from the new place may be any kind of whiteout: replace it by the one made here.
                 os.unlink(old[1], dir_fd=old[0])
                 self.whiteout(*old)
             return
-        if leave_whiteout and self.rename_whiteout:
+        if devices and self._rename_whiteout:
             try:
                 syscalls.renameat2(*old, *new, syscalls.RENAME_WHITEOUT)
                 return
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS):
                     raise
-                self.rename_whiteout = False  # a file system without it
+                self._rename_whiteout = False  # a file system without it
         # A mark stands beside the name, so it can be made first, and a crash in between hides rather than resurrects.
-        mark = leave_whiteout and not self.device_whiteouts and len(old[1]) <= NAME_MAX - len(MARK)
+        mark = leave_whiteout and not devices and len(old[1]) <= NAME_MAX - len(MARK)
         if mark:
             self.whiteout(*old)
         os.rename(old[1], new[1], src_dir_fd=old[0], dst_dir_fd=new[0])
