@@ -11,6 +11,7 @@ OUR_TYPE = "fuse.unionfs"
 _OUR_TYPES = frozenset({OUR_TYPE, "fuse.unionfs-mount"})
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
+_SPECIAL = re.compile(r"[\s\\#]")  # what the kernel writes as octal numbers, or may some day
 
 
 class Mount(NamedTuple):
@@ -36,20 +37,29 @@ class Mount(NamedTuple):
 
 def read_mounts() -> list[Mount]:
     """All mounts, in the order they are stacked; empty where /proc is missing."""
+    return [_parse(line) for line in _lines()]
+
+
+def _lines() -> list[str]:
     try:
         # Only a line feed ends a line: a path may contain the other characters that Python takes for one.
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            return [_parse(line) for line in lines]
+            return list(lines)
     except FileNotFoundError:
         return []
 
 
 def top_mount(mount_point: str) -> Mount | None:
     """The mount that a lookup of ``mount_point``, an absolute path without links, ends on."""
+    # Hosts have hundreds of mounts, and each start of a server looks for one. What is written otherwise, with a space
+    # in it, say, is parsed to be compared.
+    plain = None if _SPECIAL.search(mount_point) else f" {mount_point} "
     found = None
-    for mount in read_mounts():
-        if mount.mount_point == mount_point:
-            found = mount
+    for line in _lines():
+        if plain is None or plain in line:
+            mount = _parse(line)
+            if mount.mount_point == mount_point:
+                found = mount
     return found
 
 
