@@ -89,6 +89,21 @@ def test_it_goes_there_after_many_requests(beside: BesideClient, client: int, qu
     assert_beside(client)
 
 
+def test_the_privilege_is_asked_for_when_it_is_needed(
+    client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(beside_client, "_may_return", lambda: asked.append(True))  # None: no
+    beside = BesideClient()
+    for before in range(IN_A_ROW):
+        beside.consider(client, before)
+    assert asked == []
+    for before in range(IN_A_ROW, 10 * IN_A_ROW):
+        beside.consider(client, before)
+    assert asked == [True] and not beside.active
+    assert_ordinary()
+
+
 def test_another_client_ends_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
     beside.consider(client, IN_A_ROW)
     beside.consider(client + 1, 0)

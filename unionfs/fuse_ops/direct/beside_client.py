@@ -41,7 +41,8 @@ class BesideClient:
         self.active = False
         self.in_doubt = False
         """Others wanted to run when it was looked at last; if they do at the next request too, this is left."""
-        self._usable = _may_return()
+        self._usable = True  # until somebody is to be served here
+        self._asked = False
         self._load_fd = -1
         self._client = 0
         self._processor = -1
@@ -62,6 +63,11 @@ class BesideClient:
             return
         if not self.in_doubt and before % (LOOK_EVERY if self.active else _LOOK_AFTER):
             return
+        if not self._asked:
+            self._asked = True
+            self._usable = _may_return()
+            if not self._usable:
+                return
         if self._syncs > _SYNCS and before == self._last_sync + 1:
             return
         if not self._machine_is_quiet():
