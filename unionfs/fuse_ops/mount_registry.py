@@ -34,6 +34,10 @@ class MountRecord:
     supervised: bool = False
     """Whether the process is a copy of the supervisor."""
 
+    def to_json(self) -> bytes:
+        """What is in its file."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "surrogateescape")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountStatus:
@@ -76,7 +80,7 @@ def is_alive(record: MountRecord) -> bool:
 
 def add(record: MountRecord) -> str | None:
     """Write ``record`` and return the path of its file, or None when no place for it is writable."""
-    text = json.dumps(asdict(record), ensure_ascii=False).encode("utf-8", "surrogateescape")
+    text = record.to_json()
     for directory in run_directories():
         path = os.path.join(directory, f"{record.minor}.json")
         temporary = f"{path}.new"  # a minor has one mount, so what a killed server left there is overwritten

@@ -47,7 +47,7 @@ def set_title(name: str, argv: Sequence[str], environment: Mapping[bytes, bytes]
     packed = _MM_MAP.pack(*numbers, 0, 0, _KEEP_EXE)
     if _libc.prctl(_PR_SET_MM, _PR_SET_MM_MAP, packed, ctypes.c_ulong(len(packed)), 0) != 0:
         return False
-    _shown.append(memory)
+    _shown[:] = [memory]
     return True
 
 

@@ -16,6 +16,7 @@ import resource
 import select
 import socket
 import struct
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -32,6 +33,33 @@ _EQUAL: Final = ("Uid", "Gid", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb",
 _LIMITS: Final = range(16)  # RLIM_NLIMITS
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What decides about what a process may do, and cannot be taken over: the same for both, or there is no mount."""
+
+    status: Mapping[str, str]
+    label: bytes | None
+    user_namespace: tuple[int, int]
+    process_namespace: tuple[int, int]
+
+    @classmethod
+    def of(cls, pid: int) -> Identity:
+        """That of the process ``pid``; raises OSError when there is no such process."""
+        return cls(_status(pid), _label(pid), _namespace(pid, "user"), _namespace(pid, "pid"))
+
+    def compare(self, caller: Identity) -> None:
+        """Raise :class:`DeclinedError` for a caller who is somebody else."""
+        for name in _EQUAL:
+            if caller.status[name] != self.status[name]:
+                raise DeclinedError(f"{name} of the caller is {caller.status[name]}, ours is {self.status[name]}")
+        if caller.label != self.label:
+            raise DeclinedError("the caller has another security label")
+        if caller.user_namespace != self.user_namespace:
+            raise DeclinedError("the caller is in another user namespace")
+        if caller.process_namespace != self.process_namespace:
+            raise DeclinedError("the caller is in another pid namespace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +107,12 @@ class Caller:
             os.sched_setaffinity(0, self.processors)
 
 
-def examine(connection: socket.socket, namespaces: tuple[int, int]) -> Caller:
+def examine(connection: socket.socket, namespaces: tuple[int, int], ours: Identity) -> Caller:
     """Look at the process at the other end of ``connection``.
 
     Args:
         connection: a stream socket of the family AF_UNIX, accepted.
+        ours: who this process is.
         namespaces: the inode numbers of the mount and user namespace that the caller says it is in. A thread may be
             in others than its process, and such a caller is declined.
 
@@ -98,7 +127,7 @@ def examine(connection: socket.socket, namespaces: tuple[int, int]) -> Caller:
         try:
             pidfd = _peer_pidfd(connection, pid)
             opened.callback(os.close, pidfd)
-            caller = _examine(pid, namespaces, opened)
+            caller = _examine(pid, namespaces, ours, opened)
             # The number may have been given to another process, but not while this one has not ended.
             ended = bool(select.select([pidfd], [], [], 0)[0])
         except (OSError, ValueError, KeyError) as error:
@@ -118,18 +147,11 @@ def _peer_pidfd(connection: socket.socket, pid: int) -> int:
     return os.pidfd_open(pid)
 
 
-def _examine(pid: int, namespaces: tuple[int, int], opened: ExitStack) -> Caller:
-    theirs, ours = _status(pid), _status(os.getpid())
-    for name in _EQUAL:
-        if theirs[name] != ours[name]:
-            raise DeclinedError(f"{name} of the caller is {theirs[name]}, ours is {ours[name]}")
-    if _label(pid) != _label(os.getpid()):
-        raise DeclinedError("the caller has another security label")
-    for kind in ("user", "pid"):
-        if _namespace(pid, kind) != _namespace(os.getpid(), kind):
-            raise DeclinedError(f"the caller is in another {kind} namespace")
+def _examine(pid: int, namespaces: tuple[int, int], ours: Identity, opened: ExitStack) -> Caller:
+    theirs = Identity.of(pid)
+    ours.compare(theirs)
     mounts = _namespace(pid, "mnt")
-    if (mounts[1], _namespace(pid, "user")[1]) != namespaces:
+    if (mounts[1], theirs.user_namespace[1]) != namespaces:
         raise DeclinedError("the calling thread is in other namespaces than its process")
     mount_namespace = None
     if mounts != _namespace(os.getpid(), "mnt"):
@@ -142,7 +164,7 @@ def _examine(pid: int, namespaces: tuple[int, int], opened: ExitStack) -> Caller
         root=root,
         cwd=cwd,
         mount_namespace=mount_namespace,
-        groups=frozenset(map(int, theirs["Groups"].split())),
+        groups=frozenset(map(int, theirs.status["Groups"].split())),
         limits=tuple(resource.prlimit(pid, number) for number in _LIMITS),
         oom_score_adj=oom_score_adj,
         niceness=os.getpriority(os.PRIO_PROCESS, pid),

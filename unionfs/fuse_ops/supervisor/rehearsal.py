@@ -3,7 +3,7 @@
 Python has to find out which instructions it can specialise, and a forked process has to copy every page that it
 writes to, reference counts among them. A rehearsal does that while nobody waits for it. The whole way is gone, from
 the words of the command line to the first listing, with a socket in the place of /dev/fuse at whose other end the
-first requests of a kernel are waiting; only mount(2) is left out, and an upper directory.
+first requests of a kernel are waiting; only mount(2) is left out, an upper directory, and the file of the record.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from unionfs.fuse_ops import mount_registry, mountinfo
 from unionfs.fuse_ops.daemon import Ready
 from unionfs.fuse_ops.direct import protocol as p
+from unionfs.fuse_ops.options import parse_options
 
 _ROOT: Final = 1  # the node of the root directory
 _HANDLE: Final = 1  # the first that a server gives
@@ -41,6 +43,10 @@ def rehearse(serve: Callable[[Sequence[str], Ready], int]) -> bool:
         for request in _first_requests():
             ours.send(request)
         directory = os.path.dirname(os.path.abspath(__file__))
+        # What is not on the way of such a mount.
+        parse_options([f"lowerdir={directory}:{directory},upperdir={directory},workdir={directory}"])
+        mountinfo.top_mount(mountinfo.canonical(directory))
+        _record().to_json()
         words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
         serve(words, _end)
     except BaseExceptionGroup as group:
@@ -58,6 +64,23 @@ def rehearse(serve: Callable[[Sequence[str], Ready], int]) -> bool:
 
 def _end() -> None:
     raise _CurtainError
+
+
+def _record() -> mount_registry.MountRecord:
+    pid = os.getpid()
+    return mount_registry.MountRecord(
+        minor=0,
+        target="rehearsal",
+        pid=pid,
+        started=mount_registry.process_start(pid) or 0,
+        mounted_at=0,
+        source="rehearsal",
+        lowerdirs=["lower"],
+        datadirs=[],
+        upperdir=None,
+        workdir=None,
+        options=[],
+    )
 
 
 def _answers(kernel: socket.socket) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Final
 from unionfs.fuse_ops.daemon import Ready, release_caller
 from unionfs.fuse_ops.process_title import set_title
 from unionfs.fuse_ops.supervisor import wire
-from unionfs.fuse_ops.supervisor.caller import examine
+from unionfs.fuse_ops.supervisor.caller import Identity, examine
 from unionfs.fuse_ops.supervisor.code import LoadedCode
 from unionfs.fuse_ops.supervisor.rehearsal import rehearse
 from unionfs.fuse_ops.supervisor.wire import DeclinedError
@@ -50,8 +50,10 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
         serve: the mount program's way to serve.
     """
     supervisor = os.getppid()
+    ours = Identity.of(os.getpid())
     if not select.select([listener], [], [], 0)[0]:
-        _rehearse_asking()
+        _rehearse_asking(ours)
+        code.is_current()
         rehearse(serve)
     connection, _ = listener.accept()
     os.write(report, BUSY)
@@ -61,7 +63,7 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
     listener.close()
     with connection:
         try:
-            request = _become_like_caller(connection)
+            request = _become_like_caller(connection, ours)
             if not code.is_current():
                 os.write(report, STALE)
                 _answer(connection, wire.DECLINED)
@@ -81,10 +83,10 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
             return 1  # the caller is gone, or sent something else
 
 
-def _become_like_caller(connection: socket.socket) -> wire.Request:
+def _become_like_caller(connection: socket.socket, ours: Identity) -> wire.Request:
     connection.settimeout(_REQUEST_WITHIN_S)
     request, stdio = _receive(connection)
-    examine(connection, request.namespaces).become()
+    examine(connection, request.namespaces, ours).become()
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
         os.close(fd)
@@ -104,17 +106,22 @@ def _set_environment(wanted: Mapping[bytes, bytes]) -> None:
             os.environb[name] = value
 
 
-def _rehearse_asking() -> None:
+def _rehearse_asking(ours: Identity) -> None:
     """Take a request of this process' own, and become what it is already."""
-    request = wire.Request([], 0, {}, wire.own_namespaces())
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        socket.send_fds(ours, [request.pack()], [ours.fileno()] * 3)
+    request = wire.Request(sys.orig_argv, 0, os.environb, wire.own_namespaces())
+    asking, asked = socket.socketpair()
+    with asking, asked:
+        for end in (asking, asked):
+            end.setblocking(False)  # nobody would read, or send, the rest of an environment that is too long
         try:
-            received, fds = _receive(theirs)
+            socket.send_fds(asking, [request.pack()], [asking.fileno()] * 3)
+            received, fds = _receive(asked)
             for fd in fds:
                 os.close(fd)
-            examine(theirs, received.namespaces).become()
+            examine(asked, received.namespaces, ours).become()
+            _set_environment(received.environment)
+            with open("/proc/self/comm", encoding="utf-8", errors="surrogateescape") as file:
+                set_title(file.read().rstrip("\n"), received.argv, received.environment)
         except (DeclinedError, ValueError, OSError):
             pass  # whoever asks will be declined too, and a rehearsal is worth nothing then
 
