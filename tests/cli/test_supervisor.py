@@ -103,6 +103,17 @@ def test_copy_of_the_supervisor_serves_the_mount(layers: Sandbox, supervisor: Su
     assert os.listdir(layers.in_upper()) == ["new"]
 
 
+def test_what_is_sent_is_what_arrives() -> None:
+    environment = {b"A": b"1", b"EMPTY": b"", b"TWO": b"x=y", b"\xff": b"\xfe"}
+    sent = wire.Request(["python3", "unionfs-mount", "-o", "a b", "\udcff"], 3, environment, (7, 8))
+    body = sent.pack()[wire.LENGTH_BYTES :]
+    got = wire.Request.unpack(body)
+    assert (got.argv, got.words, got.namespaces) == (sent.argv, ["-o", "a b", "\udcff"], (7, 8))
+    assert got.environment == environment
+    # Not variables: a word that nobody sets, and one without a name.
+    assert wire.Request.unpack(body + b"\0WORD\0=value").environment == environment
+
+
 def test_rehearsal_goes_as_far_as_a_listing() -> None:
     """It is only worth something while it does what a mount does."""
 

@@ -93,8 +93,8 @@ class Request:
         argv = [word.decode(*_ENCODING) for word in rest[:argc]]
         environment = {}
         for field in rest[argc:]:
-            name, _, value = field.partition(b"=")
-            if name:
+            name, separator, value = field.partition(b"=")
+            if name and separator:
                 environment[name] = value
         return cls(argv, word_count, environment, (mount_ns, user_ns))
 
