@@ -196,7 +196,7 @@ class _LimitedCopyUp(CopyUp):
     def detach(self, inode: Inode) -> None:
         super().detach(inode)
         if inode.metacopy:
-            self._accounts.settle(inode)  # as well
+            self._accounts.settle(inode)  # an attribute can take a block; a copy has been settled
 
     def mark_impure(self, directory: Inode) -> None:
         super().mark_impure(directory)
