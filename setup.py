@@ -15,7 +15,8 @@ from setuptools import Extension, setup
 # through, and what lives on Python's own classes (threads, ctypes).
 _COMPILED = """
     direct/answers direct/attributes direct/connection direct/directories direct/files direct/listing direct/names
-    direct/packed_attributes direct/passthrough direct/protocol direct/request direct/session direct/transport
+    direct/packed_attributes direct/passthrough direct/protocol direct/request direct/session direct/short_reads
+    direct/transport
     allocation attributes backing_calls changes coldness copy_up copying directory_ahead early_pages file_ahead inodes
     layer_dir limited_tree listing lower_stack merged_view metadata open_files overlay_format patience requests
     space_limit tree upper_dir

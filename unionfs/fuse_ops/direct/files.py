@@ -15,6 +15,7 @@ from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.answers import NO_REPLY, Answer, Answers, Handler, Mount
 from unionfs.fuse_ops.direct.protocol import Opcode, Open
 from unionfs.fuse_ops.direct.request import Request
+from unionfs.fuse_ops.direct.short_reads import ShortReads
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.open_files import OpenFile
 
@@ -31,6 +32,7 @@ class FileAnswers(Answers):
 
     def __init__(self, mount: Mount) -> None:
         super().__init__(mount)
+        self._short_reads = ShortReads(mount.connection.beside)
         # What is read, behind the header that goes before it, at the start of a page.
         self._page_buffer = memoryview(mmap.mmap(-1, _PAGE + _SHORT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -98,7 +100,7 @@ class FileAnswers(Answers):
             if size:
                 self._mount.files_ahead.opened(file.inode)
                 begin = time.perf_counter()
-                count = os.preadv(file.fd, [self._page_buffer[_PAGE : _PAGE + size]], 0)
+                count = self._short_reads.read(file.fd, self._page_buffer[_PAGE : _PAGE + size], 0)
                 self._mount.files_ahead.took(time.perf_counter() - begin)
                 store = self._with_header(p.NOTIFY_STORE, count, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, count, 0)
                 os.write(self._connection.fd, store)
@@ -140,7 +142,7 @@ class FileAnswers(Answers):
         data = self._page_buffer[_PAGE : _PAGE + size]
         if self._mount.patience.may_wait():
             start = time.perf_counter()
-            count = os.preadv(fd, [data], offset)
+            count = self._short_reads.read(fd, data, offset)
             self._mount.patience.waited_since(start)
         else:
             cached = self._requests.read_cached(fd, offset, data)
