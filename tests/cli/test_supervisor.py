@@ -408,8 +408,11 @@ def test_other_user_is_refused(layers: Sandbox, supervisor: Supervisor) -> None:
         assert supervisor.serves(pid)
 
 
-def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO) -> bytes:
-    """Send ``request`` as a client that does not look who listens; the first answer."""
+def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO, server: int = 0) -> bytes:
+    """Send ``request`` as a client that does not look who listens; the first answer.
+
+    ``server``, if it is one, is stopped before it is told ``last``: it hears of that and of the end at once.
+    """
     with socket.socket(socket.AF_UNIX) as connection, open(os.devnull, "r+b") as null:
         connection.settimeout(TIMEOUT_S)
         connection.connect(path)
@@ -418,6 +421,8 @@ def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO) -> byt
             answer = connection.recv(1)
         except ConnectionResetError:
             return b""
+        if server:
+            os.kill(server, signal.SIGSTOP)
         if answer == wire.TAKEN and last:
             connection.sendall(last)
         return answer
@@ -428,7 +433,8 @@ def test_caller_who_is_gone_leaves_no_mount(layers: Sandbox, supervisor: Supervi
     (waiting,) = supervisor.copies()
     words = ["-o", layer_options(layers), layers.target]
     request = wire.Request(["unionfs-mount", *words], len(words), os.environb, wire.own_namespaces())
-    assert in_child(lambda: _converse(supervisor.path, request, last=last)) == wire.TAKEN
+    assert in_child(lambda: _converse(supervisor.path, request, last=last, server=waiting)) == wire.TAKEN
+    os.kill(waiting, signal.SIGCONT)
     assert wait_until(lambda: waiting not in supervisor.copies(), END_S)
     assert not is_mounted(layers.target)
     assert servers_of(layers.target) == ()
