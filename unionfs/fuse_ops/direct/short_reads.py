@@ -1,9 +1,9 @@
 """Short reads for which the disk is asked again and again, rather than slept for.
 
 A fast disk answers after some 100 µs. Who sleeps until then gives the processor away and has to be woken by an
-interrupt, perhaps of another processor, in a virtual machine with the help of its host: that adds a third to each read
-of a small file. While the server runs beside its client nobody else wants this processor, so it can just as well wait
-awake. Not for long: a slow disk is slept for.
+interrupt, perhaps of another processor, in a virtual machine with the help of its host: with that the read of a small
+file takes half as long again. While the server runs beside its client nobody else wants this processor, so it can just
+as well wait awake. Not for long: a slow disk is slept for.
 """
 
 from __future__ import annotations
