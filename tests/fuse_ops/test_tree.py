@@ -140,6 +140,20 @@ class TestWhiteoutDevices:
         assert stat.S_ISCHR(os.lstat(dirs / "upper" / "file").st_mode)
 
 
+def test_two_servers_may_try_the_same_work_directory(dirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_removexattr = os.removexattr
+
+    def twice(path: int, name: bytes) -> None:
+        real_removexattr(path, name)  # the other one's
+        real_removexattr(path, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "removexattr", twice)
+        tree = open_tree(options(dirs))
+    assert tree.view.xattrs.opaque == b"trusted.overlay.opaque"
+    tree.close()
+
+
 def refuse_unnamed_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As on a file system without O_TMPFILE; counts how often it was asked for."""
     asked: list[int] = []
