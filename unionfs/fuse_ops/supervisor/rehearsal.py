@@ -43,8 +43,8 @@ def rehearse(serve: Callable[[Sequence[str], Ready], int]) -> bool:
         for request in _first_requests():
             ours.send(request)
         directory = os.path.dirname(os.path.abspath(__file__))
-        # What is not on the way of such a mount.
-        parse_options([f"lowerdir={directory}:{directory},upperdir={directory},workdir={directory}"])
+        # What is not on the way of such a mount. These paths need not exist, and no sign in them is special.
+        parse_options(["lowerdir=/lower:/lower,upperdir=/upper,workdir=/work"])
         mountinfo.top_mount(mountinfo.canonical(directory))
         _record().to_json()
         words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
