@@ -19,7 +19,7 @@ _COMPILED = """
     direct/transport
     allocation attributes backing_calls changes coldness copy_up copying directory_ahead early_pages file_ahead inodes
     layer_dir limited_tree listing lower_stack merged_view metadata open_files overlay_format patience requests
-    space_limit tree upper_dir
+    space_limit tree unsynced upper_dir
 """
 
 extensions: list[Extension] = []

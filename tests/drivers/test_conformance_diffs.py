@@ -155,6 +155,25 @@ def test_diff_of_an_open_file_has_what_was_written(layered_rig: Rig) -> None:
         assert content in archive
 
 
+def test_diff_of_a_mounted_layer_has_files_that_only_got_an_owner(layered_rig: Rig) -> None:
+    rig = layered_rig
+    make_base(rig)
+    rig.driver.create_read_write("x", "base")
+    with rig.got("x") as root:
+        os.chown(root + "/etc/passwd", 1, 2)
+        while_mounted = lines(rig, "x", "base")
+        with rig.driver.diff("x", "base") as stream:
+            archive = stream.read()
+    assert while_mounted == lines(rig, "x", "base") == ["C /etc", "C /etc/passwd"]
+    with rig.driver.diff("x", "base") as stream:
+        assert stream.read() == archive
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        member = tar.extractfile("etc/passwd")
+        assert member is not None
+        assert member.read() == b"root"
+        assert tar.getmember("etc/passwd").uid == 1
+
+
 def test_diff_is_reproducible_and_can_be_closed_early(rig: Rig) -> None:
     make_base(rig)
     rig.driver.create_read_write("x", "base")

@@ -20,6 +20,7 @@ METACOPY = "trusted.overlay.metacopy"
 REDIRECT = "trusted.overlay.redirect"
 BOTH = ("redirect_dir=on", "metacopy=on")
 DATA = os.urandom(1 << 20)
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 
 
 def test_chown_and_chmod_copy_no_data(box: Sandbox) -> None:
@@ -54,6 +55,17 @@ def test_the_first_write_copies_the_data(box: Sandbox) -> None:
     assert METACOPY not in os.listxattr(box.in_upper("d/f"))
     with open(box.in_upper("d/f"), "rb") as f:
         assert f.read() == expected
+    assert_same(box.union_snapshot(*BOTH), box.kernel_snapshot(*BOTH, "index=off"))
+
+
+def test_copying_the_data_takes_no_capabilities_away(box: Sandbox) -> None:
+    """The kernel takes them from a file that is written to, and here it is the server that writes."""
+    box.lower().file("f", DATA)
+    with box.mount(*BOTH):
+        os.setxattr(box.at("f"), "security.capability", CAPABILITY)
+        os.close(os.open(box.at("f"), os.O_WRONLY))
+        assert os.getxattr(box.at("f"), "security.capability") == CAPABILITY
+    assert METACOPY not in os.listxattr(box.in_upper("f"))
     assert_same(box.union_snapshot(*BOTH), box.kernel_snapshot(*BOTH, "index=off"))
 
 

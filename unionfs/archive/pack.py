@@ -366,11 +366,11 @@ class _TreePacker(_Packer):
 
     @staticmethod
     def _refuse_other_layers(name: bytes, overlay: dict[str, bytes]) -> None:
-        what = "renamed by a redirect" if "redirect" in overlay else "a metadata-only copy"
+        what = "renamed by a redirect" if "redirect" in overlay else "a metadata-only copy, or one not synced yet"
         if "redirect" in overlay or "metacopy" in overlay:
             raise ArchiveError(
                 f"{show(name)}: is {what}, its contents are in another layer; "
-                "pack the changes of the layer over its lowers instead"
+                "unmount the layer if it is mounted, or pack its changes over its lowers instead"
             )
 
     def _whiteout(self, name: bytes, info: os.stat_result) -> bytes:

@@ -12,6 +12,7 @@ from unionfs.fuse_ops.idmap import IdMap
 from unionfs.fuse_ops.options import MountOptions, XattrPermissions
 
 ACL_NAMES: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
+CAPABILITY: Final = b"security.capability"
 
 _OVERRIDE_NAMES: Final = {
     XattrPermissions.PRIVILEGED: (b"security.fuseoverlayfs.override_stat",),

@@ -341,6 +341,8 @@ class NamespaceChanges:
             else:
                 inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
         inode.remove_place(directory, name)
+        if inode.unsynced and inode.orphan:
+            self._copy_up.forget_unsynced(inode)
         if inode.hold is not None and inode.nlink == 0:
             self._release_hold(inode)
         elif inode.orphan_fd >= 0 and inode.parent is not None:

@@ -1,7 +1,8 @@
 """Copy-up: giving an object that only lower layers have a place of its own in the upper layer.
 
 A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
-disk before that, unless the mount is volatile. Until then the copy has no name, where the file system allows that.
+disk before that, unless the mount is volatile, or the lower file answers for it (:mod:`unionfs.fuse_ops.unsynced`).
+Until then the copy has no name, where the file system allows that.
 The slow part, copying data, is a :class:`CopyUpJob` that knows only descriptors: it may run in a worker thread while
 the tree goes on serving others.
 """
@@ -14,11 +15,13 @@ import os
 import stat
 
 from unionfs.fuse_ops import syscalls
+from unionfs.fuse_ops.attributes import CAPABILITY
 from unionfs.fuse_ops.copying import at_path, copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
-from unionfs.fuse_ops.overlay_format import encode_origin
+from unionfs.fuse_ops.overlay_format import UNSYNCED, encode_origin
+from unionfs.fuse_ops.unsynced import Unsynced, settle, unmark
 from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
 
 At = tuple[int, bytes]
@@ -27,13 +30,27 @@ At = tuple[int, bytes]
 NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
 """Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
 
+_LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for large ones the copying takes longer
+
 _NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
 
 
 class CopyUpJob:
-    """The copying of one file's data. :meth:`run` may be called in a worker thread."""
+    """The copying of one file's data, or its syncing. :meth:`run` may be called in a worker thread."""
 
-    __slots__ = ("inode", "new", "size", "source_fd", "st", "sync", "target_fd")
+    __slots__ = (
+        "capability",
+        "inode",
+        "later",
+        "mark",
+        "new",
+        "overwrites",
+        "size",
+        "source_fd",
+        "st",
+        "sync",
+        "target_fd",
+    )
 
     def __init__(
         self,
@@ -53,10 +70,17 @@ class CopyUpJob:
         self.new = new  # the file behind ``target_fd``; None when the data goes straight into the upper file
         self.size = size
         self.sync = sync
+        self.later = False  # whether it is to be synced later
+        self.overwrites = False  # whether the target may have data by now
+        self.capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
+        self.mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
-        copy_data(self.source_fd, self.target_fd, self.size, sync=self.sync)
+        if self.mark is not None:
+            settle(self.target_fd, self.mark)
+        else:
+            copy_data(self.source_fd, self.target_fd, self.size, sync=self.sync, overwrite=self.overwrites)
 
     def close(self) -> None:
         for fd in (self.source_fd, self.target_fd):
@@ -71,6 +95,7 @@ class CopyUp:
         self._view = view
         view.link_held = self.link_held
         self._sync = view.options.fsync and not view.options.volatile
+        self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
 
     @property
     def _upper(self) -> UpperDir:
@@ -86,10 +111,23 @@ class CopyUp:
 
     def needs(self, inode: Inode, *, data: bool) -> bool:
         """Whether ``inode`` has to be copied up before its metadata, or with ``data`` its contents, can be changed."""
-        return not inode.upper or (data and inode.metacopy)
+        return not inode.upper or (data and (inode.metacopy or inode.unsynced))
+
+    def may_sync_later(self, inode: Inode, st: os.stat_result) -> bool:
+        """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
+        if self.unsynced is None or not stat.S_ISREG(st.st_mode) or not 0 < st.st_size <= _LATER_BYTES:
+            return False
+        # Elsewhere than under the lower file's name, the mark would not find it.
+        return inode.parent is not None and not inode.metacopy and not self._has_other_names(inode, st)
 
     def ensure(
-        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+        self,
+        inode: Inode,
+        *,
+        data: bool = True,
+        size: int | None = None,
+        st: os.stat_result | None = None,
+        later: bool = False,
     ) -> None:
         """Copy ``inode`` up now if it needs to be.
 
@@ -98,8 +136,9 @@ class CopyUp:
             data: whether its contents are, and not its metadata only.
             size: how many bytes of the data will matter (truncation).
             st: lstat of its real object, from somebody who has just asked for it.
+            later: whether its data may come to the disk later; only for what keeps its name and contents.
         """
-        job = self.begin(inode, data=data, size=size, st=st)
+        job = self.begin(inode, data=data, size=size, st=st, later=later)
         if job is None:
             return
         try:
@@ -116,7 +155,13 @@ class CopyUp:
         return self._view.upper_dir_fd(directory)
 
     def begin(
-        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+        self,
+        inode: Inode,
+        *,
+        data: bool = True,
+        size: int | None = None,
+        st: os.stat_result | None = None,
+        later: bool = False,
     ) -> CopyUpJob | None:
         """Start copying ``inode`` up as :meth:`ensure` does; returns the job that is left to do, None if it is done.
 
@@ -125,6 +170,8 @@ class CopyUp:
         upper = self._upper
         if not self.needs(inode, data=data):
             return None
+        if inode.unsynced:
+            return self.begin_settling(inode)
         if inode.upper:
             return self._begin_data(inode, size)
         self._ensure_parents(inode)
@@ -143,12 +190,14 @@ class CopyUp:
             return None
         source = self._view.data_source(inode)
         source_fd = source[0].open(source[1], os.O_RDONLY)
+        later = later and not data and self.may_sync_later(inode, st)
         try:
-            new = upper.new_file()
+            new = self._marked_file(upper, st.st_size) if later else upper.new_file()
         except BaseException:
             os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync=self._sync and wanted > 0)
+        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync=self._sync and wanted > 0 and not later)
+        job.later = later
         if wanted == 0:
             self.finish(job)
             return None
@@ -156,6 +205,9 @@ class CopyUp:
 
     def finish(self, job: CopyUpJob) -> None:
         """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
+        if job.mark is not None:
+            self._finish_settling(job)
+            return
         if job.new is None:
             self._finish_data(job)
             return
@@ -171,6 +223,8 @@ class CopyUp:
         # From here on the copy is the file: whatever fails must not take it away.
         inode.lower = inode.data = None
         inode.metacopy = False
+        if job.later and self.unsynced is not None and not inode.orphan:
+            self.unsynced.add(inode)
         try:
             self._switch_handles(inode, job.target_fd)
         finally:
@@ -178,14 +232,15 @@ class CopyUp:
 
     def abort(self, job: CopyUpJob) -> None:
         """Give up: the file stays what it was."""
+        if job.new is None and job.mark is None:
+            with contextlib.suppress(OSError):
+                if not job.overwrites:  # a metacopy stays a file without data
+                    os.ftruncate(job.target_fd, 0)
+                    os.ftruncate(job.target_fd, job.st.st_size)
+                self._give_back_capability(job)
         job.close()
         if job.new is not None:
             self._upper.discard(job.new.temp)
-        else:
-            with contextlib.suppress(OSError):  # a metacopy stays a file without data
-                path, _ = self._view.proc_path(job.inode)
-                os.truncate(path, 0)
-                os.truncate(path, job.st.st_size)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -318,6 +373,8 @@ class CopyUp:
 
         Where that cannot be recorded the data is copied.
         """
+        if inode.unsynced:
+            self.ensure(inode)
         if not inode.metacopy or (inode.orphan and inode.hold is None):
             return
         path, _ = self._view.proc_path(inode)
@@ -418,16 +475,25 @@ class CopyUp:
             os.close(source_fd)
             raise
         job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync=self._sync and wanted > 0)
+        job.overwrites = st.st_blocks > 0
+        with contextlib.suppress(OSError):
+            job.capability = os.getxattr(target_fd, CAPABILITY)
         if wanted == 0:
             self.finish(job)
             return None
         return job
+
+    @staticmethod
+    def _give_back_capability(job: CopyUpJob) -> None:
+        if job.capability is not None:
+            os.setxattr(job.target_fd, CAPABILITY, job.capability)
 
     def _finish_data(self, job: CopyUpJob) -> None:
         inode = job.inode
         try:
             if job.size < job.st.st_size:
                 os.ftruncate(job.target_fd, job.size)
+            self._give_back_capability(job)
             os.utime(job.target_fd, ns=(job.st.st_atime_ns, job.st.st_mtime_ns))
             os.removexattr(job.target_fd, self._view.xattrs.metacopy)
             with contextlib.suppress(OSError):
@@ -437,3 +503,41 @@ class CopyUp:
             self._switch_handles(inode, job.target_fd)
         finally:
             job.close()
+
+    # -- data that is synced later ----------------------------------------------------------------------------
+
+    def _marked_file(self, upper: UpperDir, size: int) -> NewFile:
+        """An empty file for ``size`` bytes, of which the lower file is to be taken after a crash."""
+        assert self.unsynced is not None
+        self.unsynced.note()
+        new = upper.new_file()
+        try:
+            os.ftruncate(new.fd, size)  # the size goes with the attribute, the data does not
+            os.setxattr(new.fd, self._view.xattrs.metacopy, UNSYNCED)
+        except BaseException:
+            os.close(new.fd)
+            upper.discard(new.temp)
+            raise
+        return new
+
+    def begin_settling(self, inode: Inode) -> CopyUpJob:
+        """The job that brings an unsynced copy to the disk."""
+        path, _ = self._view.proc_path(inode)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        job = CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True)
+        job.mark = self._view.xattrs.metacopy
+        return job
+
+    def _finish_settling(self, job: CopyUpJob) -> None:
+        self.forget_unsynced(job.inode)
+        job.close()
+
+    def forget_unsynced(self, inode: Inode) -> None:
+        """``inode`` need not be settled any more: it is, or it has no name left."""
+        if self.unsynced is not None:
+            self.unsynced.remove(inode)
+
+    def remove_mark(self, inode: Inode) -> None:
+        """Remove the mark of an unsynced copy that has been synced."""
+        path, _ = self._view.proc_path(inode)
+        unmark(path, self._view.xattrs.metacopy)

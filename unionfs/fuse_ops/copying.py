@@ -26,29 +26,29 @@ _NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
 _no_reflinks: set[tuple[int, int]] = set()
 
 
-def copy_data(source_fd: int, target_fd: int, size: int, *, sync: bool = False) -> None:
+def copy_data(source_fd: int, target_fd: int, size: int, *, sync: bool = False, overwrite: bool = False) -> None:
     """Give the empty file ``target_fd`` the first ``size`` bytes of ``source_fd``, sharing blocks or keeping holes.
 
     With ``sync`` all of it is on disk when this returns; the disk begins to write while the rest is still copied.
+    With ``overwrite`` the target may be a file with data, and gets zeros for the holes of the source.
 
     Tries, cheapest first: a reflink of the whole file; copy_file_range(2) of the ranges that hold data;
     read(2) and write(2) of the same.
     """
     if size > 0:
-        _copy(source_fd, target_fd, size, write_soon=sync)
+        _copy(source_fd, target_fd, size, write_soon=sync, overwrite=overwrite)
         if sync:
             os.fsync(target_fd)
 
 
-def _copy(source_fd: int, target_fd: int, size: int, *, write_soon: bool) -> None:
+def _copy(source_fd: int, target_fd: int, size: int, *, write_soon: bool, overwrite: bool) -> None:
     st = os.fstat(source_fd)
-    if size == st.st_size:
-        if _reflinked(source_fd, st.st_dev, target_fd):
-            return
-        if st.st_blocks * 512 >= size <= _READ_CHUNK:  # no holes to look for
-            if _copy_range(source_fd, target_fd, 0, size, write_soon=False) < size:
-                os.ftruncate(target_fd, size)
-            return
+    if size == st.st_size and _reflinked(source_fd, st.st_dev, target_fd):
+        return
+    if overwrite or (size == st.st_size and st.st_blocks * 512 >= size <= _READ_CHUNK):  # no holes to look for
+        if _copy_range(source_fd, target_fd, 0, size, write_soon=write_soon and overwrite) < size:
+            os.ftruncate(target_fd, size)
+        return
     with suppress(OSError):  # doubles what the kernel reads ahead
         os.posix_fadvise(source_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     offset = 0

@@ -58,6 +58,7 @@ class Inode:
         "parent",
         "redirect",
         "stack_path",
+        "unsynced",
         "upper",
         "xwhiteouts",
     )
@@ -79,6 +80,7 @@ class Inode:
         self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
         self.metacopy = False  # the object has metadata only
         self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
+        self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
         self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
         self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
         self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities

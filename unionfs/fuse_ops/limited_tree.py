@@ -138,12 +138,18 @@ class _LimitedCopyUp(CopyUp):
         self._expected: dict[CopyUpJob, tuple[int, int]] = {}
 
     def begin(
-        self, inode: Inode, *, data: bool = True, size: int | None = None, st: os.stat_result | None = None
+        self,
+        inode: Inode,
+        *,
+        data: bool = True,
+        size: int | None = None,
+        st: os.stat_result | None = None,
+        later: bool = False,
     ) -> CopyUpJob | None:
         space = self._accounts.space
         needed = self._needed(inode, data=data, size=size)
         space.require(needed)
-        job = super().begin(inode, data=data, size=size, st=st)
+        job = super().begin(inode, data=data, size=size, st=st, later=later)
         if job is not None:
             ino = os.fstat(job.target_fd).st_ino
             space.expect(ino, needed)

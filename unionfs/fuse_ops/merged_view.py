@@ -53,6 +53,8 @@ class MergedView:
         self.ownership = Ownership(options)
         self._cache = cache
         self._can_open_handles = True
+        # Whether a file that has blocks for all its data has the data. After a crash it may have them for nothing.
+        self.trusts_blocks = True
         self.link_held: Callable[[Inode, Inode, bytes], None] | None = None  # set by CopyUp
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
         numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
@@ -309,10 +311,11 @@ class MergedView:
             return None
         return directory.stack_path + b"/" + name if directory.stack_path else name
 
-    @staticmethod
-    def _may_be_metacopy(st: os.stat_result) -> bool:
+    def _may_be_metacopy(self, st: os.stat_result) -> bool:
         # A metacopy has a size but no data; a block or two may hold its attributes.
-        return stat.S_ISREG(st.st_mode) and st.st_size > 0 and (st.st_blocks <= 16 or st.st_blocks * 512 < st.st_size)
+        if not stat.S_ISREG(st.st_mode) or st.st_size == 0:
+            return False
+        return st.st_blocks <= 16 or st.st_blocks * 512 < st.st_size or not self.trusts_blocks
 
     def _origin(self, path: bytes) -> tuple[int, int] | None:
         """Device and inode number of the lower file that an upper one was copied up from, if still there."""

@@ -9,14 +9,13 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.fuse_ops.attributes import ACL_NAMES, Override
+from unionfs.fuse_ops.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.changes import Caller
 from unionfs.fuse_ops.copy_up import CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.options import XattrPermissions
 
-_CAPABILITY: Final = b"security.capability"
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
 _XATTR_NAME_MAX: Final = 255
 
@@ -39,7 +38,7 @@ class AttributeChange:
 
     @property
     def kills_privileges(self) -> bool:
-        """Whether nothing is asked for: how the kernel says that a write must clear setuid and setgid."""
+        """Whether nothing is asked for: how the kernel says that a write takes privileges from the file."""
         return self.mtime_ns is None and self.atime_ns is None and self._leaves_rest
 
     @property
@@ -80,7 +79,7 @@ class MetadataChanges:
         if change.kills_privileges:
             self.clear_privileges(inode, caller)
             return None
-        self._copy_up.ensure(inode, data=change.size is not None, size=change.size)
+        self._copy_up.ensure(inode, data=change.size is not None, size=change.size, later=True)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
             self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self.kernel_keeps_time)
@@ -193,12 +192,15 @@ class MetadataChanges:
         if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not _in_group(caller, attributes.gid)):
             keep &= ~stat.S_ISGID
         if keep != stat.S_IMODE(mode):
-            self._copy_up.ensure(inode, data=False)
+            self._copy_up.ensure(inode, data=False, later=True)
             self._chmod(inode, keep)
+        self._clear_capability(inode)
+
+    def _clear_capability(self, inode: Inode) -> None:
         if inode.upper:
             path, follow = self._view.proc_path(inode)
             with contextlib.suppress(OSError):
-                os.removexattr(path, _CAPABILITY, follow_symlinks=follow)
+                os.removexattr(path, CAPABILITY, follow_symlinks=follow)
 
     # -- extended attributes ----------------------------------------------------------------------------------
 
@@ -266,7 +268,7 @@ class MetadataChanges:
         stored = self._stored_name(name)
         if not inode.upper and flags:
             self.check_xattr(inode, name, flags)
-        self._copy_up.ensure(inode, data=False)
+        self._copy_up.ensure(inode, data=False, later=True)
         if name in ACL_NAMES:
             value = self._view.ownership.map_acl(value, to_disk=True)
         path, follow = self._view.proc_path(inode)
@@ -298,6 +300,6 @@ class MetadataChanges:
         """Remove an attribute; ENODATA, and no copy-up, if there is none."""
         if not self.has_xattr_to_remove(inode, name):
             return
-        self._copy_up.ensure(inode, data=False)
+        self._copy_up.ensure(inode, data=False, later=True)
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)

@@ -59,7 +59,7 @@ class UnionOperations(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = options.writeback and not tree.read_only
         self.enable_acl = options.acl and options.xattrs
-        self._requests = UnionRequests(tree, options)
+        self.requests = self._requests = UnionRequests(tree, options)
         self._tree = tree
         self._timeout_s = options.timeout_s
         self._keep_cache = options.timeout_s > 0

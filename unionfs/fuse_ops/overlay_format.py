@@ -17,6 +17,12 @@ WHITEOUT_DEVICE: Final = os.makedev(0, 0)
 MARK: Final = b".wh."
 OPAQUE_MARK: Final = b".wh..wh..opq"
 NAME_MAX: Final = 255
+UNSYNCED: Final = b"\0\4\0\0"
+"""The value of ``overlay.metacopy`` on a copy that has its data, which may not be on the disk yet.
+
+A header without a digest (struct ovl_metacopy: version, length, flags, digest algorithm). The kernel takes it for what
+an empty value says, and writes only that, so it tells which attributes are ours.
+"""
 
 _FH_MAGIC: Final = 0xFB
 _FH_HEADER: Final = struct.Struct("BBBBB16s")  # version, magic, length, flags, handle type, file system uuid
@@ -47,10 +53,12 @@ class OverlayXattrs:
         "origin",
         "prefix",
         "redirect",
+        "user",
         "whiteout",
     )
 
     def __init__(self, *, user: bool) -> None:
+        self.user = user
         self.prefix = b"user.overlay." if user else b"trusted.overlay."
         self.escape = self.prefix + b"overlay."
         self.opaque = self.prefix + b"opaque"

@@ -9,20 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pyfuse3
+import trio
 
 from unionfs.errors import MountError
 from unionfs.fuse_ops import pyfuse3_waiting
 from unionfs.fuse_ops.mounting import explained
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.settling import Settling
 
 
 class Pyfuse3Transport:
-    """Serves ``operations`` through pyfuse3; there can be only one in a process."""
+    """Serves ``operations`` through pyfuse3; there can be only one in a process. ``settling`` runs beside it."""
 
     name = "pyfuse3"
 
-    def __init__(self, operations: pyfuse3.Operations, options: MountOptions) -> None:
+    def __init__(self, operations: pyfuse3.Operations, options: MountOptions, settling: Settling | None = None) -> None:
         self._operations = operations
+        self._settling = settling
         self._options = options
 
     def mount(self, target: str) -> None:
@@ -54,7 +57,11 @@ class Pyfuse3Transport:
 
         self._operations.init = init  # type: ignore[method-assign]
         pyfuse3_waiting.install()
-        await pyfuse3.main()
+        async with trio.open_nursery() as nursery:
+            if self._settling is not None:
+                nursery.start_soon(self._settling.run)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
 
     def close(self) -> None:
         """Close /dev/fuse, leaving the mount to the session."""

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Callable
 
 import trio
 
@@ -39,6 +40,7 @@ class UnionRequests:
         self.files: dict[int, OpenFile] = {}
         self.directories: dict[int, OpenDir] = {}
         self.patience: Patience | None = None  # of a transport that knows who sends requests
+        self.before_thread: Callable[[], None] = lambda: None  # what a transport has to do before it starts threads
         self._next_handle = 1
         self._copying: dict[Inode, trio.Event] = {}
 
@@ -67,10 +69,11 @@ class UnionRequests:
 
     # -- copy-up ----------------------------------------------------------------------------------------------
 
-    def copied_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> bool:
+    def copied_up(self, inode: Inode, *, data: bool = True, size: int | None = None, later: bool = False) -> bool:
         """Copy ``inode`` up here and now if that is needed and takes no longer than handing it to a thread would.
 
-        False when it would: then the caller has to wait for :meth:`copy_up`.
+        False when it would: then the caller has to wait for :meth:`copy_up`. The arguments are those of
+        :meth:`CopyUp.ensure`.
         """
         copy_up = self.tree.copy_up
         if not copy_up.needs(inode, data=data):
@@ -78,32 +81,39 @@ class UnionRequests:
         if inode in self._copying:
             return False
         copies_data = data or not self.options.metacopy
-        if inode.kind != stat.S_IFREG or size == 0 or not copies_data:
+        if inode.kind != stat.S_IFREG or (size == 0 and not inode.unsynced) or not copies_data:
             copy_up.ensure(inode, data=data, size=size)
             return True
-        if self.sync and (self.patience is None or not self.patience.may_wait()):
-            return False
         st = self.tree.view.real_stat(inode)
         if st.st_size > _INLINE_COPY_BYTES:
             return False
+        waits = self.sync and not (later and not data and copy_up.may_sync_later(inode, st))
+        if waits and (self.patience is None or not self.patience.may_wait()):
+            return False
         start = time.perf_counter()
-        copy_up.ensure(inode, data=data, size=size, st=st)
+        copy_up.ensure(inode, data=data, size=size, st=st, later=later)
         if self.patience is not None:
             self.patience.waited_since(start)
         return True
 
-    async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None) -> None:
+    async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None, later: bool = False) -> None:
         """Copy ``inode`` up without holding up other requests; one copy at a time for each inode."""
         copy_up = self.tree.copy_up
-        while not self.copied_up(inode, data=data, size=size):
+        while not self.copied_up(inode, data=data, size=size, later=later):
             going_on = self._copying.get(inode)
             if going_on is not None:
                 await going_on.wait()
                 continue
-            job = copy_up.begin(inode, data=data, size=size)
+            job = copy_up.begin(inode, data=data, size=size, later=later)
             if job is None:
                 return
             await self._run_job(inode, job)
+
+    async def settle(self, inode: Inode) -> None:
+        """Bring a copy that was to be synced later to the disk, if nobody is about it already."""
+        if inode.unsynced and inode not in self._copying:
+            self.before_thread()
+            await self._run_job(inode, self.tree.copy_up.begin_settling(inode))
 
     async def _run_job(self, inode: Inode, job: CopyUpJob) -> None:
         copy_up = self.tree.copy_up
@@ -124,7 +134,7 @@ class UnionRequests:
     # -- changes that may have to copy data first -------------------------------------------------------------
 
     async def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
-        await self.copy_up(inode, data=False)
+        await self.copy_up(inode, data=inode.unsynced)
         self.tree.link(inode, directory, name)
 
     async def rename(
@@ -136,14 +146,14 @@ class UnionRequests:
             moved.append(self.tree.lookup(new_dir, new_name))
         for inode in moved:
             if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
-                await self.copy_up(inode, data=False)
+                await self.copy_up(inode, data=inode.unsynced)
         self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
 
     def needs_copy_up_for(self, inode: Inode, change: AttributeChange) -> bool:
         """Whether a change of attributes has to wait for a copy-up."""
         if change.kills_privileges or self._changes_nothing(inode, change):
             return False
-        return not self.copied_up(inode, data=change.size is not None, size=change.size)
+        return not self.copied_up(inode, data=change.size is not None, size=change.size, later=True)
 
     def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
         # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
@@ -161,13 +171,13 @@ class UnionRequests:
 
     async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
         if self.needs_copy_up_for(inode, change):
-            await self.copy_up(inode, data=change.size is not None, size=change.size)
+            await self.copy_up(inode, data=change.size is not None, size=change.size, later=True)
         return self.set_attributes_now(inode, change, caller)
 
     async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
-        await self.copy_up(inode, data=False)
+        await self.copy_up(inode, data=False, later=True)
         self.set_xattr_now(inode, name, value, flags)
 
     def set_xattr_now(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
@@ -177,7 +187,7 @@ class UnionRequests:
 
     async def remove_xattr(self, inode: Inode, name: bytes) -> None:
         if self.tree.has_xattr_to_remove(inode, name):  # or ENODATA, before anything is copied up
-            await self.copy_up(inode, data=False)
+            await self.copy_up(inode, data=False, later=True)
             self.tree.remove_xattr(inode, name)
 
     # -- files ------------------------------------------------------------------------------------------------

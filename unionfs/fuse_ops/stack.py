@@ -13,6 +13,7 @@ from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
 from unionfs.fuse_ops.raw_ids import unmapped_path
 from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.unsynced import Unsynced
 from unionfs.fuse_ops.upper_dir import UpperDir
 from unionfs.fuse_ops.workdir import prepare_workdir, supports_xattrs
 
@@ -82,7 +83,17 @@ def _assemble(
         raise
     tree.hold_lock(work.lock_fd)
     tree.warnings.extend(work.warnings)
+    if work.unsynced:
+        _recover(tree, work.lock_fd)
     return tree
+
+
+def _recover(tree: UnionTree, workdir_fd: int) -> None:
+    from unionfs.fuse_ops.recovery import recover  # here, because it is for mounts after a crash
+
+    warnings = recover(tree)
+    (tree.copy_up.unsynced or Unsynced(workdir_fd)).recovered(all_of_them=not warnings)
+    tree.warnings.extend(warnings)
 
 
 def _tree_type(options: MountOptions) -> type[LimitedTree] | type[UnionTree]:

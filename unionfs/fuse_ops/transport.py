@@ -42,8 +42,10 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
         return DirectTransport(tree, options)
     from unionfs.fuse_ops.operations import UnionOperations
     from unionfs.fuse_ops.pyfuse3_transport import Pyfuse3Transport
+    from unionfs.fuse_ops.settling import Settling
 
-    return Pyfuse3Transport(UnionOperations(tree, options), options)
+    operations = UnionOperations(tree, options)
+    return Pyfuse3Transport(operations, options, Settling(operations.requests))
 
 
 def _kernel_version() -> tuple[int, int]:

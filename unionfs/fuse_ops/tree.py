@@ -7,8 +7,8 @@ names, renames, and attributes.
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import logging
 import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,10 +25,14 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
 from unionfs.fuse_ops.renames import Renames
 from unionfs.fuse_ops.syscalls import syncfs
+from unionfs.fuse_ops.unsynced import Unsynced
 from unionfs.fuse_ops.upper_dir import UpperDir
 
 if TYPE_CHECKING:
     from unionfs.fuse_ops.space_limit import SpaceLimit
+
+
+log = logging.getLogger(__name__)
 
 
 class TreeParts(NamedTuple):
@@ -179,8 +183,19 @@ class UnionTree:
         return {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
 
     def hold_lock(self, fd: int) -> None:
-        """Keep the descriptor whose lock says that the work directory is ours."""
+        """Keep the descriptor whose lock says that the work directory is ours; negative when it is not."""
         self._lock_fd = fd
+        if fd >= 0 and self._syncs and self.space is None and not self.options.metacopy and self._may_always_mark:
+            self.copy_up.unsynced = Unsynced(fd)
+
+    @property
+    def _syncs(self) -> bool:
+        return self.options.fsync and not self.options.volatile
+
+    @property
+    def _may_always_mark(self) -> bool:
+        # Whoever may not write to a file may not remove a user.* attribute from it either.
+        return not self.view.xattrs.user or os.geteuid() == 0
 
     def close(self) -> None:
         """Release all descriptors and leave nothing of ours in the work directory."""
@@ -193,12 +208,10 @@ class UnionTree:
             if inode.hold is not None and self._upper is not None:
                 self._upper.discard(inode.hold)
                 inode.hold = None
+        if self._upper is not None and self._syncs:
+            self._sync_all(self._upper.layer.readable_fd)
         self._cache.close()
         if self._upper is not None:
-            if self.options.fsync and not self.options.volatile:
-                # As the kernel's overlayfs does when it is unmounted.
-                with contextlib.suppress(OSError):
-                    syncfs(self._upper.layer.readable_fd)
             self._upper.close()
         self._lower.ahead.close()
         for layer in (*self._lower.layers, *self._lower.data_layers):
@@ -206,3 +219,14 @@ class UnionTree:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+    def _sync_all(self, fd: int) -> None:
+        """Sync the file system of the upper directory ``fd``, as the kernel's overlayfs does when it is unmounted."""
+        unsynced = self.copy_up.unsynced
+        try:
+            if unsynced is None:
+                syncfs(fd)
+            else:
+                unsynced.end(lambda: syncfs(fd), self.copy_up.remove_mark)
+        except OSError as error:
+            log.warning("cannot sync %s: %s; the next mount looks after it", self.options.upperdir, error.strerror)

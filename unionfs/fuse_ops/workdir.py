@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from unionfs.errors import LayerError
 from unionfs.fuse_ops import syscalls
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
+from unionfs.fuse_ops.unsynced import was_noted
 from unionfs.fuse_ops.upper_dir import remove_tree
 
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -19,11 +20,12 @@ _VOLATILE_MARKER = "incompat/volatile"
 
 @dataclass(slots=True)
 class WorkDir:
-    """``fd`` is of ``<workdir>/work``; ``lock_fd`` holds the lock, and is -1 if another server has it."""
+    """``fd`` is of ``<workdir>/work``, ``lock_fd`` of ``<workdir>``, with the lock, or -1 if another server has it."""
 
     fd: int
     lock_fd: int
     warnings: list[str]
+    unsynced: bool  # a server has ended before its copies were on the disk
 
 
 def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool) -> WorkDir:
@@ -49,6 +51,7 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool) -> WorkDir:
         fd = _open_work(workdir, lock_fd)
         try:
             _check_marker(workdir, fd)
+            unsynced = owned and was_noted(lock_fd)
             if owned:
                 _empty(fd)
             if volatile:
@@ -62,7 +65,7 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool) -> WorkDir:
     if not owned:
         os.close(lock_fd)
         lock_fd = -1
-    return WorkDir(fd, lock_fd, warnings)
+    return WorkDir(fd, lock_fd, warnings, unsynced)
 
 
 def _check_placement(workdir: str, fd: int, upperdir: str) -> None:

@@ -37,6 +37,7 @@ class Mount:
         self.options = options
         self.connection = Connection()
         self.requests = UnionRequests(tree, options)
+        self.requests.before_thread = self.connection.beside.leave  # which the thread would inherit
         self.packed = PackedAttributes(tree.view)
         self.files_ahead = FileReadAhead()
         self.patience = self.requests.patience = Patience()

@@ -6,9 +6,9 @@ import errno
 import os
 import stat
 import time
-from typing import Final
 
 from unionfs.fuse_ops import backing_calls
+from unionfs.fuse_ops.attributes import CAPABILITY
 from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.answers import Answer, Answers, Handler
 from unionfs.fuse_ops.direct.packed_attributes import pack
@@ -16,8 +16,6 @@ from unionfs.fuse_ops.direct.protocol import Opcode, SetAttr
 from unionfs.fuse_ops.direct.request import Request
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
-
-_CAPABILITY: Final = b"security.capability"
 
 
 class AttributeAnswers(Answers):
@@ -67,7 +65,7 @@ class AttributeAnswers(Answers):
         return self._set_attributes(request, inode, change, kill=kill)
 
     async def _copy_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        await self._requests.copy_up(inode, data=change.size is not None, size=change.size)
+        await self._requests.copy_up(inode, data=change.size is not None, size=change.size, later=True)
         return self._set_attributes(request, inode, change, kill=kill)
 
     def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
@@ -90,7 +88,7 @@ class AttributeAnswers(Answers):
         size, _ = p.GETXATTR_IN.unpack_from(request.body)
         name = request.name(p.GETXATTR_IN.size)
         inode = self._inode(request)
-        if inode.bare and name == _CAPABILITY:  # asked before each first write and change of owner
+        if inode.bare and name == CAPABILITY:  # asked before each first write and change of owner
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENODATA, request.unique)
         value = self._tree.get_xattr(inode, name)
         return self._sized(request, value, size)

@@ -243,14 +243,14 @@ class FileAnswers(Answers):
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOTTY, request.unique)
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
         inode = self._inode(request)
-        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, data=False):
+        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, data=False, later=True):
             return self._copy_and_control(request, inode, command, data, out_size)
         return self._control(request, inode, command, data, out_size)
 
     async def _copy_and_control(
         self, request: Request, inode: Inode, command: int, data: bytes, out_size: int
     ) -> bytes:
-        await self._requests.copy_up(inode, data=False)
+        await self._requests.copy_up(inode, data=False, later=True)
         return self._control(request, inode, command, data, out_size)
 
     def _control(self, request: Request, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:

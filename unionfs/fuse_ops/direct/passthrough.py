@@ -19,6 +19,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+from unionfs.fuse_ops.attributes import CAPABILITY
 from unionfs.fuse_ops.direct.protocol import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN, U32, Open
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.open_files import OpenFile
@@ -95,7 +96,7 @@ class Passthrough:
         if inode.bare:
             return True
         try:
-            os.getxattr(file.fd, b"security.capability")
+            os.getxattr(file.fd, CAPABILITY)
         except OSError:
             return True
         return False

@@ -31,6 +31,7 @@ from unionfs.fuse_ops.direct.protocol import Opcode
 from unionfs.fuse_ops.direct.request import Request
 from unionfs.fuse_ops.direct.session import MAX_WRITE, SessionAnswers
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.settling import Settling
 from unionfs.fuse_ops.tree import UnionTree
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class DirectTransport:
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(Settling(self.served.requests).run)
                 while await self._turn(buffer, nursery):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()

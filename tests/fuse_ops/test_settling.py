@@ -1,0 +1,164 @@
+"""When copies that were to be synced later are synced, in a tree without a mount."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from unionfs.fuse_ops import settling, unsynced
+from unionfs.fuse_ops.metadata import AttributeChange
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests import UnionRequests
+from unionfs.fuse_ops.settling import Settling
+from unionfs.fuse_ops.stack import open_tree
+from unionfs.fuse_ops.tree import UnionTree
+
+if os.geteuid() != 0:
+    pytest.skip("needs root for trusted attributes", allow_module_level=True)
+
+NAMES = [f"f{i}" for i in range(6)]
+CHANGE = AttributeChange(mode=0o600)
+
+
+class Caller:
+    uid = gid = pid = 0
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[UnionTree]:
+    for name in ("low", "upper", "work"):
+        (tmp_path / name).mkdir()
+    for name in NAMES:
+        (tmp_path / "low" / name).write_text(name * 100)
+    options = MountOptions(
+        lowerdirs=(str(tmp_path / "low"),), upperdir=str(tmp_path / "upper"), workdir=str(tmp_path / "work")
+    )
+    tree = open_tree(options)
+    yield tree
+    tree.close()
+
+
+def marked(tmp_path: Path) -> list[str]:
+    upper = tmp_path / "upper"
+    return sorted(f.name for f in upper.iterdir() if "trusted.overlay.metacopy" in os.listxattr(f))
+
+
+async def change(requests: UnionRequests, *names: str) -> None:
+    for name in names:
+        inode = requests.tree.lookup(requests.tree.root, name.encode())
+        await requests.set_attributes(inode, CHANGE, Caller())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+@pytest.mark.trio
+async def test_copies_are_settled_after_a_pause(
+    tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "_PAUSE_S", 0.2)
+    requests = UnionRequests(tree, tree.options)
+    left: list[None] = []
+    requests.before_thread = lambda: left.append(None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Settling(requests).run)
+        await trio.testing.wait_all_tasks_blocked()
+        await change(requests, *NAMES[:3])
+        assert marked(tmp_path) == NAMES[:3], "synced without a pause, in the middle of a chown -R"
+        await until(lambda: not marked(tmp_path))
+        assert len(left) == 3, "a thread was started where the transport had not prepared for it"
+        await change(requests, *NAMES[3:])
+        assert marked(tmp_path) == NAMES[3:]
+        await until(lambda: not marked(tmp_path))
+        assert not len(tree.copy_up.unsynced or ())
+        nursery.cancel_scope.cancel()
+    assert len(tree.inodes) == 1, "what nobody uses any more is still remembered"
+
+
+@pytest.mark.trio
+async def test_an_open_file_is_left_alone(tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ctime must not change while somebody reads it, as tar notices."""
+    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    requests = UnionRequests(tree, tree.options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Settling(requests).run)
+        await trio.testing.wait_all_tasks_blocked()
+        await change(requests, *NAMES)
+        file = tree.open(tree.lookup(tree.root, b"f2"), os.O_RDONLY)
+        before = os.stat(tmp_path / "upper" / "f2").st_ctime_ns
+        await until(lambda: marked(tmp_path) == ["f2"])
+        await trio.sleep(0.2)
+        assert os.stat(tmp_path / "upper" / "f2").st_ctime_ns == before
+        tree.close_file(file)
+        await until(lambda: not marked(tmp_path))
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_many_are_not_kept_waiting(tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsynced, "MANY", 3)
+    requests = UnionRequests(tree, tree.options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Settling(requests).run)
+        await trio.testing.wait_all_tasks_blocked()
+        await change(requests, *NAMES)
+        await until(lambda: not marked(tmp_path))
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_an_error_is_told_and_tried_again(
+    tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(settling, "_PAUSE_AFTER_ERROR_S", 0.05)
+    requests = UnionRequests(tree, tree.options)
+    broken = True
+
+    def fail() -> None:
+        if broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    requests.before_thread = fail
+    with caplog.at_level(logging.WARNING):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Settling(requests).run)
+            await trio.testing.wait_all_tasks_blocked()
+            await change(requests, "f0")
+            await until(lambda: "Input/output error" in caplog.text)
+            assert marked(tmp_path) == ["f0"]
+            broken = False
+            await until(lambda: not marked(tmp_path))
+            nursery.cancel_scope.cancel()
+
+
+def test_an_end_that_cannot_sync_leaves_marks_and_note(
+    tree: UnionTree, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inode = tree.lookup(tree.root, b"f0")
+    tree.set_attributes(inode, CHANGE, Caller())
+    copies = tree.copy_up.unsynced
+    assert copies is not None
+
+    def sync() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError):
+        copies.end(sync, tree.copy_up.remove_mark)
+    assert marked(tmp_path) == ["f0"]
+    assert (tmp_path / "work" / "unsynced").exists()
+
+
+def test_idle_trees_have_no_note(tree: UnionTree, tmp_path: Path) -> None:
+    tree.lookup(tree.root, b"f0")
+    assert not (tmp_path / "work" / "unsynced").exists()

@@ -1,0 +1,62 @@
+"""Settles copies whose data may not be on the disk yet, some time after they were made and when nobody uses them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Final
+
+import trio
+
+from unionfs.fuse_ops import unsynced
+from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.requests import UnionRequests
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S: Final = 10.0  # long enough for a `chown -R` to end, and for most data to be on its way to the disk
+_PAUSE_AFTER_ERROR_S: Final = 60.0
+
+
+class Settling:
+    """The task that settles the copies of one mount. It sleeps while there are none."""
+
+    def __init__(self, requests: UnionRequests) -> None:
+        self._requests = requests
+        self._copies = requests.tree.copy_up.unsynced
+        self._added = self._many = trio.Event()
+
+    async def run(self) -> None:
+        """Go on until cancelled; what is left then is settled when the tree is closed."""
+        if self._copies is None:
+            return
+        self._added, self._many = trio.Event(), trio.Event()
+        self._copies.added = self._note
+        pause_s = _PAUSE_S
+        while True:
+            await self._added.wait()
+            with trio.move_on_after(pause_s):
+                await self._many.wait()
+            self._added, self._many = trio.Event(), trio.Event()
+            try:
+                await self._settle(self._copies.copies())
+                pause_s = _PAUSE_S
+            except OSError as error:
+                log.warning("cannot sync copied files: %s; trying again in a while", error.strerror)
+                pause_s = _PAUSE_AFTER_ERROR_S
+            if len(self._copies):
+                self._added.set()
+
+    def _note(self) -> None:
+        self._added.set()
+        if self._copies is not None and len(self._copies) > unsynced.MANY:
+            self._many.set()
+
+    async def _settle(self, copies: list[Inode]) -> None:
+        for inode in copies:
+            # It changes the ctime, of which tar says "file changed as we read it".
+            if inode.unsynced and not inode.handles:
+                try:
+                    await self._requests.settle(inode)
+                except FileNotFoundError:
+                    log.debug("%s is gone", os.fsdecode(inode.path()))
