@@ -284,6 +284,20 @@ def test_squash(box: Sandbox, options: tuple[str, ...], shown: tuple[int, int] |
         assert {(e.uid, e.gid) for e in snapshot(box.target).values()} == {shown}
 
 
+@pytest.mark.parametrize("options", [(), ("writeback=0", "passthrough=0")], ids=["", "uncached"])
+def test_root_writes_without_taking_setuid_away(box: Sandbox, options: tuple[str, ...]) -> None:
+    """A write takes capabilities whoever writes; setuid and setgid stay when it is root."""
+    low = box.lower().file("f", "content", mode=0o6711)
+    low.xattr("f", "security.capability", CAPABILITY)
+    os.chmod(low.at("f"), 0o6711)
+    with box.mount(*options):
+        with open(box.at("f"), "ab") as f:
+            f.write(b"x")
+        assert mode(box.at("f")) == 0o6711
+        assert "security.capability" not in os.listxattr(box.at("f"))
+    box.assert_kernel_agrees()
+
+
 def test_suid_programs_run_with_their_owners_rights(box: Sandbox) -> None:
     low = box.lower()
     with open("/usr/bin/id", "rb") as f:

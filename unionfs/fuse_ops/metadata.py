@@ -77,7 +77,10 @@ class MetadataChanges:
         st: os.stat_result | None = None
         self._copy_up.require_writable()
         if change.kills_privileges:
-            self.clear_privileges(inode, caller)
+            if caller.uid == 0:  # as CAP_FSETID says: for root, the kernel asks for capabilities alone
+                self._clear_capability(inode)
+            else:
+                self.clear_privileges(inode, caller)
             return None
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size, later=True)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
