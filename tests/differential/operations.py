@@ -527,7 +527,9 @@ class Forget(Op):
 
 @dataclass(frozen=True, slots=True)
 class Remount(Op):
-    """Unmount and mount both again; the rig does it."""
+    """Unmount and mount both again; the rig does it. ``crash``: ours is killed, and loses what was not synced."""
+
+    crash: bool = False
 
 
 @dataclass(frozen=True, slots=True)

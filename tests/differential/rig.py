@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from tests.differential.layers import build_lowers
 from tests.differential.operations import Answer, Check, Op, OpenSetXattr, Remount, RemoveXattr, SetXattr, Side
-from tests.support.mounts import is_ours, mounted_overlay, mounted_union, wait_until
+from tests.support.crash import kill, lose_unsynced
+from tests.support.mounts import UnionMount, is_ours, mounted_overlay, mounted_union, wait_until
 from tests.support.sandbox import new_root
 from tests.support.snapshot import Snapshot, TreeFaultError, checksum_layer, differences, snapshot
 from tests.support.usage import is_counted, taken_bytes, used_bytes
+from unionfs.fuse_ops.syscalls import syncfs
 
 
 class MismatchError(AssertionError):
@@ -98,6 +100,7 @@ class Rig:
         self.ours = Side("ours", os.path.join(root, "ours", "mnt"), began_ns, timeless)
         self.theirs = Side("kernel", os.path.join(root, "theirs", "mnt"), began_ns, timeless)
         self._mounts = contextlib.ExitStack()
+        self._server: UnionMount | None = None
 
     def _part(self, name: str, part: str) -> str:
         return os.path.join(self.root, name, part)
@@ -105,7 +108,7 @@ class Rig:
     def mount(self) -> None:
         """Mount both."""
         part = self._part
-        self._mounts.enter_context(
+        self._server = self._mounts.enter_context(
             mounted_union(
                 self.lowers,
                 part("ours", "upper"),
@@ -130,10 +133,24 @@ class Rig:
         self.theirs.close_all()
         self._mounts.close()
 
+    def _crash(self) -> None:
+        """Kill our server, once programs have synced what they wrote; what it has not synced itself is lost."""
+        assert self._server is not None
+        self.ours.close_all()
+        fd = os.open(self.ours.root, os.O_RDONLY)
+        try:
+            syncfs(fd)  # the kernel may still have what was written
+        finally:
+            os.close(fd)
+        kill(self._server)
+        lose_unsynced(self._part("ours", "upper"))
+
     def step(self, op: Op) -> None:
         """Do one operation on both and compare the result and the attributes of the names that it took."""
         self.done.append(op)
         if isinstance(op, Remount):
+            if op.crash and is_ours():
+                self._crash()
             self.unmount()
             self.mount()
             return

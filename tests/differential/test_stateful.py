@@ -325,10 +325,10 @@ class UnionMachine(RuleBasedStateMachine):
         if chance == 0:
             self._do(op.Forget())
 
-    @rule(chance=st.integers(0, 3))
-    def remount(self, chance: int) -> None:
+    @rule(chance=st.integers(0, 3), crash=st.booleans())
+    def remount(self, chance: int, crash: bool) -> None:
         if chance == 0 and not self.setting.linked_lowers:
-            self._do(op.Remount())
+            self._do(op.Remount(crash=crash))
 
 
 def run(setting: Setting, examples: int) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from tests.support.mounts import UnionMount, is_running, wait_until
+from tests.support.crash import kill, lose_unsynced, mark_of
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import assert_same
-from tests.support.syscalls import MNT_DETACH, renameat2, umount2
+from tests.support.syscalls import renameat2
 from unionfs.fuse_ops.overlay_format import UNSYNCED
 from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 
@@ -25,13 +24,6 @@ DATA = b"contents " * 1000
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 
 
-def mark(path: str) -> bytes | None:
-    try:
-        return os.getxattr(path, METACOPY)
-    except OSError:
-        return None
-
-
 def noted(box: Sandbox) -> bool:
     return os.path.exists(f"{box.work}/unsynced")
 
@@ -39,21 +31,6 @@ def noted(box: Sandbox) -> bool:
 def read(path: str) -> bytes:
     with open(path, "rb") as f:
         return f.read()
-
-
-def kill(box: Sandbox, here: UnionMount) -> None:
-    """End the server as a crash would."""
-    here.expect_end = False
-    os.kill(here.pid, signal.SIGKILL)
-    assert wait_until(lambda: not is_running(here.pid), 10)
-    umount2(box.target, MNT_DETACH)
-
-
-def lose_data(path: str) -> None:
-    """Do to a file what a crash of the machine does before its data is written: blocks are there, with anything."""
-    size = os.stat(path).st_size
-    with open(path, "r+b") as f:
-        f.write(b"\0" * size)
 
 
 CHANGES: dict[str, Callable[[str], None]] = {
@@ -69,11 +46,11 @@ def test_the_copy_is_complete_at_once_and_marked_until_it_is_synced(box: Sandbox
     box.lower().file("d/f", DATA)
     with box.mount():
         CHANGES[change](box.at("d/f"))
-        assert mark(box.in_upper("d/f")) == UNSYNCED
+        assert mark_of(box.in_upper("d/f")) == UNSYNCED
         assert noted(box)
         assert read(box.in_upper("d/f")) == read(box.at("d/f")) == DATA  # engines pack the upper directory themselves
         assert METACOPY not in os.listxattr(box.at("d/f"))
-    assert mark(box.in_upper("d/f")) is None
+    assert mark_of(box.in_upper("d/f")) is None
     assert not noted(box)
     assert read(box.in_upper("d/f")) == DATA
     assert_same(box.union_snapshot(), box.kernel_snapshot("index=off"))
@@ -83,7 +60,7 @@ def test_removing_an_attribute_marks_too(box: Sandbox) -> None:
     box.lower().file("f", DATA).xattr("f", "user.k", b"v")
     with box.mount():
         os.removexattr(box.at("f"), "user.k")
-        assert mark(box.in_upper("f")) == UNSYNCED
+        assert mark_of(box.in_upper("f")) == UNSYNCED
 
 
 Contents = dict[str, bytes | None]
@@ -91,38 +68,38 @@ Contents = dict[str, bytes | None]
 
 def append(box: Sandbox) -> Contents:
     with open(box.at("f"), "ab") as f:
-        assert mark(box.in_upper("f")) is None, "the file is open for writing, and the lower one still counts"
+        assert mark_of(box.in_upper("f")) is None, "the file is open for writing, and the lower one still counts"
         f.write(b"more")
     return {"f": DATA + b"more"}
 
 
 def rename(box: Sandbox) -> Contents:
     os.rename(box.at("f"), box.at("g"))
-    assert mark(box.in_upper("g")) is None
+    assert mark_of(box.in_upper("g")) is None
     return {"f": None, "g": DATA}
 
 
 def link(box: Sandbox) -> Contents:
     os.link(box.at("f"), box.at("g"))
-    assert mark(box.in_upper("g")) is None
+    assert mark_of(box.in_upper("g")) is None
     return {"f": DATA, "g": DATA}
 
 
 def exchange(box: Sandbox) -> Contents:
     renameat2(box.at("f"), box.at("other"), RENAME_EXCHANGE)
-    assert mark(box.in_upper("other")) is None
+    assert mark_of(box.in_upper("other")) is None
     return {"f": b"other", "other": DATA}
 
 
 def truncate(box: Sandbox) -> Contents:
     os.truncate(box.at("f"), 5)
-    assert mark(box.in_upper("f")) is None
+    assert mark_of(box.in_upper("f")) is None
     return {"f": DATA[:5]}
 
 
 def open_truncated(box: Sandbox) -> Contents:
     os.close(os.open(box.at("f"), os.O_WRONLY | os.O_TRUNC))
-    assert mark(box.in_upper("f")) is None
+    assert mark_of(box.in_upper("f")) is None
     return {"f": b""}
 
 
@@ -170,12 +147,11 @@ def test_what_is_done_next_is_not_lost(box: Sandbox, what: Callable[[Sandbox], C
     box.lower().file("f", DATA).file("other", "other").file("d/f", DATA)
     with box.mount("redirect_dir=on") as here:
         os.chown(box.at("f"), 1, 2)
-        assert mark(box.in_upper("f")) == UNSYNCED
+        assert mark_of(box.in_upper("f")) == UNSYNCED
         expected = what(box)
         if crash:
-            kill(box, here)
-            if what is move_directory:
-                lose_data(box.in_upper("e/f"))
+            kill(here)
+            lose_unsynced(box.in_upper())
 
     def check() -> None:
         for name, contents in expected.items():
@@ -198,14 +174,13 @@ def test_after_a_crash_the_lower_file_counts(box: Sandbox) -> None:
             os.chown(box.at(name), 1, 2)
         with open(box.at("h"), "w") as f:
             f.write("written")
-        kill(box, here)
-    for name in ("d/f", "d/e/g"):
-        lose_data(box.in_upper(name))
+        kill(here)
+    assert lose_unsynced(box.in_upper()) == 2
     assert noted(box)
     with box.mount():
         assert (read(box.at("d/f")), read(box.at("d/e/g")), read(box.at("h"))) == (DATA, DATA + b"!", b"written")
         assert os.stat(box.at("d/f")).st_uid == 1
-        assert (mark(box.in_upper("d/f")), noted(box)) == (None, False)
+        assert (mark_of(box.in_upper("d/f")), noted(box)) == (None, False)
         assert read(box.in_upper("d/f")) == DATA
 
 
@@ -214,9 +189,8 @@ def test_capabilities_survive_a_crash(box: Sandbox) -> None:
     with box.mount() as here:
         os.setxattr(box.at("f"), "security.capability", CAPABILITY)
         os.chmod(box.at("f"), 0o6755)
-        kill(box, here)
-    lose_data(box.in_upper("f"))
-    os.setxattr(box.in_upper("f"), "security.capability", CAPABILITY)  # which that took away
+        kill(here)
+    assert lose_unsynced(box.in_upper()) == 1
     with box.mount():
         assert read(box.at("f")) == DATA
         assert os.getxattr(box.at("f"), "security.capability") == CAPABILITY
@@ -228,8 +202,8 @@ def test_the_kernel_shows_no_zeros_after_a_crash(box: Sandbox) -> None:
     box.lower().file("f", DATA)
     with box.mount() as here:
         os.chown(box.at("f"), 1, 2)
-        kill(box, here)
-    lose_data(box.in_upper("f"))
+        kill(here)
+    lose_unsynced(box.in_upper())
     with box.kernel("index=off"), pytest.raises(OSError):
         read(box.at("f"))
     with box.kernel("index=off", "metacopy=on", "redirect_dir=on"):
@@ -242,8 +216,8 @@ def test_what_cannot_be_finished_is_told_and_kept(box: Sandbox) -> None:
     with box.mount() as here:
         for name in "fg":
             os.chown(box.at(name), 1, 2)
-        kill(box, here)
-    lose_data(box.in_upper("f"))
+        kill(here)
+    lose_unsynced(box.in_upper())
     aside = box.new_dir("aside")
     shutil.copytree(low.at(""), aside, dirs_exist_ok=True)
     os.unlink(os.path.join(aside, "f"))
@@ -255,7 +229,7 @@ def test_what_cannot_be_finished_is_told_and_kept(box: Sandbox) -> None:
     assert noted(box)
     with box.mount():
         assert read(box.at("f")) == DATA
-    assert (mark(box.in_upper("f")), noted(box)) == (None, False)
+    assert (mark_of(box.in_upper("f")), noted(box)) == (None, False)
 
 
 def test_open_files_go_on_with_the_copy(box: Sandbox) -> None:
@@ -278,7 +252,7 @@ def test_tar_sees_no_change_while_it_reads(box: Sandbox) -> None:
         command = ["tar", "-C", box.target, "-cf", f"{box.root}/t.tar", "d"]
         done = subprocess.run(command, check=False, capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
-    assert not [name for name in os.listdir(box.in_upper("d")) if mark(box.in_upper(f"d/{name}"))]
+    assert not [name for name in os.listdir(box.in_upper("d")) if mark_of(box.in_upper(f"d/{name}"))]
 
 
 @pytest.mark.parametrize("option", ["volatile", "fsync=0", "quota=67108864", "metacopy=on,redirect_dir=on"])
@@ -287,7 +261,7 @@ def test_mounts_that_mark_nothing(box: Sandbox, option: str) -> None:
     box.lower().file("f", DATA)
     with box.mount(*option.split(",")):
         os.chown(box.at("f"), 1, 2)
-        assert mark(box.in_upper("f")) != UNSYNCED
+        assert mark_of(box.in_upper("f")) != UNSYNCED
         assert not noted(box)
 
 
@@ -298,7 +272,7 @@ def test_files_that_are_not_marked(box: Sandbox) -> None:
     with box.mount():
         for name in ("large", "empty", "one"):
             os.chown(box.at(name), 1, 2)
-            assert mark(box.in_upper(name)) is None
+            assert mark_of(box.in_upper(name)) is None
         assert not noted(box)
 
 
@@ -311,6 +285,6 @@ def test_a_second_mount_of_the_work_directory_marks_nothing(box: Sandbox) -> Non
         with box.mount():
             assert read(box.at("f")) == DATA
             os.chown(box.at("g"), 1, 2)
-            assert mark(box.in_upper("g")) is None
+            assert mark_of(box.in_upper("g")) is None
         box.target = first
-        assert mark(box.in_upper("f")) == UNSYNCED
+        assert mark_of(box.in_upper("f")) == UNSYNCED

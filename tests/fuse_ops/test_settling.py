@@ -31,8 +31,7 @@ class Caller:
     uid = gid = pid = 0
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[UnionTree]:
+def open_new(tmp_path: Path) -> UnionTree:
     for name in ("low", "upper", "work"):
         (tmp_path / name).mkdir()
     for name in NAMES:
@@ -40,7 +39,12 @@ def tree(tmp_path: Path) -> Iterator[UnionTree]:
     options = MountOptions(
         lowerdirs=(str(tmp_path / "low"),), upperdir=str(tmp_path / "upper"), workdir=str(tmp_path / "work")
     )
-    tree = open_tree(options)
+    return open_tree(options)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[UnionTree]:
+    tree = open_new(tmp_path)
     yield tree
     tree.close()
 
@@ -140,6 +144,33 @@ async def test_an_error_is_told_and_tried_again(
             broken = False
             await until(lambda: not marked(tmp_path))
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_what_somebody_removed_behind_our_back_is_forgotten(
+    tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    requests = UnionRequests(tree, tree.options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Settling(requests).run)
+        await trio.testing.wait_all_tasks_blocked()
+        await change(requests, *NAMES)
+        (tmp_path / "upper" / "f1").unlink()
+        await until(lambda: not len(tree.copy_up.unsynced or ()))
+        assert not marked(tmp_path)
+        nursery.cancel_scope.cancel()
+    assert len(tree.inodes) == 1
+
+
+def test_the_end_does_without_what_was_removed_behind_our_back(tmp_path: Path) -> None:
+    tree = open_new(tmp_path)
+    for name in NAMES:
+        tree.set_attributes(tree.lookup(tree.root, name.encode()), CHANGE, Caller())
+    (tmp_path / "upper" / "f1").unlink()
+    tree.close()
+    assert not marked(tmp_path)
+    assert not (tmp_path / "work" / "unsynced").exists()
 
 
 def test_an_end_that_cannot_sync_leaves_marks_and_note(

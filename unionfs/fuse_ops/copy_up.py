@@ -539,5 +539,6 @@ class CopyUp:
 
     def remove_mark(self, inode: Inode) -> None:
         """Remove the mark of an unsynced copy that has been synced."""
-        path, _ = self._view.proc_path(inode)
-        unmark(path, self._view.xattrs.metacopy)
+        with contextlib.suppress(FileNotFoundError):  # somebody has changed the upper directory
+            path, _ = self._view.proc_path(inode)
+            unmark(path, self._view.xattrs.metacopy)

@@ -58,5 +58,7 @@ class Settling:
             if inode.unsynced and not inode.handles:
                 try:
                     await self._requests.settle(inode)
-                except FileNotFoundError:
+                except FileNotFoundError:  # somebody has changed the upper directory
                     log.debug("%s is gone", os.fsdecode(inode.path()))
+                    self._requests.tree.copy_up.forget_unsynced(inode)
+                    self._requests.tree.inodes.drop_if_unneeded(inode)
