@@ -298,6 +298,15 @@ def test_root_writes_without_taking_setuid_away(box: Sandbox, options: tuple[str
     box.assert_kernel_agrees()
 
 
+@pytest.mark.parametrize("uid", [0, ALICE])
+def test_a_change_of_owner_that_changes_nothing_takes_setuid(box: Sandbox, uid: int) -> None:
+    box.lower().file("f", "content", mode=0o6711, owner=(ALICE, ALICE))
+    with box.mount():
+        as_user(uid, lambda: os.chown(box.at("f"), -1, -1))
+        assert mode(box.at("f")) == 0o711
+    box.assert_kernel_agrees()
+
+
 def test_suid_programs_run_with_their_owners_rights(box: Sandbox) -> None:
     low = box.lower()
     with open("/usr/bin/id", "rb") as f:

@@ -66,6 +66,7 @@ class MetadataChanges:
         self._copy_up = copy_up
         # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
         self.kernel_keeps_time = view.options.writeback
+        self._uncapped: Inode | None = None  # of which capabilities were the last attribute to be removed
 
     # -- attributes -------------------------------------------------------------------------------------------
 
@@ -77,10 +78,11 @@ class MetadataChanges:
         st: os.stat_result | None = None
         self._copy_up.require_writable()
         if change.kills_privileges:
-            if caller.uid == 0:  # as CAP_FSETID says: for root, the kernel asks for capabilities alone
-                self._clear_capability(inode)
-            else:
+            # The same request stands for root's chown(-1, -1), which takes setuid, and for his write to a file with
+            # capabilities, which takes these alone. Before the latter the kernel has removed them.
+            if caller.uid != 0 or self._uncapped is not inode:
                 self.clear_privileges(inode, caller)
+            self._uncapped = None
             return None
         self._copy_up.ensure(inode, data=change.size is not None, size=change.size, later=True)
         # POSIX: truncation by a process without privilege clears setuid and setgid.
@@ -197,9 +199,6 @@ class MetadataChanges:
         if keep != stat.S_IMODE(mode):
             self._copy_up.ensure(inode, data=False, later=True)
             self._chmod(inode, keep)
-        self._clear_capability(inode)
-
-    def _clear_capability(self, inode: Inode) -> None:
         if inode.upper:
             path, follow = self._view.proc_path(inode)
             with contextlib.suppress(OSError):
@@ -306,3 +305,4 @@ class MetadataChanges:
         self._copy_up.ensure(inode, data=False, later=True)
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
+        self._uncapped = inode if name == CAPABILITY else None
