@@ -145,6 +145,30 @@ def test_default_acls_replace_the_umask(direct_box: Sandbox) -> None:
     box.assert_kernel_agrees()
 
 
+def test_a_default_acl_that_comes_and_goes(direct_box: Sandbox) -> None:
+    import subprocess
+
+    box = direct_box
+    box.lower().dir("d")
+    modes = []
+
+    def make(name: str) -> None:
+        os.close(os.open(box.at("d/" + name), os.O_CREAT | os.O_WRONLY, 0o666))
+        modes.append(os.stat(box.at("d/" + name)).st_mode & 0o777)
+
+    with box.mount():
+        old = os.umask(0o077)
+        try:
+            make("before")
+            subprocess.run(["setfacl", "-d", "-m", "u:1000:rwx,g::rwx,o::rwx", box.at("d")], check=True)
+            make("with")
+            subprocess.run(["setfacl", "-k", box.at("d")], check=True)
+            make("after")
+        finally:
+            os.umask(old)
+    assert modes == [0o600, 0o666, 0o600]
+
+
 def test_truncating_to_the_same_size_is_a_change(direct_box: Sandbox) -> None:
     box = direct_box
     box.lower().file("f", "1234")

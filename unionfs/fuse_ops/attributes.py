@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 from unionfs.fuse_ops.idmap import IdMap
 from unionfs.fuse_ops.options import MountOptions, XattrPermissions
 
-ACL_NAMES: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
+DEFAULT_ACL: Final = b"system.posix_acl_default"
+ACL_NAMES: Final = (b"system.posix_acl_access", DEFAULT_ACL)
 CAPABILITY: Final = b"security.capability"
 
 _OVERRIDE_NAMES: Final = {

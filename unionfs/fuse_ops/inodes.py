@@ -36,6 +36,7 @@ class Inode:
         "bare",
         "children",
         "data",
+        "default_acl",
         "filled",
         "handles",
         "has_origin",
@@ -95,6 +96,7 @@ class Inode:
         self.children: dict[bytes, Inode] | None = None  # those that are in memory
         self.index: DirIndex | None = None  # the names in ``lowers``, once needed
         self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed
+        self.default_acl: bool | None = None  # whether what is made in it gets its access from there; None: not asked
         self.impure = False  # the upper directory may hold files that came from elsewhere (overlay.origin)
         self.xwhiteouts = False  # the upper directory may hold xattr whiteouts
 

@@ -273,6 +273,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, data=False, later=True)
         if name in ACL_NAMES:
             value = self._view.ownership.map_acl(value, to_disk=True)
+            inode.default_acl = None
         path, follow = self._view.proc_path(inode)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
 
@@ -306,3 +307,4 @@ class MetadataChanges:
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
         self._uncapped = inode if name == CAPABILITY else None
+        inode.default_acl = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from unionfs.fuse_ops.attributes import ACL_NAMES
+from unionfs.fuse_ops.attributes import DEFAULT_ACL
 from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.connection import Connection
 from unionfs.fuse_ops.direct.packed_attributes import PackedAttributes
@@ -92,10 +92,13 @@ class Answers:
     def _masked(self, directory: Inode, mode: int, umask: int) -> int:
         """``mode`` as POSIX has it: a default ACL takes the place of the umask."""
         if umask and self._options.acl and self._options.xattrs:
-            try:
-                self._tree.get_xattr(directory, ACL_NAMES[1])
-            except OSError:
-                pass
-            else:
+            if directory.default_acl is None:
+                try:
+                    self._tree.get_xattr(directory, DEFAULT_ACL)
+                except OSError:
+                    directory.default_acl = False
+                else:
+                    directory.default_acl = True
+            if directory.default_acl:
                 return mode
         return mode & ~umask
