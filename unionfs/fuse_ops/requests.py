@@ -87,8 +87,10 @@ class UnionRequests:
         st = self.tree.view.real_stat(inode)
         if st.st_size > _INLINE_COPY_BYTES:
             return False
-        waits = self.sync and not (later and not data and copy_up.may_sync_later(inode, st))
-        if waits and (self.patience is None or not self.patience.may_wait()):
+        if self.patience is None:
+            if self.sync and not (later and not data and copy_up.may_sync_later(inode, st)):
+                return False
+        elif self.sync and not self.patience.may_wait():
             return False
         start = time.perf_counter()
         copy_up.ensure(inode, data=data, size=size, st=st, later=later)
