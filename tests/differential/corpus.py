@@ -6,6 +6,7 @@ from tests.differential.operations import (
     Append,
     Check,
     Chmod,
+    Chown,
     Close,
     Create,
     Link,
@@ -25,6 +26,8 @@ from tests.differential.operations import (
     Stat,
     Unlink,
 )
+
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 
 PLAIN: dict[str, list[Op]] = {
     "live opaque": [
@@ -94,6 +97,40 @@ PLAIN: dict[str, list[Op]] = {
         Mkdir(path="tmp/d", mode=0o755),
         Link(src="tmp/mine", dst="tmp/d/old"),
         Rename(src="etc/empty", dst="tmp/d"),
+        Check(),
+    ],
+    "capabilities given while what was written is in the cache": [
+        Open(slot=2, path="opaque/sub/new", flags=66, mode=0o644),
+        OpenWrite(slot=2, offset=4097, seed=77, length=4095),
+        SetXattr(path="opaque/sub/new", name="security.capability", value=CAPABILITY),
+        Check(),
+        OpenWrite(slot=2, offset=0, seed=78, length=10),
+        Check(),
+    ],
+    "capabilities before the data is copied": [
+        SetXattr(path="attrs", name="security.capability", value=CAPABILITY),
+        Append(path="attrs", seed=0, length=0),
+        Check(),
+    ],
+    "root writes to a setuid file with capabilities": [
+        Chmod(path="suid", mode=0o6711),
+        SetXattr(path="suid", name="security.capability", value=CAPABILITY),
+        Append(path="suid", seed=53, length=4096),
+        Check(),
+        Chown(path="suid", owner=-1, group=-1),
+        Check(),
+    ],
+    "attributes, a crash, and other names": [
+        Chown(path="d/a", owner=1, group=2),
+        Chown(path="d/e/c", owner=1, group=2),
+        Remount(crash=True),
+        Check(),
+        Chown(path="d/a", owner=3, group=4),
+        Rename(src="d", dst="t/d"),
+        Chmod(path="t/d/e/c", mode=0o600),
+        Remount(crash=True),
+        Append(path="t/d/a", seed=1, length=10),
+        Remount(crash=True),
         Check(),
     ],
 }

@@ -301,3 +301,33 @@ subprocess.run(["fusermount3", "-u", {box.target!r}], check=True)
     assert done.returncode == 0, done.stderr
     with open(box.in_upper("f")) as f:
         assert f.read() == "xy"
+
+
+def test_setuid_and_capabilities_that_are_set_before_the_file_is_closed(box: Sandbox, user: str) -> None:
+    """As tar and dpkg unpack: the kernel writes the data when the file is closed, by a server without CAP_FSETID."""
+    box.lower()
+    answer = in_userns(
+        user,
+        box,
+        """
+        mount()
+        capability = bytes.fromhex("0100000200200000" + "00" * 12)
+        for name, change in (
+            ("setuid", lambda fd: os.fchmod(fd, 0o6755)),
+            ("capable", lambda fd: os.setxattr(fd, "security.capability", capability)),
+        ):
+            with open(at(name), "wb", buffering=0) as f:
+                f.write(b"program")
+                change(f.fileno())
+        look = lambda: [oct(os.stat(at("setuid")).st_mode), "security.capability" in os.listxattr(at("capable"))]
+        result["mounted"] = look()
+        unmount()
+        mount()
+        result["again"] = look()
+        with open(at("capable"), "ab") as f:
+            f.write(b"more")
+        result["written"] = look()[1]
+        unmount()
+        """,
+    )
+    assert answer == {"mounted": ["0o106755", True], "again": ["0o106755", True], "written": False}

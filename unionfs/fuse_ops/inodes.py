@@ -34,6 +34,7 @@ class Inode:
         "__weakref__",
         "aliases",
         "bare",
+        "capability",
         "children",
         "data",
         "default_acl",
@@ -85,6 +86,9 @@ class Inode:
         self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
         self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
         self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities
+        # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
+        # the kernel to do, since data can come from its cache long after it was written.
+        self.capability: bytes | None = None
         self.filled = False  # the kernel has been given the contents, and has not asked for them since
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode

@@ -111,6 +111,7 @@ class MetadataChanges:
         return name, dir_fd, False
 
     def _truncate(self, inode: Inode, size: int, *, keep_times: bool) -> None:
+        inode.capability = None
         if keep_times:
             st = self._view.real_stat(inode)
             self._truncate(inode, size, keep_times=False)
@@ -129,6 +130,7 @@ class MetadataChanges:
         if self._change_override(inode, uid=new_uid, gid=new_gid):
             return None
         path, dir_fd, follow = self._real(inode)
+        inode.capability = None
         try:
             os.chown(path, new_uid, new_gid, dir_fd=dir_fd, follow_symlinks=follow)
         except PermissionError:
@@ -199,6 +201,7 @@ class MetadataChanges:
         if keep != stat.S_IMODE(mode):
             self._copy_up.ensure(inode, data=False, later=True)
             self._chmod(inode, keep)
+        inode.capability = None
         if inode.upper:
             path, follow = self._view.proc_path(inode)
             with contextlib.suppress(OSError):
@@ -276,6 +279,8 @@ class MetadataChanges:
             inode.default_acl = None
         path, follow = self._view.proc_path(inode)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+        if stored == CAPABILITY and any(handle.writable for handle in inode.handles or ()):
+            inode.capability = value
 
     def check_xattr(self, inode: Inode, name: bytes, flags: int) -> None:
         """Raise what setting the attribute with ``flags`` would, so that nothing is copied up for it."""
@@ -306,5 +311,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, data=False, later=True)
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
+        if name == CAPABILITY:
+            inode.capability = None
         self._uncapped = inode if name == CAPABILITY else None
         inode.default_acl = None

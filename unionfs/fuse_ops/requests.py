@@ -16,7 +16,7 @@ from collections.abc import Callable
 import trio
 
 from unionfs.fuse_ops import backing_calls
-from unionfs.fuse_ops.attributes import Attributes
+from unionfs.fuse_ops.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.changes import Caller, check_new_name
 from unionfs.fuse_ops.copy_up import CopyUpJob
 from unionfs.fuse_ops.inodes import Inode
@@ -245,14 +245,18 @@ class UnionRequests:
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""
-        fd = self.files[handle].fd
+        file = self.files[handle]
+        fd = file.fd
         space = self.tree.space
-        if space is None:
-            return self._write_all(fd, offset, data)
         try:
+            if space is None:
+                return self._write_all(fd, offset, data)
             return self._write_all(fd, offset, memoryview(data)[: space.fitting(fd, offset, len(data))])
         finally:
-            space.written(os.fstat(fd))
+            if space is not None:
+                space.written(os.fstat(fd))
+            if file.inode.capability is not None:
+                os.setxattr(fd, CAPABILITY, file.inode.capability)
 
     @staticmethod
     def _write_all(fd: int, offset: int, data: bytes | memoryview) -> int:

@@ -133,6 +133,7 @@ class UnionTree:
         wanted = backing_flags(flags)
         if truncate:
             wanted |= os.O_TRUNC
+            inode.capability = None
         return OpenFile(inode, self._open_real(inode, wanted), writable=writable)
 
     def _open_to_read(self, inode: Inode) -> int:
@@ -156,6 +157,8 @@ class UnionTree:
     def close_file(self, handle: OpenFile) -> None:
         """End the use of an open file."""
         handle.close()
+        if handle.inode.handles is None:
+            handle.inode.capability = None
         self.inodes.drop_if_unneeded(handle.inode)
 
     def forget(self, inode: Inode, count: int) -> None:
