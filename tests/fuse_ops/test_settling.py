@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ async def change(requests: UnionRequests, *names: str) -> None:
         await requests.set_attributes(inode, CHANGE, Caller())
 
 
+@asynccontextmanager
+async def settling_beside(requests: UnionRequests) -> AsyncIterator[None]:
+    """Run the task that settles, as a transport does."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Settling(requests).run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield
+        nursery.cancel_scope.cancel()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(10):
         while not condition():
@@ -74,18 +85,16 @@ async def test_copies_are_settled_after_a_pause(
     requests = UnionRequests(tree, tree.options)
     left: list[None] = []
     requests.before_thread = lambda: left.append(None)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests).run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with settling_beside(requests):
         await change(requests, *NAMES[:3])
         assert marked(tmp_path) == NAMES[:3], "synced without a pause, in the middle of a chown -R"
-        await until(lambda: not marked(tmp_path))
+        await until(lambda: not len(tree.copy_up.unsynced or ()))
+        assert not marked(tmp_path)
         assert len(left) == 3, "a thread was started where the transport had not prepared for it"
         await change(requests, *NAMES[3:])
         assert marked(tmp_path) == NAMES[3:]
-        await until(lambda: not marked(tmp_path))
-        assert not len(tree.copy_up.unsynced or ())
-        nursery.cancel_scope.cancel()
+        await until(lambda: not len(tree.copy_up.unsynced or ()))
+        assert not marked(tmp_path)
     assert len(tree.inodes) == 1, "what nobody uses any more is still remembered"
 
 
@@ -94,9 +103,7 @@ async def test_an_open_file_is_left_alone(tree: UnionTree, tmp_path: Path, monke
     """Its ctime must not change while somebody reads it, as tar notices."""
     monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
     requests = UnionRequests(tree, tree.options)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests).run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with settling_beside(requests):
         await change(requests, *NAMES)
         file = tree.open(tree.lookup(tree.root, b"f2"), os.O_RDONLY)
         before = os.stat(tmp_path / "upper" / "f2").st_ctime_ns
@@ -105,19 +112,15 @@ async def test_an_open_file_is_left_alone(tree: UnionTree, tmp_path: Path, monke
         assert os.stat(tmp_path / "upper" / "f2").st_ctime_ns == before
         tree.close_file(file)
         await until(lambda: not marked(tmp_path))
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
 async def test_many_are_not_kept_waiting(tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unsynced, "MANY", 3)
     requests = UnionRequests(tree, tree.options)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests).run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with settling_beside(requests):
         await change(requests, *NAMES)
         await until(lambda: not marked(tmp_path))
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
@@ -135,15 +138,12 @@ async def test_an_error_is_told_and_tried_again(
 
     requests.before_thread = fail
     with caplog.at_level(logging.WARNING):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(Settling(requests).run)
-            await trio.testing.wait_all_tasks_blocked()
+        async with settling_beside(requests):
             await change(requests, "f0")
             await until(lambda: "Input/output error" in caplog.text)
             assert marked(tmp_path) == ["f0"]
             broken = False
             await until(lambda: not marked(tmp_path))
-            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.trio
@@ -152,14 +152,11 @@ async def test_what_somebody_removed_behind_our_back_is_forgotten(
 ) -> None:
     monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
     requests = UnionRequests(tree, tree.options)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests).run)
-        await trio.testing.wait_all_tasks_blocked()
+    async with settling_beside(requests):
         await change(requests, *NAMES)
         (tmp_path / "upper" / "f1").unlink()
         await until(lambda: not len(tree.copy_up.unsynced or ()))
         assert not marked(tmp_path)
-        nursery.cancel_scope.cancel()
     assert len(tree.inodes) == 1
 
 
