@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from unionfs.fuse_ops import settling, unsynced
+from unionfs.fuse_ops import recovery, settling, unsynced
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests import UnionRequests
@@ -34,7 +34,7 @@ class Caller:
 
 def open_new(tmp_path: Path) -> UnionTree:
     for name in ("low", "upper", "work"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
     for name in NAMES:
         (tmp_path / "low" / name).write_text(name * 100)
     options = MountOptions(
@@ -185,6 +185,36 @@ def test_an_end_that_cannot_sync_leaves_marks_and_note(
         copies.end(sync, tree.copy_up.remove_mark)
     assert marked(tmp_path) == ["f0"]
     assert (tmp_path / "work" / "unsynced").exists()
+
+
+def test_a_crashed_upper_that_cannot_be_searched_is_mounted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Marked files are found when they are looked up then, and the next mount tries again."""
+    tree = open_new(tmp_path)
+    tree.set_attributes(tree.lookup(tree.root, b"f0"), CHANGE, Caller())
+    tree.copy_up.unsynced = None  # as a crash: nothing is settled
+    tree.close()
+    (tmp_path / "upper" / "f0").write_bytes(bytes(200))
+
+    def fail(*_: object) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "_marked", fail)
+        tree = open_new(tmp_path)
+    assert "cannot look for unfinished copies after a crash" in tree.warnings[0]
+    assert "Input/output error" in tree.warnings[0]
+    file = tree.open(tree.lookup(tree.root, b"f0"), os.O_RDONLY)
+    assert os.pread(file.fd, 200, 0) == b"f0" * 100
+    tree.close_file(file)
+    tree.close()
+    assert (tmp_path / "work" / "unsynced").exists()
+    tree = open_new(tmp_path)
+    assert not tree.warnings
+    tree.close()
+    assert (tmp_path / "upper" / "f0").read_bytes() == b"f0" * 100
+    assert not (tmp_path / "work" / "unsynced").exists()
 
 
 def test_idle_trees_have_no_note(tree: UnionTree, tmp_path: Path) -> None:

@@ -27,20 +27,25 @@ def recover(tree: UnionTree) -> list[str]:
     upper_fd = tree.view.upper.layer.readable_fd
     tree.view.trusts_blocks = False
     failed: list[tuple[bytes, OSError]] = []
-    for path in _marked(upper_fd, tree.view.xattrs.metacopy):
-        try:
-            _finish(tree, path)
-        except OSError as error:
-            failed.append((path, error))
-    if not failed:
-        tree.view.trusts_blocks = True
-        syscalls.syncfs(upper_fd)
-        return []
-    path, reason = failed[0]
-    others = f" and {len(failed) - 1} more" if failed[1:] else ""
+    try:
+        for path in _marked(upper_fd, tree.view.xattrs.metacopy):
+            try:
+                _finish(tree, path)
+            except OSError as error:
+                failed.append((path, error))
+        if not failed:
+            syscalls.syncfs(upper_fd)
+    except OSError as error:
+        what, why = "look for unfinished copies", error.strerror
+    else:
+        if not failed:
+            tree.view.trusts_blocks = True
+            return []
+        others = f" and {len(failed) - 1} more" if failed[1:] else ""
+        what, why = f"finish the copy of {os.fsdecode(failed[0][0])}{others}", failed[0][1].strerror
     return [
-        f"upperdir {tree.options.upperdir}: cannot finish the copy of {os.fsdecode(path)}{others} after a crash: "
-        f"{reason.strerror}; their contents come from the lower layers until a mount can"
+        f"upperdir {tree.options.upperdir}: cannot {what} after a crash: {why}; "
+        "their contents come from the lower layers until a mount can"
     ]
 
 

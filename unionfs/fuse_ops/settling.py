@@ -24,13 +24,12 @@ class Settling:
     def __init__(self, requests: UnionRequests) -> None:
         self._requests = requests
         self._copies = requests.tree.copy_up.unsynced
-        self._added = self._many = trio.Event()
+        self._added, self._many = trio.Event(), trio.Event()
 
     async def run(self) -> None:
         """Go on until cancelled; what is left then is settled when the tree is closed."""
         if self._copies is None:
             return
-        self._added, self._many = trio.Event(), trio.Event()
         self._copies.added = self._note
         pause_s = _PAUSE_S
         while True:
