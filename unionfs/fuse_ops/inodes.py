@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from unionfs.fuse_ops.last_close import LastClose
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.lower_stack import DirIndex, LowerDir
 
@@ -194,6 +195,7 @@ class InodeTable:
 
     def __init__(self, numbers: InodeNumbers) -> None:
         self.numbers = numbers
+        self.last_close = LastClose()
         self._by_ino: dict[int, Inode] = {}
         self._by_file: dict[RealFile, Inode] = {}
 
@@ -239,6 +241,6 @@ class InodeTable:
             if node.key is not None and self._by_file.get(node.key) is node:
                 del self._by_file[node.key]
             if node.orphan_fd >= 0:
-                os.close(node.orphan_fd)
+                self.last_close(node.orphan_fd)
                 node.orphan_fd = -1
             node = parent

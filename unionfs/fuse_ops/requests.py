@@ -7,6 +7,7 @@ worker thread together with the descriptors it needs, so that other requests go 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -28,6 +29,7 @@ from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
 from unionfs.fuse_ops.tree import UnionTree
 
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
+_LONG_FREE_BYTES = 4 * 1024 * 1024  # giving back more than this takes a millisecond and more
 
 
 class UnionRequests:
@@ -133,6 +135,34 @@ class UnionRequests:
             done.set()
             self.tree.forget(inode, 1)
 
+    # -- large files ------------------------------------------------------------------------------------------
+
+    def frees_much(self, inode: Inode, size: int) -> bool:
+        """Whether truncating to ``size`` bytes gives so much space back that others would have to wait for it."""
+        if not inode.upper or inode.metacopy or self.tree.space is not None:
+            return False
+        return self.tree.view.real_stat(inode).st_blocks * 512 - size > _LONG_FREE_BYTES
+
+    async def free(self, inode: Inode, size: int) -> None:
+        """Do in a thread what takes long when an upper file is truncated to ``size`` bytes.
+
+        The caller still has to truncate it, which then has nothing more to free, and to tell of errors.
+        """
+        path, _ = self.tree.view.proc_path(inode)
+        self.before_thread()
+        with contextlib.suppress(OSError):
+            await trio.to_thread.run_sync(self._shorten, path, size)
+
+    def _shorten(self, path: bytes, size: int) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            st = os.fstat(fd)
+            os.ftruncate(fd, size)
+            if self.tree.kernel_keeps_time:
+                os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+        finally:
+            os.close(fd)
+
     # -- changes that may have to copy data first -------------------------------------------------------------
 
     async def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
@@ -151,11 +181,19 @@ class UnionRequests:
                 await self.copy_up(inode, data=inode.unsynced)
         self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
 
-    def needs_copy_up_for(self, inode: Inode, change: AttributeChange) -> bool:
-        """Whether a change of attributes has to wait for a copy-up."""
+    def must_wait_for(self, inode: Inode, change: AttributeChange) -> bool:
+        """Whether a change of attributes has to wait for :meth:`make_ready`."""
         if change.kills_privileges or self._changes_nothing(inode, change):
             return False
-        return not self.copied_up(inode, data=change.size is not None, size=change.size, later=True)
+        if not self.copied_up(inode, data=change.size is not None, size=change.size, later=True):
+            return True
+        return change.size is not None and self.frees_much(inode, change.size)
+
+    async def make_ready(self, inode: Inode, change: AttributeChange) -> None:
+        """Do what takes long of a change of attributes."""
+        await self.copy_up(inode, data=change.size is not None, size=change.size, later=True)
+        if change.size is not None and self.frees_much(inode, change.size):
+            await self.free(inode, change.size)
 
     def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
         # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
@@ -165,15 +203,15 @@ class UnionRequests:
         return change.only_mtime and change.mtime_ns == self.tree.attributes(inode).mtime_ns
 
     def set_attributes_now(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
-        """Change attributes of an inode that does not have to be copied up for it."""
+        """Change attributes of an inode for which nothing must be waited for."""
         st: os.stat_result | None = None
         if not self._changes_nothing(inode, change):
             st = self.tree.set_attributes(inode, change, caller)
         return self.tree.attributes(inode) if st is None else self.tree.view.present(inode, st)
 
     async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
-        if self.needs_copy_up_for(inode, change):
-            await self.copy_up(inode, data=change.size is not None, size=change.size, later=True)
+        if self.must_wait_for(inode, change):
+            await self.make_ready(inode, change)
         return self.set_attributes_now(inode, change, caller)
 
     async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
@@ -205,6 +243,8 @@ class UnionRequests:
         truncate = bool(flags & os.O_TRUNC)
         if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
             await self.copy_up(inode, size=0 if truncate else None)
+        if truncate and self.frees_much(inode, 0):
+            await self.free(inode, 0)
         file = self.tree.open(inode, flags)
         if truncate and caller.uid != 0:
             try:

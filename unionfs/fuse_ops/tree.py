@@ -211,6 +211,7 @@ class UnionTree:
             if inode.hold is not None and self._upper is not None:
                 self._upper.discard(inode.hold)
                 inode.hold = None
+        self.inodes.last_close.wait()
         if self._upper is not None and self._syncs:
             self._sync_all(self._upper.layer.readable_fd)
         self._cache.close()

@@ -37,7 +37,8 @@ class Mount:
         self.options = options
         self.connection = Connection()
         self.requests = UnionRequests(tree, options)
-        self.requests.before_thread = self.connection.beside.leave  # which the thread would inherit
+        # Which the thread would inherit.
+        self.requests.before_thread = tree.inodes.last_close.before_thread = self.connection.beside.leave
         self.packed = PackedAttributes(tree.view)
         self.files_ahead = FileReadAhead()
         self.patience = self.requests.patience = Patience()

@@ -60,12 +60,12 @@ class AttributeAnswers(Answers):
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
         inode = self._inode(request)
         kill = bool(valid & SetAttr.KILL_SUIDGID)
-        if self._requests.needs_copy_up_for(inode, change):
-            return self._copy_and_set(request, inode, change, kill=kill)
+        if self._requests.must_wait_for(inode, change):
+            return self._wait_and_set(request, inode, change, kill=kill)
         return self._set_attributes(request, inode, change, kill=kill)
 
-    async def _copy_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        await self._requests.copy_up(inode, data=change.size is not None, size=change.size, later=True)
+    async def _wait_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
+        await self._requests.make_ready(inode, change)
         return self._set_attributes(request, inode, change, kill=kill)
 
     def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:

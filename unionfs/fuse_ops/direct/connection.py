@@ -16,8 +16,8 @@ from unionfs.fuse_ops.direct import protocol as p
 from unionfs.fuse_ops.direct.beside_client import BesideClient
 from unionfs.fuse_ops.direct.protocol import Opcode
 from unionfs.fuse_ops.direct.request import Request
-from unionfs.fuse_ops.direct.waiting_calls import WaitingCalls
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.waiting_calls import WaitingCalls
 
 log = logging.getLogger(__name__)
 

@@ -66,7 +66,7 @@ class FileAnswers(Answers):
         inode = self._inode(request)
         truncate = bool(flags & os.O_TRUNC)
         reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
-        if reads_only or self._requests.copied_up(inode, size=0 if truncate else None):
+        if reads_only or self._ready_to_open(inode, truncate=truncate):
             # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
             kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
             file = self._tree.open(inode, flags)
@@ -76,9 +76,14 @@ class FileAnswers(Answers):
             if self._mount.keep_cache and opened & Open.KEEP_CACHE:
                 self._give_pages(file, flags)
             return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
-        return self._copy_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
+        return self._wait_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
 
-    async def _copy_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
+    def _ready_to_open(self, inode: Inode, *, truncate: bool) -> bool:
+        if not self._requests.copied_up(inode, size=0 if truncate else None):
+            return False
+        return not (truncate and self._requests.frees_much(inode, 0))
+
+    async def _wait_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
         return self._open_reply(request, await self._requests.open(inode, flags, request), kill=kill)
 
     def _open_reply(self, request: Request, file: OpenFile, *, kill: bool) -> bytes:
