@@ -165,10 +165,23 @@ def test_who_only_syncs_is_left_alone(beside: BesideClient, client: int, quiet: 
     assert_beside(client)
 
 
+def test_who_syncs_every_few_requests_is_left_alone(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    """As SQLite does, with several syncs in each commit."""
+    beside.consider(client, IN_A_ROW)
+    for number in range(IN_A_ROW, 8 * IN_A_ROW, 8):
+        beside.consider(client, number)
+        beside.before_sync(number)
+    assert not beside.active
+    assert beside.syncs_often(number + 1)
+    assert not beside.syncs_often(number + 17)
+    assert not beside.syncs_often(0), "another client came, who is not known yet"
+
+
 def test_who_syncs_now_and_then_is_not(beside: BesideClient, client: int, quiet: list[bool]) -> None:
     beside.consider(client, IN_A_ROW)
-    for number in range(IN_A_ROW, 4 * IN_A_ROW, 2):
+    for number in range(IN_A_ROW, 20 * IN_A_ROW, 17):
         beside.before_sync(number)
+        assert not beside.syncs_often(number)
     assert_beside(client)
 
 

@@ -9,8 +9,9 @@ SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing 
 which is why it is one only while nothing else runs on the machine, and looks again all the time; and only with the
 privilege to go back.
 
-Who does nothing but sync, as a log is written, is left alone. A disk may interrupt one processor only, as virtual ones
-do, and is waited for longest on the others; a sync waits several times, and the scheduler knows where that is shortest.
+Who syncs again and again, as a log is written or a database commits, is left alone. A disk may interrupt one processor
+only, as virtual ones do, and is waited for longest on the others; a sync waits several times, and the scheduler knows
+where that is shortest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ LOOK_EVERY: Final = 8
 _CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
-_SYNCS: Final = 8  # in a row, until a client is one who does nothing else
+_SYNCS: Final = 8  # one soon after the other, until a client is one who syncs again and again
+_SYNC_GAP: Final = 16  # requests from one sync to the next, when that comes soon after it; a commit of SQLite has 15
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
@@ -68,7 +70,7 @@ class BesideClient:
             self._usable = _may_return()
             if not self._usable:
                 return
-        if self._syncs > _SYNCS and before == self._last_sync + 1:
+        if self.syncs_often(before):
             return
         if not self._machine_is_quiet():
             # A thread of the kernel has work for some microseconds after each access to a disk, for instance.
@@ -95,10 +97,14 @@ class BesideClient:
 
     def before_sync(self, before: int) -> None:
         """What is about to be done, after ``before`` other requests of the client, brings something to the disk."""
-        self._syncs = self._syncs + 1 if before == self._last_sync + 1 else 1
+        self._syncs = self._syncs + 1 if 0 < before - self._last_sync <= _SYNC_GAP else 1
         self._last_sync = before
         if self._syncs > _SYNCS:
             self.leave()
+
+    def syncs_often(self, before: int) -> bool:
+        """Whether the client, after ``before`` other requests of its, is one who syncs again and again."""
+        return self._syncs > _SYNCS and 0 <= before - self._last_sync <= _SYNC_GAP
 
     def leave(self) -> None:
         """Run wherever the scheduler likes, as any other task."""

@@ -53,6 +53,7 @@ class DirectTransport:
         self.served = Mount(tree, options)
         self._connection = self.served.connection
         self._beside = self._connection.beside
+        self._patience = self.served.patience
         self._ahead = tree.view.lower.ahead
         self._waiting = 0  # requests that are tasks of their own
         self._ready = select.poll()
@@ -103,6 +104,9 @@ class DirectTransport:
                         beside.slept()
                         continue
                     beside.leave()
+                # Whoever waits for the disk time and again has gone to sleep too; this is a short way to do so.
+                if not self._waiting and beside.syncs_often(self._patience.in_a_row) and ready.poll(_STAY_MS):
+                    continue
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
                     await trio.lowlevel.wait_readable(fd)
@@ -127,7 +131,7 @@ class DirectTransport:
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
         if code not in _NOBODYS:
-            before = self.served.patience.request_from(pid)
+            before = self._patience.request_from(pid)
             if not before % LOOK_EVERY or self._beside.in_doubt:
                 if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
                     before = 0
