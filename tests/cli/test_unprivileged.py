@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cli.programs import BIN, Done, layer_options, run
+from tests.support.layers import OLD_NS
 from tests.support.mounts import servers_of, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 
@@ -111,3 +112,32 @@ def test_root_of_a_user_namespace(layers: Sandbox) -> None:
     assert "allow_other" in table
     assert wait_until(lambda: servers_of(layers.target) == (), 10)
     assert sorted(os.listdir(layers.in_upper())) != ["d"], "the removed file is not marked"
+
+
+def test_directories_that_their_owner_may_not_write(layers: Sandbox) -> None:
+    """Module caches and package stores are such. Files in them may be changed, though their names may not."""
+    lower = layers.lower()
+    lower.dir("d", mode=0o555, owner=(USER, USER)).dir("d/e", mode=0o555, owner=(USER, USER))
+    lower.file("d/f", b"text", owner=(USER, USER)).file("d/e/f", b"text", owner=(USER, USER))
+    lower.file("d/e/g", b"text\n", mode=0o444, owner=(USER, USER)).link("d/e/k", "d/e/g")
+    lower.symlink("d/e/l", "f", owner=(USER, USER))
+    done = as_user(
+        layers,
+        f"unionfs-mount -o {layer_options(layers)} {layers.target}; cd {layers.target}; "
+        "echo new > d/e/f; chmod 600 d/f; chmod 400 d/e/g; touch -h -d @9 d/e/l; "
+        "rm -f d/f 2>/dev/null || echo refused; mkdir d/x 2>/dev/null || echo refused; "
+        "mv d/e/f d/e/h 2>/dev/null || echo refused; "
+        "stat -c '%a %n' d d/e d/f d/e/*; cat d/e/f d/e/g; stat -c %Y d d/e d/e/l; "
+        # Whiteouts in a directory that may not be written, and that is then removed.
+        "chmod u+w d d/e; rm d/e/*; chmod a-w d/e; rmdir d/e; mv d/f d/h; chmod a-w d; ls d; "
+        f"cd /; unionfs umount {layers.target}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *["refused"] * 3,
+        *["555 d", "555 d/e", "600 d/f", "644 d/e/f", "400 d/e/g", "400 d/e/k", "777 d/e/l", "new", "text"],
+        *[str(OLD_NS // 10**9)] * 2,
+        *["9", "h"],
+    ]
+    assert stat.S_IMODE(os.stat(layers.in_upper("d")).st_mode) == 0o555
+    assert os.listdir(f"{layers.work}/work") == []

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from unionfs.fuse_ops import syscalls
 from unionfs.fuse_ops.attributes import CAPABILITY
@@ -30,6 +31,7 @@ At = tuple[int, bytes]
 NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
 """Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
 
+_MAKE_NAMES = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make names in a directory
 _LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for large ones the copying takes longer
 
 _NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
@@ -94,6 +96,7 @@ class CopyUp:
     def __init__(self, view: MergedView) -> None:
         self._view = view
         view.link_held = self.link_held
+        self._overrides_modes = os.geteuid() == 0
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
 
@@ -324,7 +327,7 @@ class CopyUp:
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
             self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._place_directory(upper, inode, temp)
+            self._place_directory(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
             raise
@@ -430,30 +433,53 @@ class CopyUp:
         assert inode.hold is not None
         upper = self._upper
         parent_fd = self.ensure_directory(parent)
-        before = os.stat(parent_fd)
-        with contextlib.suppress(FileExistsError):
-            os.link(inode.hold, name, src_dir_fd=upper.work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
-        self._restore_times(parent_fd, before)
+
+        def link() -> None:
+            assert inode.hold is not None
+            with contextlib.suppress(FileExistsError):
+                os.link(inode.hold, name, src_dir_fd=upper.work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
+
+        self._unseen(parent_fd, link)
 
     def _place_file(self, upper: UpperDir, inode: Inode, new: NewFile) -> None:
         assert inode.parent is not None
-        parent_fd = self._view.upper_dir_fd(inode.parent)
-        before = os.stat(parent_fd)
-        upper.place(new, parent_fd, inode.name)
-        self._restore_times(parent_fd, before)
+        parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
+        self._unseen(parent_fd, lambda: upper.place(new, parent_fd, name))
 
-    def _place_directory(self, upper: UpperDir, inode: Inode, temp: bytes) -> None:
+    def _place_directory(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
         assert inode.parent is not None
-        parent_fd = self._view.upper_dir_fd(inode.parent)
-        before = os.stat(parent_fd)
-        upper.install(upper.work_fd, temp, parent_fd, inode.name, directory=True)
-        self._restore_times(parent_fd, before)
+        parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
 
-    @staticmethod
-    def _restore_times(dir_fd: int, st: os.stat_result) -> None:
-        # In the merged tree nothing appeared in this directory.
+        def install() -> None:
+            upper.install(upper.work_fd, temp, parent_fd, name, directory=True)
+
+        def install_and_restrict() -> None:
+            # A directory that may not be written by its owner cannot be moved by him to another one either.
+            os.chmod(temp, stat.S_IMODE(st.st_mode) | stat.S_IWUSR, dir_fd=upper.work_fd)
+            install()
+            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
+
+        may_be_moved = st.st_mode & stat.S_IWUSR or self._overrides_modes
+        self._unseen(parent_fd, install if may_be_moved else install_and_restrict)
+
+    def _unseen(self, dir_fd: int, make: Callable[[], None]) -> None:
+        """Make something in an upper directory of which the merged tree is to show nothing.
+
+        Nor may the directory's mode forbid it, which is that of the merged one: for its owner without privilege it
+        is another one meanwhile.
+        """
+        before = os.stat(dir_fd)
+        if before.st_mode & _MAKE_NAMES == _MAKE_NAMES or self._overrides_modes:
+            make()
+        else:
+            path = b"/proc/self/fd/%d" % dir_fd
+            os.chmod(path, stat.S_IMODE(before.st_mode) | _MAKE_NAMES)
+            try:
+                make()
+            finally:
+                os.chmod(path, stat.S_IMODE(before.st_mode))
         with contextlib.suppress(OSError):
-            os.utime(b".", ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+            os.utime(b".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
 
     def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
         """Let files that were opened before the copy-up see what is written after it."""

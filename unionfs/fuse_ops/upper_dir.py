@@ -196,7 +196,7 @@ class UpperDir:
         if not self.device_whiteouts:
             if len(name) > NAME_MAX - len(MARK):
                 if directory:
-                    os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
+                    self._move_away(dir_fd, name, temp)
                     self.discard(temp)
                 self._xattr_whiteout(dir_fd, name)
                 return
@@ -205,7 +205,11 @@ class UpperDir:
             return
         self._link_whiteout(self.work_fd, temp)
         if directory:
-            syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
+            try:
+                syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
+            except PermissionError:
+                make_writable(dir_fd, name)
+                syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
             self.discard(temp)
         else:
             os.rename(temp, name, src_dir_fd=self.work_fd, dst_dir_fd=dir_fd)
@@ -229,8 +233,16 @@ class UpperDir:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             temp = self.temp_name()
-            os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
+            self._move_away(dir_fd, name, temp)
             self.discard(temp)
+
+    def _move_away(self, dir_fd: int, name: bytes, temp: bytes) -> None:
+        """Move a directory that is to be removed into the work directory."""
+        try:
+            os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
+        except PermissionError:
+            make_writable(dir_fd, name)
+            os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
 
     def install(self, staging_fd: int, temp: bytes, dir_fd: int, name: bytes, *, directory: bool) -> None:
         """Move a finished object to its place, where there is nothing or a whiteout."""
@@ -309,6 +321,15 @@ class UpperDir:
         self.layer.close()
 
 
+def make_writable(dir_fd: int, name: bytes) -> None:
+    """Let a server without privilege move the directory ``name``, which is to be removed, and remove what is in it."""
+    fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IRWXU)
+    finally:
+        os.close(fd)
+
+
 def remove_tree(dir_fd: int, name: bytes) -> None:
     """Remove ``name`` and everything in it, without following links; missing is fine."""
     try:
@@ -321,11 +342,14 @@ def remove_tree(dir_fd: int, name: bytes) -> None:
             raise
     try:
         fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
-    except PermissionError:  # a directory of mode 0 and an unprivileged server
-        os.chmod(name, 0o700, dir_fd=dir_fd)
+    except PermissionError:
+        make_writable(dir_fd, name)
         fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
     try:
-        for child in os.listdir(fd):
+        children = os.listdir(fd)
+        if children and os.fstat(fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            make_writable(dir_fd, name)
+        for child in children:
             remove_tree(fd, os.fsencode(child))
     finally:
         os.close(fd)
