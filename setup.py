@@ -18,7 +18,7 @@ _COMPILED = """
     direct/packed_attributes direct/passthrough direct/protocol direct/request direct/session direct/short_reads
     direct/transport
     allocation attributes backing_calls changes coldness copy_up copying directory_ahead early_pages file_ahead inodes
-    last_close layer_dir limited_tree listing lower_stack merged_view metadata open_files overlay_format patience
+    last_close layer_dir limited_tree listing lower_stack merged_view metadata need open_files overlay_format patience
     requests space_limit tree unsynced upper_dir
 """
 

@@ -16,6 +16,7 @@ import pytest
 from tests.support.users import as_user
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.metadata import AttributeChange
+from unionfs.fuse_ops.need import METADATA
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.stack import open_tree
 from unionfs.fuse_ops.tree import UnionTree
@@ -182,7 +183,7 @@ def test_a_copy_that_fails_leaves_nothing(
     job.run()
     tree.copy_up.abort(job)
     assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
-    assert tree.copy_up.needs(file, data=True)
+    assert tree.copy_up.needs(file)
     tree.copy_up.ensure(file)
     assert (dirs / "upper" / "file").read_text() == "contents"
 
@@ -253,9 +254,9 @@ def test_a_copy_is_complete_before_it_can_be_seen(
         with monkeypatch.context() as patch:
             patch.setattr(os, "link" if unnamed else "rename", crash)
             with pytest.raises(OSError, match="crash"):
-                tree.copy_up.ensure(file, data=False)
+                tree.copy_up.ensure(file, METADATA)
         assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
-        tree.copy_up.ensure(file, data=False)
+        tree.copy_up.ensure(file, METADATA)
         copy = os.stat(dirs / "upper" / "file")
     finally:
         tree.close()

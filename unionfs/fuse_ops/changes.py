@@ -12,6 +12,7 @@ from unionfs.fuse_ops.attributes import Override
 from unionfs.fuse_ops.copy_up import CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.need import METADATA
 from unionfs.fuse_ops.open_files import OpenFile, backing_flags
 from unionfs.fuse_ops.overlay_format import MARK, NAME_MAX, WHITEOUT_DEVICE
 from unionfs.fuse_ops.upper_dir import UpperDir
@@ -154,7 +155,7 @@ class NamespaceChanges:
         unnamed = inode.orphan and inode.hold is None
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        self._copy_up.ensure(inode, data=False)
+        self._copy_up.ensure(inode, METADATA)
         self._copy_up.detach(inode)
         directory_fd = self._copy_up.ensure_directory(directory)
         source, follow = self._view.proc_path(inode)

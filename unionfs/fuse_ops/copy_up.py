@@ -21,6 +21,7 @@ from unionfs.fuse_ops.copying import at_path, copy_data, copy_mode, copy_owner, 
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.need import CONTENTS, Need
 from unionfs.fuse_ops.overlay_format import UNSYNCED, encode_origin
 from unionfs.fuse_ops.unsynced import Unsynced, settle, unmark
 from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
@@ -112,9 +113,9 @@ class CopyUp:
 
     # -- the whole of it --------------------------------------------------------------------------------------
 
-    def needs(self, inode: Inode, *, data: bool) -> bool:
-        """Whether ``inode`` has to be copied up before its metadata, or with ``data`` its contents, can be changed."""
-        return not inode.upper or (data and (inode.metacopy or inode.unsynced))
+    def needs(self, inode: Inode, need: Need = CONTENTS) -> bool:
+        """Whether ``inode`` has to be copied up before it can be changed."""
+        return not inode.upper or (need.data and (inode.metacopy or inode.unsynced))
 
     def may_sync_later(self, inode: Inode, st: os.stat_result) -> bool:
         """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
@@ -123,25 +124,12 @@ class CopyUp:
         # Elsewhere than under the lower file's name, the mark would not find it.
         return inode.parent is not None and not inode.metacopy and not self._has_other_names(inode, st)
 
-    def ensure(
-        self,
-        inode: Inode,
-        *,
-        data: bool = True,
-        size: int | None = None,
-        st: os.stat_result | None = None,
-        later: bool = False,
-    ) -> None:
-        """Copy ``inode`` up now if it needs to be.
+    def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
+        """Copy ``inode``, which is to be changed, up now if it needs to be.
 
-        Args:
-            inode: what is to be changed.
-            data: whether its contents are, and not its metadata only.
-            size: how many bytes of the data will matter (truncation).
-            st: lstat of its real object, from somebody who has just asked for it.
-            later: whether its data may come to the disk later; only for what keeps its name and contents.
+        ``st`` is lstat of its real object, from somebody who has just asked for it.
         """
-        job = self.begin(inode, data=data, size=size, st=st, later=later)
+        job = self.begin(inode, need, st)
         if job is None:
             return
         try:
@@ -157,26 +145,18 @@ class CopyUp:
             self.ensure(directory)
         return self._view.upper_dir_fd(directory)
 
-    def begin(
-        self,
-        inode: Inode,
-        *,
-        data: bool = True,
-        size: int | None = None,
-        st: os.stat_result | None = None,
-        later: bool = False,
-    ) -> CopyUpJob | None:
+    def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
         """Start copying ``inode`` up as :meth:`ensure` does; returns the job that is left to do, None if it is done.
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
         upper = self._upper
-        if not self.needs(inode, data=data):
+        if not self.needs(inode, need):
             return None
         if inode.unsynced:
             return self.begin_settling(inode)
         if inode.upper:
-            return self._begin_data(inode, size)
+            return self._begin_data(inode, need)
         self._ensure_parents(inode)
         if st is None:
             st = self._view.real_stat(inode)
@@ -187,13 +167,13 @@ class CopyUp:
             self._special(upper, inode, st)
             return None
         assert inode.lower is not None
-        wanted = st.st_size if size is None else min(size, st.st_size)
-        if not data and self._view.options.metacopy and st.st_size > 0:
+        wanted = need.bytes_of(st.st_size)
+        if not need.data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
             return None
         source = self._view.data_source(inode)
         source_fd = source[0].open(source[1], os.O_RDONLY)
-        later = later and not data and self.may_sync_later(inode, st)
+        later = need.later and not need.data and self.may_sync_later(inode, st)
         try:
             new = self._marked_file(upper, st.st_size) if later else upper.new_file()
         except BaseException:
@@ -489,10 +469,10 @@ class CopyUp:
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
-    def _begin_data(self, inode: Inode, size: int | None) -> CopyUpJob | None:
+    def _begin_data(self, inode: Inode, need: Need) -> CopyUpJob | None:
         layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
-        wanted = st.st_size if size is None else min(size, st.st_size)
+        wanted = need.bytes_of(st.st_size)
         source_fd = layer.open(path, os.O_RDONLY)
         try:
             proc_path, _ = self._view.proc_path(inode)

@@ -19,6 +19,7 @@ from unionfs.fuse_ops.layer_dir import DescriptorCache
 from unionfs.fuse_ops.lower_stack import LowerStack
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.metadata import AttributeChange, MetadataChanges
+from unionfs.fuse_ops.need import CONTENTS, Need
 from unionfs.fuse_ops.open_files import OpenFile
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
@@ -137,34 +138,26 @@ class _LimitedCopyUp(CopyUp):
         self._accounts = accounts
         self._expected: dict[CopyUpJob, tuple[int, int]] = {}
 
-    def begin(
-        self,
-        inode: Inode,
-        *,
-        data: bool = True,
-        size: int | None = None,
-        st: os.stat_result | None = None,
-        later: bool = False,
-    ) -> CopyUpJob | None:
+    def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
         space = self._accounts.space
-        needed = self._needed(inode, data=data, size=size)
+        needed = self._needed(inode, need)
         space.require(needed)
-        job = super().begin(inode, data=data, size=size, st=st, later=later)
+        job = super().begin(inode, need, st)
         if job is not None:
             ino = os.fstat(job.target_fd).st_ino
             space.expect(ino, needed)
             self._expected[job] = ino, needed
         return job
 
-    def _needed(self, inode: Inode, *, data: bool, size: int | None) -> int:
+    def _needed(self, inode: Inode, need: Need) -> int:
         """The bytes that a copy-up may take. Directories are not refused: what is removed needs them, too."""
-        if inode.kind == stat.S_IFDIR or not self.needs(inode, data=data):
+        if inode.kind == stat.S_IFDIR or not self.needs(inode, need):
             return 0
         block = self._accounts.space.block_bytes
         st = self._view.real_stat(inode)
-        if not stat.S_ISREG(st.st_mode) or (not data and self._view.options.metacopy):
+        if not stat.S_ISREG(st.st_mode) or (not need.data and self._view.options.metacopy):
             return block
-        wanted = st.st_size if size is None else min(size, st.st_size)
+        wanted = need.bytes_of(st.st_size)
         if wanted <= _WHOLE_BYTES:
             return round_up(wanted, block)
         layer, path = self._view.data_source(inode)

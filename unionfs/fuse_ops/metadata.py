@@ -14,6 +14,7 @@ from unionfs.fuse_ops.changes import Caller
 from unionfs.fuse_ops.copy_up import CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView
+from unionfs.fuse_ops.need import ATTRIBUTES, for_attributes
 from unionfs.fuse_ops.options import XattrPermissions
 
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
@@ -84,7 +85,7 @@ class MetadataChanges:
                 self.clear_privileges(inode, caller)
             self._uncapped = None
             return None
-        self._copy_up.ensure(inode, data=change.size is not None, size=change.size, later=True)
+        self._copy_up.ensure(inode, for_attributes(change.size))
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
             self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self.kernel_keeps_time)
@@ -199,7 +200,7 @@ class MetadataChanges:
         if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not _in_group(caller, attributes.gid)):
             keep &= ~stat.S_ISGID
         if keep != stat.S_IMODE(mode):
-            self._copy_up.ensure(inode, data=False, later=True)
+            self._copy_up.ensure(inode, ATTRIBUTES)
             self._chmod(inode, keep)
         inode.capability = None
         if inode.upper:
@@ -273,7 +274,7 @@ class MetadataChanges:
         stored = self._stored_name(name)
         if not inode.upper and flags:
             self.check_xattr(inode, name, flags)
-        self._copy_up.ensure(inode, data=False, later=True)
+        self._copy_up.ensure(inode, ATTRIBUTES)
         if name in ACL_NAMES:
             value = self._view.ownership.map_acl(value, to_disk=True)
             inode.default_acl = None
@@ -308,7 +309,7 @@ class MetadataChanges:
         """Remove an attribute; ENODATA, and no copy-up, if there is none."""
         if not self.has_xattr_to_remove(inode, name):
             return
-        self._copy_up.ensure(inode, data=False, later=True)
+        self._copy_up.ensure(inode, ATTRIBUTES)
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
         if name == CAPABILITY:

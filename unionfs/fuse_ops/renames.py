@@ -10,6 +10,7 @@ from unionfs.fuse_ops.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.fuse_ops.copy_up import NO_ROOM_FOR_PATH, CopyUp
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.merged_view import MergedView, enoent
+from unionfs.fuse_ops.need import METADATA
 from unionfs.fuse_ops.options import RedirectMode
 from unionfs.fuse_ops.overlay_format import WHITEOUT_DEVICE
 from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
@@ -78,7 +79,7 @@ class Renames:
         is_dir = inode.kind == stat.S_IFDIR
         if is_dir and inode.lowers and self._view.options.redirect_dir is not RedirectMode.ON:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        self._copy_up.ensure(inode, data=False)
+        self._copy_up.ensure(inode, METADATA)
         self._copy_up.ensure_directory(new_dir)
         if not is_dir:
             self._copy_up.detach(inode)

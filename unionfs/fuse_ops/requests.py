@@ -22,6 +22,7 @@ from unionfs.fuse_ops.changes import Caller, check_new_name
 from unionfs.fuse_ops.copy_up import CopyUpJob
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
+from unionfs.fuse_ops.need import ATTRIBUTES, CONTENTS, Need, for_attributes, for_name, for_writing
 from unionfs.fuse_ops.open_files import OpenDir, OpenFile
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.patience import Patience
@@ -71,44 +72,43 @@ class UnionRequests:
 
     # -- copy-up ----------------------------------------------------------------------------------------------
 
-    def copied_up(self, inode: Inode, *, data: bool = True, size: int | None = None, later: bool = False) -> bool:
+    def copied_up(self, inode: Inode, need: Need = CONTENTS) -> bool:
         """Copy ``inode`` up here and now if that is needed and takes no longer than handing it to a thread would.
 
-        False when it would: then the caller has to wait for :meth:`copy_up`. The arguments are those of
-        :meth:`CopyUp.ensure`.
+        False when it would: then the caller has to wait for :meth:`copy_up`.
         """
         copy_up = self.tree.copy_up
-        if not copy_up.needs(inode, data=data):
+        if not copy_up.needs(inode, need):
             return True
         if inode in self._copying:
             return False
-        copies_data = data or not self.options.metacopy
-        if inode.kind != stat.S_IFREG or (size == 0 and not inode.unsynced) or not copies_data:
-            copy_up.ensure(inode, data=data, size=size)
+        copies_data = need.data or not self.options.metacopy
+        if inode.kind != stat.S_IFREG or (need.size == 0 and not inode.unsynced) or not copies_data:
+            copy_up.ensure(inode, need)
             return True
         st = self.tree.view.real_stat(inode)
         if st.st_size > _INLINE_COPY_BYTES:
             return False
         if self.patience is None:
-            if self.sync and not (later and not data and copy_up.may_sync_later(inode, st)):
+            if self.sync and not (need.later and not need.data and copy_up.may_sync_later(inode, st)):
                 return False
         elif self.sync and not self.patience.may_wait():
             return False
         start = time.perf_counter()
-        copy_up.ensure(inode, data=data, size=size, st=st, later=later)
+        copy_up.ensure(inode, need, st)
         if self.patience is not None:
             self.patience.waited_since(start)
         return True
 
-    async def copy_up(self, inode: Inode, *, data: bool = True, size: int | None = None, later: bool = False) -> None:
+    async def copy_up(self, inode: Inode, need: Need = CONTENTS) -> None:
         """Copy ``inode`` up without holding up other requests; one copy at a time for each inode."""
         copy_up = self.tree.copy_up
-        while not self.copied_up(inode, data=data, size=size, later=later):
+        while not self.copied_up(inode, need):
             going_on = self._copying.get(inode)
             if going_on is not None:
                 await going_on.wait()
                 continue
-            job = copy_up.begin(inode, data=data, size=size, later=later)
+            job = copy_up.begin(inode, need)
             if job is None:
                 return
             await self._run_job(inode, job)
@@ -166,7 +166,7 @@ class UnionRequests:
     # -- changes that may have to copy data first -------------------------------------------------------------
 
     async def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
-        await self.copy_up(inode, data=inode.unsynced)
+        await self.copy_up(inode, for_name(unsynced=inode.unsynced))
         self.tree.link(inode, directory, name)
 
     async def rename(
@@ -178,20 +178,20 @@ class UnionRequests:
             moved.append(self.tree.lookup(new_dir, new_name))
         for inode in moved:
             if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
-                await self.copy_up(inode, data=inode.unsynced)
+                await self.copy_up(inode, for_name(unsynced=inode.unsynced))
         self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
 
     def must_wait_for(self, inode: Inode, change: AttributeChange) -> bool:
         """Whether a change of attributes has to wait for :meth:`make_ready`."""
         if change.kills_privileges or self._changes_nothing(inode, change):
             return False
-        if not self.copied_up(inode, data=change.size is not None, size=change.size, later=True):
+        if not self.copied_up(inode, for_attributes(change.size)):
             return True
         return change.size is not None and self.frees_much(inode, change.size)
 
     async def make_ready(self, inode: Inode, change: AttributeChange) -> None:
         """Do what takes long of a change of attributes."""
-        await self.copy_up(inode, data=change.size is not None, size=change.size, later=True)
+        await self.copy_up(inode, for_attributes(change.size))
         if change.size is not None and self.frees_much(inode, change.size):
             await self.free(inode, change.size)
 
@@ -217,7 +217,7 @@ class UnionRequests:
     async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
-        await self.copy_up(inode, data=False, later=True)
+        await self.copy_up(inode, ATTRIBUTES)
         self.set_xattr_now(inode, name, value, flags)
 
     def set_xattr_now(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
@@ -227,7 +227,7 @@ class UnionRequests:
 
     async def remove_xattr(self, inode: Inode, name: bytes) -> None:
         if self.tree.has_xattr_to_remove(inode, name):  # or ENODATA, before anything is copied up
-            await self.copy_up(inode, data=False, later=True)
+            await self.copy_up(inode, ATTRIBUTES)
             self.tree.remove_xattr(inode, name)
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class UnionRequests:
     async def open(self, inode: Inode, flags: int, caller: Caller) -> OpenFile:
         truncate = bool(flags & os.O_TRUNC)
         if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
-            await self.copy_up(inode, size=0 if truncate else None)
+            await self.copy_up(inode, for_writing(truncate=truncate))
         if truncate and self.frees_much(inode, 0):
             await self.free(inode, 0)
         file = self.tree.open(inode, flags)

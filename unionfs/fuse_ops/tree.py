@@ -20,6 +20,7 @@ from unionfs.fuse_ops.layer_dir import DescriptorCache
 from unionfs.fuse_ops.lower_stack import LowerStack
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.metadata import MetadataChanges
+from unionfs.fuse_ops.need import for_writing
 from unionfs.fuse_ops.open_files import OpenFile, backing_flags
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
@@ -127,7 +128,7 @@ class UnionTree:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         truncate = bool(flags & os.O_TRUNC)
         if writable or truncate:
-            self.copy_up.ensure(inode, size=0 if truncate else None)
+            self.copy_up.ensure(inode, for_writing(truncate=truncate))
         if self.opens_late and not inode.upper and not inode.metacopy:
             return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
         wanted = backing_flags(flags)

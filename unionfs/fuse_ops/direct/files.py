@@ -17,6 +17,7 @@ from unionfs.fuse_ops.direct.protocol import Opcode, Open
 from unionfs.fuse_ops.direct.request import Request
 from unionfs.fuse_ops.direct.short_reads import ShortReads
 from unionfs.fuse_ops.inodes import Inode
+from unionfs.fuse_ops.need import ATTRIBUTES, for_writing
 from unionfs.fuse_ops.open_files import OpenFile
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class FileAnswers(Answers):
         return self._wait_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
 
     def _ready_to_open(self, inode: Inode, *, truncate: bool) -> bool:
-        if not self._requests.copied_up(inode, size=0 if truncate else None):
+        if not self._requests.copied_up(inode, for_writing(truncate=truncate)):
             return False
         return not (truncate and self._requests.frees_much(inode, 0))
 
@@ -248,14 +249,14 @@ class FileAnswers(Answers):
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOTTY, request.unique)
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
         inode = self._inode(request)
-        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, data=False, later=True):
+        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, ATTRIBUTES):
             return self._copy_and_control(request, inode, command, data, out_size)
         return self._control(request, inode, command, data, out_size)
 
     async def _copy_and_control(
         self, request: Request, inode: Inode, command: int, data: bytes, out_size: int
     ) -> bytes:
-        await self._requests.copy_up(inode, data=False, later=True)
+        await self._requests.copy_up(inode, ATTRIBUTES)
         return self._control(request, inode, command, data, out_size)
 
     def _control(self, request: Request, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
