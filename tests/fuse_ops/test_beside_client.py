@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,13 +97,107 @@ def test_the_privilege_is_asked_for_when_it_is_needed(
     asked: list[bool] = []
     monkeypatch.setattr(beside_client, "_may_return", lambda: asked.append(True))  # None: no
     beside = BesideClient()
-    for before in range(IN_A_ROW):
-        beside.consider(client, before)
-    assert asked == []
-    for before in range(IN_A_ROW, 10 * IN_A_ROW):
-        beside.consider(client, before)
-    assert asked == [True] and not beside.active
-    assert_ordinary()
+    try:
+        for before in range(IN_A_ROW):
+            beside.consider(client, before)
+        assert asked == []
+        for before in range(IN_A_ROW, 10 * IN_A_ROW):
+            beside.consider(client, before)
+        assert asked == [True]
+    finally:
+        beside.close()
+
+
+class TestWithoutPrivilege:
+    """Another thread goes there."""
+
+    @pytest.fixture(autouse=True)
+    def without_privilege(self, quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(beside_client, "_may_return", lambda: False)
+
+    def test_another_thread_serves_the_client(self, beside: BesideClient, client: int) -> None:
+        def serve() -> bool:
+            assert threading.current_thread() is not threading.main_thread()
+            assert_beside(client)
+            beside.leave()
+            assert not beside.in_other_thread
+            return len(seen) < 3
+
+        seen: list[bool] = []
+        while len(seen) < 4:
+            assert not beside.in_other_thread
+            beside.consider(client, IN_A_ROW)
+            assert beside.in_other_thread
+            assert_ordinary()
+            seen.append(beside.run(serve))
+        assert seen == [True, True, True, False]
+        assert sum(thread.name == "unionfs-beside" for thread in threading.enumerate()) == 1
+        beside.close()
+        assert not any(thread.name == "unionfs-beside" for thread in threading.enumerate())
+
+    def test_others_that_run_end_it(self, beside: BesideClient, client: int, quiet: list[bool]) -> None:
+        beside.consider(client, IN_A_ROW)
+        quiet[0] = False
+
+        def serve() -> bool:
+            number = IN_A_ROW
+            while beside.active:
+                number += 1
+                beside.consider(client, number)
+            return number < 2 * IN_A_ROW
+
+        assert beside.run(serve)
+
+    def test_threads_are_started_by_the_first_one(self, beside: BesideClient, client: int) -> None:
+        beside.consider(client, IN_A_ROW)
+        by: list[tuple[str, threading.Thread]] = []
+
+        def serve() -> bool:
+            beside.postpone(lambda: by.append(("postponed", threading.current_thread())))
+            assert beside.active
+            beside.outside(lambda: by.append(("outside", threading.current_thread())))
+            assert not beside.active and not by
+            return True
+
+        assert beside.run(serve)
+        assert by == [("postponed", threading.main_thread()), ("outside", threading.main_thread())]
+        beside.postpone(by.clear)
+        assert not by, "done at once by the thread whose it is"
+
+    def test_what_goes_wrong_is_raised_here(self, beside: BesideClient, client: int) -> None:
+        beside.consider(client, IN_A_ROW)
+        done: list[bool] = []
+
+        def fail() -> bool:
+            beside.postpone(lambda: done.append(True))
+            raise OSError(5, "as if /dev/fuse were gone")
+
+        with pytest.raises(OSError, match="were gone"):
+            beside.run(fail)
+        assert done == [True]
+        assert beside.run(lambda: True), "it can be used again"
+
+    def test_a_signal_does_not_let_two_threads_run(self, beside: BesideClient, client: int) -> None:
+        beside.consider(client, IN_A_ROW)
+        main, ended = threading.main_thread().ident, []
+        assert main is not None
+
+        def serve() -> bool:
+            signal.pthread_kill(main, signal.SIGUSR1)
+            time.sleep(0.2)
+            ended.append(True)
+            return True
+
+        def handler(number: int, frame: object) -> None:
+            raise InterruptedError("a signal")
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            with pytest.raises(InterruptedError):
+                beside.run(serve)
+            assert ended
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
 
 def test_another_client_ends_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:

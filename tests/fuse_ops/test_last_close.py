@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,18 +67,28 @@ def test_a_small_file_is_closed_at_once(last_close: LastClose, tmp_path: Path) -
 
 
 def test_nobody_waits_for_a_large_one(last_close: LastClose, closes: Closes, tmp_path: Path) -> None:
-    prepared: list[threading.Thread] = []
-    last_close.before_thread = lambda: prepared.append(threading.current_thread())
     fds = [unnamed(tmp_path, 2 * MIB) for _ in range(3)]
     for fd in fds:
         last_close(fd)
     assert all(is_open(fd) for fd in fds)
-    assert prepared == [threading.main_thread()]
     closes.go.set()
     last_close.wait()
     assert not any(is_open(fd) for fd in fds)
     assert threading.main_thread() not in {closes.by[fd] for fd in fds}
     assert not any(thread.name == "unionfs-waiting" for thread in threading.enumerate())
+
+
+def test_a_transport_says_when_threads_are_started(last_close: LastClose, tmp_path: Path) -> None:
+    later: list[Callable[[], None]] = []
+    last_close.outside = later.append
+    small, large = unnamed(tmp_path, 4096), unnamed(tmp_path, 2 * MIB)
+    last_close(small)
+    last_close(large)
+    assert (is_open(small), is_open(large), len(later)) == (False, True, 1)
+    assert not any(thread.name == "unionfs-waiting" for thread in threading.enumerate())
+    later[0]()
+    last_close.wait()
+    assert not is_open(large)
 
 
 def test_descriptors_do_not_pile_up(last_close: LastClose, closes: Closes, tmp_path: Path) -> None:

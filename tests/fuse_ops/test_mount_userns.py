@@ -331,3 +331,52 @@ def test_setuid_and_capabilities_that_are_set_before_the_file_is_closed(box: San
         """,
     )
     assert answer == {"mounted": ["0o106755", True], "again": ["0o106755", True], "written": False}
+
+
+def test_a_thread_goes_to_a_program_that_is_alone(direct_box: Sandbox, user: str) -> None:
+    """The server itself could not come back from SCHED_IDLE, without privilege."""
+    box = direct_box
+    box.lower().file("f", "x" * 5000)
+    owned(box, user)
+    said = box.new_dir("said")
+    os.chown(said, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
+    answer = in_userns(
+        user,
+        box,
+        """
+        said = os.path.join(os.path.dirname(target), "said", "loadavg")
+        with open(said, "w") as f:  # what the server is told of the machine, whatever runs there
+            f.write("0.00 0.00 0.00 1/100 1000\\n")
+        subprocess.run(["mount", "--bind", said, "/proc/loadavg"], check=True)
+        mount()
+        (server,) = servers_of(target)
+        def tasks():
+            for name in os.listdir(f"/proc/{server}/task"):
+                yield int(name), os.sched_getscheduler(int(name)), len(os.sched_getaffinity(int(name)))
+        deadline = time.monotonic() + 60
+        while not any(policy == os.SCHED_IDLE for _, policy, _ in tasks()):
+            assert time.monotonic() < deadline
+            for number in range(200):
+                assert not os.path.lexists(at(f"missing-{number}-{time.monotonic()}"))
+        result["tasks"] = [(tid == server, policy, cpus == 1) for tid, policy, cpus in tasks()]
+        # What needs threads, tasks, and the disk, in turns with what does not.
+        for number in range(20):
+            for again in range(50):
+                os.path.lexists(at(f"missing-{number}-{again}"))
+            with open(at("new"), "wb") as f:
+                f.write(b"x" * 3_000_000)
+                os.fsync(f.fileno())
+            os.truncate(at("new"), number)
+            os.chmod(at("f"), 0o600 + number)
+            assert os.stat(at("new")).st_size == number
+            os.unlink(at("new"))
+        result["f"] = os.stat(at("f")).st_mode & 0o777
+        with open(at("f")) as f:
+            result["length"] = len(f.read())
+        unmount()
+        """,
+    )
+    tasks = answer["tasks"]
+    assert isinstance(tasks, list)
+    assert sorted(tasks) == [[False, os.SCHED_IDLE, True], [True, os.SCHED_OTHER, False]]
+    assert (answer["f"], answer["length"]) == (0o600 + 19, 5000)

@@ -21,7 +21,8 @@ class LastClose:
     """Closes descriptors, here or in a thread."""
 
     def __init__(self) -> None:
-        self.before_thread: Callable[[], None] = lambda: None  # what a transport has to do before threads are started
+        # A transport may have to see to it where a thread is started from.
+        self.outside: Callable[[Callable[[], None]], None] = lambda call: call()
         self._calls: WaitingCalls | None = None
 
     def __call__(self, fd: int) -> None:
@@ -30,9 +31,10 @@ class LastClose:
             os.close(fd)
             return
         if self._calls is None:
-            self._calls = WaitingCalls(1, self.before_thread)
-        if len(self._calls) < _QUEUE_MAX:
-            self._calls.start(lambda: os.close(fd))
+            self._calls = WaitingCalls(1)
+        calls = self._calls
+        if len(calls) < _QUEUE_MAX:
+            self.outside(lambda: calls.start(lambda: os.close(fd)))
         else:
             os.close(fd)
 

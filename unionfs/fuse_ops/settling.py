@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -19,10 +20,16 @@ _PAUSE_AFTER_ERROR_S: Final = 60.0
 
 
 class Settling:
-    """The task that settles the copies of one mount. It sleeps while there are none."""
+    """The task that settles the copies of one mount. It sleeps while there are none.
 
-    def __init__(self, requests: UnionRequests) -> None:
+    ``in_trio`` has a call done in trio's thread, in the end, when a copy is made by another one.
+    """
+
+    def __init__(
+        self, requests: UnionRequests, in_trio: Callable[[Callable[[], None]], None] = lambda call: call()
+    ) -> None:
         self._requests = requests
+        self._in_trio = in_trio
         self._copies = requests.tree.copy_up.unsynced
         self._added, self._many = trio.Event(), trio.Event()
 
@@ -30,7 +37,7 @@ class Settling:
         """Go on until cancelled; what is left then is settled when the tree is closed."""
         if self._copies is None:
             return
-        self._copies.added = self._note
+        self._copies.added = lambda: self._in_trio(self._note)
         pause_s = _PAUSE_S
         while True:
             await self._added.wait()

@@ -23,13 +23,11 @@ Call = Callable[[], None]
 class WaitingCalls:
     """Runs calls in threads of its own, which are started when all others are busy.
 
-    ``limit`` is how many calls may wait at the same time; further ones queue up behind them. ``before_thread`` is
-    called before a thread is started, which inherits where its maker may run.
+    ``limit`` is how many calls may wait at the same time; further ones queue up behind them.
     """
 
-    def __init__(self, limit: int = _THREADS_MAX, before_thread: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, limit: int = _THREADS_MAX) -> None:
         self._limit = limit
-        self._before_thread = before_thread
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
@@ -53,7 +51,6 @@ class WaitingCalls:
             if self._open > len(self._threads) and len(self._threads) < self._limit:
                 thread = threading.Thread(target=self._work, name="unionfs-waiting", daemon=True)
                 self._threads.add(thread)
-                self._before_thread()
                 thread.start()
         self._queue.put(call)
 

@@ -37,8 +37,8 @@ class Mount:
         self.options = options
         self.connection = Connection()
         self.requests = UnionRequests(tree, options)
-        # Which the thread would inherit.
-        self.requests.before_thread = tree.inodes.last_close.before_thread = self.connection.beside.leave
+        self.requests.before_thread = self.connection.beside.leave  # which the thread would inherit
+        tree.inodes.last_close.outside = self.connection.beside.outside
         self.packed = PackedAttributes(tree.view)
         self.files_ahead = FileReadAhead()
         self.patience = self.requests.patience = Patience()

@@ -6,8 +6,8 @@ woken: the kernel goes from one to the other.
 
 The scheduler would move the program away from a processor that is in use. It does not when only a task of the policy
 SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing beside others that want to run,
-which is why it is one only while nothing else runs on the machine, and looks again all the time; and only with the
-privilege to go back.
+which is why it is one only while nothing else runs on the machine, and looks again all the time. To go back takes a
+privilege; a server without it has a second thread serve the client, one that is never anything else.
 
 Who syncs again and again, as a log is written or a database commits, is left alone. A disk may interrupt one processor
 only, as virtual ones do, and is waited for longest on the others; a sync waits several times, and the scheduler knows
@@ -19,7 +19,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from collections.abc import Callable
 from typing import Final
+
+from unionfs.fuse_ops.direct.idle_thread import IdleThread
 
 LOOK_EVERY: Final = 8
 """Requests, from one look to the next."""
@@ -28,15 +31,15 @@ _CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
 _SYNCS: Final = 8  # one soon after the other, until a client is one who syncs again and again
-_SYNC_GAP: Final = 16  # requests from one sync to the next, when that comes soon after it; a commit of SQLite has 15
+_SYNC_GAP: Final = 12  # requests from one sync to the next, when that comes soon after it
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
 
 class BesideClient:
-    """Where the thread that serves requests runs; used by that thread alone.
+    """Where the thread that serves requests runs; used by that thread alone, or by the one that stands in for it.
 
-    A thread or a process that is started inherits the place: leave it before.
+    A thread or a process that is started inherits the place: leave it before, or start it by :meth:`outside`.
     """
 
     def __init__(self) -> None:
@@ -45,6 +48,10 @@ class BesideClient:
         """Others wanted to run when it was looked at last; if they do at the next request too, this is left."""
         self._usable = True  # until somebody is to be served here
         self._asked = False
+        self._returns = False  # whether the thread itself goes there, since it may go back
+        self._thread: IdleThread | None = None
+        self._stands_in = False  # whether it is at it just now
+        self._postponed: list[Callable[[], None]] = []
         self._load_fd = -1
         self._client = 0
         self._processor = -1
@@ -67,7 +74,9 @@ class BesideClient:
             return
         if not self._asked:
             self._asked = True
-            self._usable = _may_return()
+            # One that somebody gave another policy than the usual one is left alone.
+            self._usable = os.sched_getscheduler(0) == os.SCHED_OTHER
+            self._returns = _may_return()
             if not self._usable:
                 return
         if self.syncs_often(before):
@@ -113,6 +122,8 @@ class BesideClient:
             return
         self.active = False
         self._processor = -1
+        if not self._returns:
+            return  # the other thread stops when it sees this
         try:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         except OSError:  # the privilege was taken away meanwhile
@@ -120,10 +131,45 @@ class BesideClient:
         with contextlib.suppress(OSError):  # none of those processors is left to us: then the kernel has seen to it
             os.sched_setaffinity(0, self._before)
 
+    @property
+    def in_other_thread(self) -> bool:
+        """Whether it is another thread that is beside the client, and waits for something to do: see :meth:`run`."""
+        return self.active and not self._returns
+
+    def run(self, serve: Callable[[], bool]) -> bool:
+        """Have the other thread do ``serve``, while this one waits for it; returns or raises what that does.
+
+        What was postponed meanwhile is done after it.
+        """
+        assert self._thread is not None
+        self._stands_in = True
+        try:
+            return self._thread.run(serve)
+        finally:
+            self._stands_in = False
+            postponed, self._postponed = self._postponed, []
+            for call in postponed:
+                call()
+
+    def postpone(self, call: Callable[[], None]) -> None:
+        """Do ``call`` in the thread that is trio's: now if this is it."""
+        if self._stands_in:
+            self._postponed.append(call)
+        else:
+            call()
+
+    def outside(self, call: Callable[[], None]) -> None:
+        """Leave, and do ``call``, which may start a thread."""
+        self.leave()
+        self.postpone(call)
+
     def close(self) -> None:
         """Leave for good."""
         self.leave()
         self._usable = False
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
         if self._load_fd >= 0:
             os.close(self._load_fd)
             self._load_fd = -1
@@ -140,6 +186,11 @@ class BesideClient:
         self.active = True  # also half-way, so that leaving undoes what was done
         self._processor = processor
         try:
+            if not self._returns:
+                if self._thread is None:
+                    self._thread = IdleThread()
+                os.sched_setaffinity(self._thread.id, {processor})
+                return
             os.sched_setaffinity(0, {processor})
             if not moved:
                 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -163,12 +214,7 @@ def _processor_of(thread: int) -> int:
 
 
 def _may_return() -> bool:
-    """Whether this process may leave SCHED_IDLE again, for which the kernel wants a privilege.
-
-    One that somebody gave another policy than the usual one is left alone.
-    """
-    if os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return False
+    """Whether this process may leave SCHED_IDLE again, for which the kernel wants a privilege."""
     if resource.getrlimit(resource.RLIMIT_NICE)[0] >= _NICE_LIMIT:
         return True
     try:

@@ -76,8 +76,7 @@ class Connection:
                 reply = self.failure(request, code, error)
             self.reply(reply)
 
-        self.beside.leave()
-        self._calls.start(answer)
+        self.beside.outside(lambda: self._calls.start(answer))
         return b""
 
     async def end_calls(self) -> None:

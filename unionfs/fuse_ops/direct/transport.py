@@ -8,6 +8,7 @@ after the other, and waking up takes longer than answering.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -56,6 +57,7 @@ class DirectTransport:
         self._patience = self.served.patience
         self._ahead = tree.view.lower.ahead
         self._waiting = 0  # requests that are tasks of their own
+        self._begun: list[tuple[Request, int, Coroutine[Any, Any, bytes]]] = []  # those that are to become such
         self._ready = select.poll()
         # What has no handler is answered with ENOSYS, after which the kernel does not ask again: FLUSH (nothing is
         # buffered here), ACCESS (default_permissions), and syncs and extended attributes where the options say so.
@@ -80,7 +82,7 @@ class DirectTransport:
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Settling(self.served.requests).run)
+                nursery.start_soon(Settling(self.served.requests, self._beside.postpone).run)
                 while await self._turn(buffer, nursery):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
@@ -92,20 +94,23 @@ class DirectTransport:
         fd = self._connection.fd
         now = time.perf_counter
         beside = self._beside
-        ready = self._ready
         until = now() + _LONG_TURN_S
         last = 0.0
         while True:
-            try:
-                size = os.readv(fd, [view])
-            except BlockingIOError:
-                if beside.active:
-                    if not self._waiting and ready.poll(_STAY_MS):
-                        beside.slept()
-                        continue
-                    beside.leave()
+            if beside.in_other_thread:
+                go_on = beside.run(functools.partial(self._turn_beside, view, until))
+                last = now()
+                self._begin(nursery)
+                if not go_on or last > until:
+                    return go_on
+            size = self._receive(view)
+            if size < 0:
+                return False
+            if not size:
+                if self._stays_beside():
+                    continue
                 # Whoever waits for the disk time and again has gone to sleep too; this is a short way to do so.
-                if not self._waiting and beside.syncs_often(self._patience.in_a_row) and ready.poll(_STAY_MS):
+                if not self._waiting and beside.syncs_often(self._patience.in_a_row) and self._ready.poll(_STAY_MS):
                     continue
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
@@ -113,19 +118,62 @@ class DirectTransport:
                     beside.slept()
                     until = now() + _LONG_TURN_S
                 continue
+            self._answer(view[:size])
+            if self._begun:
+                self._begin(nursery)
+            last = now()
+            if self._is_over(until, last):
+                return True
+
+    def _turn_beside(self, view: memoryview, until: float) -> bool:
+        """Serve the client that this thread is beside, which is not trio's; false when the mount is gone."""
+        while self._beside.active:
+            size = self._receive(view)
+            if size < 0:
+                return False
+            if size:
+                self._answer(view[:size])
+                if self._is_over(until, time.perf_counter()):
+                    break
+            elif not self._stays_beside():
+                break
+        return True
+
+    def _is_over(self, until: float, now: float) -> bool:
+        """Whether a turn that lasts ``until`` then at the longest has to end."""
+        return now > until or (self._waiting > 0 and now > until - _LONG_TURN_S + _TURN_S)
+
+    def _stays_beside(self) -> bool:
+        """Nothing was sent: wait for it beside the client, if that is where this thread is."""
+        beside = self._beside
+        if not beside.active:
+            return False
+        if not self._waiting and self._ready.poll(_STAY_MS):
+            beside.slept()
+            return True
+        beside.leave()
+        return False
+
+    def _receive(self, view: memoryview) -> int:
+        """The length of the next request, put into ``view``; 0 when there is none, -1 when the mount is gone."""
+        while True:
+            try:
+                return os.readv(self._connection.fd, [view])
+            except BlockingIOError:
+                return 0
             except OSError as error:
                 if error.errno == errno.ENODEV:
-                    return False
-                if error.errno in (errno.EINTR, errno.ENOENT):  # a request that was taken back
-                    continue
-                raise
-            self.dispatch(view[:size], nursery)
-            last = now()
-            if last > until or (self._waiting and last > until - _LONG_TURN_S + _TURN_S):
-                return True
+                    return -1
+                if error.errno not in (errno.EINTR, errno.ENOENT):  # a request that was taken back
+                    raise
 
     def dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
         """Answer the request in ``message``, now or in a task of ``nursery``."""
+        self._answer(message)
+        self._begin(nursery)
+
+    def _answer(self, message: memoryview) -> None:
+        """Answer the request in ``message`` now, or leave it to :meth:`_begin`."""
         _, code, unique, node, uid, gid, pid, _, _ = p.IN_HEADER.unpack_from(message)
         body: bytes | memoryview = message[p.IN_HEADER.size :]
         if code != Opcode.WRITE:
@@ -144,11 +192,17 @@ class DirectTransport:
             if not isinstance(answer, bytes):
                 self._beside.leave()  # it goes on in threads, which would inherit the place
                 self._waiting += 1
-                nursery.start_soon(self._wait_for, request, code, answer)
+                self._begun.append((request, code, answer))
                 return
         except Exception as error:
             answer = self._connection.failure(request, code, error)
         self._connection.reply(answer)
+
+    def _begin(self, nursery: trio.Nursery) -> None:
+        """Make tasks of the requests that wait for something."""
+        begun, self._begun = self._begun, []
+        for request, code, answer in begun:
+            nursery.start_soon(self._wait_for, request, code, answer)
 
     async def _wait_for(self, request: Request, code: int, answer: Coroutine[Any, Any, bytes]) -> None:
         try:
