@@ -380,3 +380,47 @@ def test_a_thread_goes_to_a_program_that_is_alone(direct_box: Sandbox, user: str
     assert isinstance(tasks, list)
     assert sorted(tasks) == [[False, os.SCHED_IDLE, True], [True, os.SCHED_OTHER, False]]
     assert (answer["f"], answer["length"]) == (0o600 + 19, 5000)
+
+
+def test_small_writes_wait_in_the_kernels_cache(direct_box: Sandbox, user: str) -> None:
+    """Each that asked for file capabilities would cost a request, as a log has thousands of them."""
+    box = direct_box
+    box.lower().file("f", "x")
+    owned(box, user)
+    answer = in_userns(
+        user,
+        box,
+        """
+        mount()
+        (server,) = servers_of(target)
+        def requests():
+            with open(f"/proc/{server}/io") as f:
+                return next(int(line.split()[1]) for line in f if line.startswith("syscr"))
+        fd = os.open(at("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(fd, b"first")
+        before = requests()
+        for _ in range(1000):
+            os.write(fd, b"x" * 50)
+        result["requests"] = requests() - before
+        os.close(fd)
+        os.chmod(at("log"), 0o4755)
+        os.chown(at("log"), 1000, 1000)
+        os.chmod(at("log"), 0o6755)
+        # What another one writes takes setuid and setgid away, whether it is written at once or not.
+        pid = os.fork()
+        if pid == 0:
+            os.setresgid(1000, 1000, 1000)
+            os.setresuid(1000, 1000, 1000)
+            fd = os.open(at("log"), os.O_WRONLY)
+            os.pwrite(fd, b"y", 0)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        result["mode"] = os.stat(at("log")).st_mode & 0o7777
+        unmount()
+        with open(os.path.join(os.path.dirname(target), "upper", "log"), "rb") as f:
+            result["contents"] = f.read() == b"yirst" + b"x" * 50_000
+        """,
+    )
+    assert isinstance(answer["requests"], int)
+    assert answer["requests"] < 200
+    assert (answer["mode"], answer["contents"]) == (0o755, True)

@@ -46,6 +46,7 @@ class SessionAnswers(Answers):
             | Init.PARALLEL_DIROPS
             | Init.MAX_PAGES
             | Init.CACHE_SYMLINKS
+            | Init.HANDLE_KILLPRIV_V2  # without, it asks for security.capability before each write
             | Init.EXPLICIT_INVAL_DATA
             | Init.SETXATTR_EXT
             | Init.INIT_EXT
@@ -59,7 +60,7 @@ class SessionAnswers(Answers):
         # What is passed through needs its descriptor at once, and without an upper directory everything may be.
         self._tree.opens_late = privileged and not self._tree.read_only
         if options.passthrough and offered & Init.PASSTHROUGH and privileged:
-            wanted |= Init.PASSTHROUGH | Init.HANDLE_KILLPRIV_V2
+            wanted |= Init.PASSTHROUGH
             self._mount.passthrough = Passthrough(self._connection.fd, read_only=self._tree.read_only)
         elif options.writeback and not self._tree.read_only:
             wanted |= Init.WRITEBACK_CACHE

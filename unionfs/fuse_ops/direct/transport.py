@@ -178,7 +178,7 @@ class DirectTransport:
         body: bytes | memoryview = message[p.IN_HEADER.size :]
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
-        if code not in _NOBODYS:
+        if code not in _NOBODYS and (pid or code != Opcode.WRITE):  # the kernel's cache writes by itself too
             before = self._patience.request_from(pid)
             if not before % LOOK_EVERY or self._beside.in_doubt:
                 if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
