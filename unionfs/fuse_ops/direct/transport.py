@@ -101,7 +101,7 @@ class DirectTransport:
                 go_on = beside.run(functools.partial(self._turn_beside, view, until))
                 last = now()
                 self._begin(nursery)
-                if not go_on or last > until:
+                if not go_on or self._is_over(until, last):
                     return go_on
             size = self._receive(view)
             if size < 0:
