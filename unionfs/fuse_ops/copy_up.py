@@ -97,7 +97,7 @@ class CopyUp:
     def __init__(self, view: MergedView) -> None:
         self._view = view
         view.link_held = self.link_held
-        self._overrides_modes = os.geteuid() == 0
+        self._server_uid = os.geteuid()
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
 
@@ -439,7 +439,8 @@ class CopyUp:
             install()
             os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
 
-        may_be_moved = st.st_mode & stat.S_IWUSR or self._overrides_modes
+        # What is in the work directory is ours, whoever the lower one belongs to.
+        may_be_moved = st.st_mode & stat.S_IWUSR or self._server_uid == 0
         self._unseen(parent_fd, install if may_be_moved else install_and_restrict)
 
     def _unseen(self, dir_fd: int, make: Callable[[], None]) -> None:
@@ -449,7 +450,8 @@ class CopyUp:
         is another one meanwhile.
         """
         before = os.stat(dir_fd)
-        if before.st_mode & _MAKE_NAMES == _MAKE_NAMES or self._overrides_modes:
+        may_make = before.st_mode & _MAKE_NAMES == _MAKE_NAMES
+        if may_make or self._server_uid == 0 or self._server_uid != before.st_uid:
             make()
         else:
             path = b"/proc/self/fd/%d" % dir_fd
