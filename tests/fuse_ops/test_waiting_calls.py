@@ -74,3 +74,23 @@ def test_idle_threads_end_and_are_started_again(monkeypatch: pytest.MonkeyPatch)
                 thread.join(_SOON_S)
                 assert not thread.is_alive()
     calls.close()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["none", "no second one"])
+def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """The limit of processes is reached: a call is made later, or here, but it is made."""
+    calls = WaitingCalls(limit=2)
+    go, done = threading.Event(), list[threading.Thread]()
+    if first:
+        calls.start(lambda: done.append(threading.current_thread()) if go.wait(_SOON_S) else None)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    calls.start(lambda: done.append(threading.current_thread()))
+    assert done == ([] if first else [threading.main_thread()])
+    go.set()
+    calls.close()
+    assert len(done) == 1 + first
+    assert len(calls) == 0

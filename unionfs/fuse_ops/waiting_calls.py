@@ -43,16 +43,26 @@ class WaitingCalls:
         return bool(self._threads)
 
     def start(self, call: Call) -> None:
-        """Run ``call`` in a thread, soon. It must not raise."""
+        """Run ``call`` in a thread, soon; here and now where none can be started. It must not raise."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("no further calls are taken")
             self._open += 1
             if self._open > len(self._threads) and len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._work, name="unionfs-waiting", daemon=True)
-                self._threads.add(thread)
-                thread.start()
-        self._queue.put(call)
+                self._start_thread()
+            if self._threads:
+                self._queue.put(call)
+                return
+        self._make(call)
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="unionfs-waiting", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the limit of processes; others will do what there is to do, if there are any
+            log.debug("no thread for a call: %s", error)
+        else:
+            self._threads.add(thread)
 
     def _work(self) -> None:
         while True:
@@ -67,12 +77,15 @@ class WaitingCalls:
                     return
             if call is None:
                 return
-            try:
-                call()
-            except Exception:
-                log.exception("a call in a thread failed")
-            with self._lock:
-                self._open -= 1
+            self._make(call)
+
+    def _make(self, call: Call) -> None:
+        try:
+            call()
+        except Exception:
+            log.exception("a call in a thread failed")
+        with self._lock:
+            self._open -= 1
 
     def close(self) -> None:
         """Wait until all calls have ended; none can be started any more."""

@@ -25,7 +25,11 @@ class IdleThread:
         except RuntimeError as error:
             raise OSError("no further thread can be started") from error
         self.id: int = self._thread.native_id or 0
-        self.run(_become_idle)
+        try:
+            self.run(_become_idle)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, call: Callable[[], bool]) -> bool:
         """Have the thread do ``call``, and return or raise what that does."""

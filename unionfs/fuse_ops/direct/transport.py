@@ -118,9 +118,7 @@ class DirectTransport:
                     beside.slept()
                     until = now() + _LONG_TURN_S
                 continue
-            self._answer(view[:size])
-            if self._begun:
-                self._begin(nursery)
+            self.dispatch(view[:size], nursery)
             last = now()
             if self._is_over(until, last):
                 return True
@@ -170,7 +168,8 @@ class DirectTransport:
     def dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
         """Answer the request in ``message``, now or in a task of ``nursery``."""
         self._answer(message)
-        self._begin(nursery)
+        if self._begun:
+            self._begin(nursery)
 
     def _answer(self, message: memoryview) -> None:
         """Answer the request in ``message`` now, or leave it to :meth:`_begin`."""
