@@ -34,12 +34,17 @@ from unionfs.errors import UnionfsError
 _DOCUMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "performance.md")
 
 
-_GROUPS = {Group.MOUNTS: "", Group.IMAGES: ", taking an image in", Group.DRIVERS: ", by a graph driver"}
+_GROUPS = {
+    Group.MOUNTS: "",
+    Group.ROOTLESS: "",
+    Group.IMAGES: ", taking an image in",
+    Group.DRIVERS: ", by a graph driver",
+}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--quick", is_flag=True, help="Smaller workloads and two rounds: to see whether it works, not how fast.")
-@click.option("--only", metavar="WORKLOAD,...", default="", help="Only these; --list names them.")
+@click.option("--only", metavar="WORKLOAD,...", default="", help="Only these, or groups of them; --list names them.")
 @click.option("--peer", metavar="PATH", help="A mount program to measure in the place of Debian's fuse-overlayfs.")
 @click.option("--rounds", metavar="N", type=click.IntRange(1), help="How often each is measured. Default: 5.")
 @click.option(

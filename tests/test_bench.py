@@ -15,16 +15,18 @@ from pathlib import Path
 import pytest
 
 from bench_parts import documents, driver_calls, figures, image, plot, targets
-from bench_parts.catalog import all_workloads
-from bench_parts.errors import BenchError
+from bench_parts.catalog import all_workloads, chosen_workloads
+from bench_parts.errors import BenchError, SkippedError
 from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
 from bench_parts.registering import REGISTER, ROWS
 from bench_parts.registrars import OURS
 from bench_parts.results import Cell, Results, from_json, geometric_mean
+from bench_parts.rootless import PREFIX
 from bench_parts.samples import Group, Row, Sample, Unit
 from bench_parts.scale import TINY
 from bench_parts.splitting import deep_split, entries, image_split, write_layers
 from bench_parts.stacks import Stack
+from bench_parts.user_namespace import is_rootless, run_rootless
 from unionfs.layers import open_store
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -87,12 +89,13 @@ def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr + done.stdout
     everything = from_json(found.read_text())
     results = everything.only(Group.MOUNTS)
+    assert_rootless_workloads_ran(everything.only(Group.ROOTLESS), results)
 
     peers = [KERNEL, DIRECT, PYFUSE3]
     peers += [FUSE_OVERLAYFS] * bool(shutil.which("fuse-overlayfs"))
     peers += [UNIONFS_FUSE] * os.path.exists("/usr/bin/unionfs-fuse")
     assert sorted(results.peers) == sorted(peers)
-    rows = [row for workload in all_workloads(TINY) for row in workload.rows]
+    rows = [row for workload in all_workloads(TINY) for row in workload.rows if row.group is Group.MOUNTS]
     assert list(results.rows) == [row.name for row in rows]
     for row in rows:
         assert row.title in done.stdout
@@ -129,6 +132,90 @@ def test_every_workload_runs_on_every_peer(rootfs: Path, tmp_path: Path) -> None
 
     assert Path("/proc/self/mountinfo").read_text().count("unionfs") <= before.count("unionfs")
     assert os.listdir(tmp_path / "cache" / "runs") == []
+
+
+def assert_rootless_workloads_ran(found: Results, privileged: Results) -> None:
+    """Each is one of the privileged ones, and each of the peers that are there had it."""
+    assert list(found.peers) == list(privileged.peers)
+    assert len(found.rows) >= 10
+    for name in found.rows:
+        assert name.removeprefix(PREFIX) in privileged.rows
+        for peer in (KERNEL, DIRECT, PYFUSE3):
+            cell = found.cell(name, peer)
+            if name == f"{PREFIX}python-warm":
+                assert cell.reason.startswith("skipped: the root file system has no"), cell
+            else:
+                assert len(cell.samples) == 1, f"{name} on {peer}: {cell.reason}"
+
+
+@needs_root
+def test_what_runs_rootless_has_no_privilege_and_is_root_all_the_same() -> None:
+    def look() -> tuple[bool, int, int]:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            capabilities = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
+        try:
+            os.close(os.open("/proc/1/mem", os.O_RDONLY))  # takes CAP_SYS_PTRACE of the host
+        except PermissionError:
+            pass
+        else:
+            raise AssertionError("the host's privileges are there")
+        return is_rootless(), os.geteuid(), capabilities.bit_count()
+
+    rootless, uid, capabilities = run_rootless(look)
+    assert (rootless, uid) == (True, 0)
+    assert capabilities > 30
+    assert not is_rootless()
+
+
+def children() -> str:
+    """The processes that were started here and not waited for."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+@needs_root
+def test_what_fails_rootless_is_told_here() -> None:
+    def skip() -> None:
+        raise SkippedError("not here")
+
+    def missing() -> None:
+        os.stat("/nowhere")
+
+    def end() -> None:
+        os._exit(3)
+
+    before = children()
+    with pytest.raises(SkippedError, match=r"^not here$"):
+        run_rootless(skip)
+    with pytest.raises(BenchError, match="No such file"):
+        run_rootless(missing)
+    with pytest.raises(BenchError, match="ended before its time"):
+        run_rootless(end)
+    assert children() == before
+
+
+def test_rootless_figures_have_a_table_of_their_own() -> None:
+    name = f"{PREFIX}untar"
+    results = made_up()
+    before = [targets.mean_against_fuse(results, DIRECT), targets.verdicts(results), figures.medians(results)]
+    results.rows[name] = Row(name, "untar, rootless", group=Group.ROOTLESS)
+    for peer, value in ((KERNEL, 1.0), (FUSE_OVERLAYFS, 4.0), (DIRECT, 5.0)):
+        results.cell(name, peer).samples.append(Sample(value))
+    assert before == [targets.mean_against_fuse(results, DIRECT), targets.verdicts(results), figures.medians(results)]
+    table = figures.medians(results, Group.ROOTLESS)
+    assert [row[0] for row in table.rows] == ["untar, rootless"]
+    assert table.rows[0][-3:] == ("1.25", "5.00", "FAIL 1.25 (≤ 1 x fuse-overlayfs)")
+    assert table in figures.tables(results)
+    assert f"Geometric mean of {DIRECT} / {FUSE_OVERLAYFS}, rootless: 1.25" in figures.summary(results)
+
+
+def test_a_group_of_workloads_can_be_chosen() -> None:
+    chosen = chosen_workloads(TINY, ["rootless"])
+    assert {row.group for workload in chosen.mounts for row in workload.rows} == {Group.ROOTLESS}
+    assert not chosen.images
+    assert not chosen.drivers
+    chosen = chosen_workloads(TINY, ["images", "rootless-untar"])
+    assert [row.name for workload in chosen.mounts for row in workload.rows] == ["rootless-untar"]
+    assert chosen.images
 
 
 def test_the_image_that_is_taken_in(rootfs: Path, tmp_path: Path) -> None:

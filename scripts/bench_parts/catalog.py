@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from bench_parts import change_workloads as change
 from bench_parts import data_workloads as data
@@ -12,14 +13,42 @@ from bench_parts import tree_workloads as tree
 from bench_parts.errors import BenchError
 from bench_parts.mount_workloads import Idle, Memory, MountTime
 from bench_parts.peers import Peer
+from bench_parts.rootless import Rootless
 from bench_parts.samples import Row
 from bench_parts.scale import Scale
 from bench_parts.supervised import SupervisedMemory, SupervisedMountTime
 from bench_parts.workload import Timed, Workload
 
+# Those in which a server without privileges works otherwise: it has no passthrough, and may not leave its place.
+_ROOTLESS: Final = frozenset(
+    [
+        "find-cold",
+        "open-cold",
+        "open-warm",
+        "python-warm",
+        "untar",
+        "rm",
+        "chown",
+        "create-unlink",
+        "git",
+        "read-large",
+        "copy-up",
+        "random-write",
+        "write-large",
+        "fdatasync",
+        "sqlite",
+    ]
+)
+
 
 def all_workloads(scale: Scale) -> list[Workload[Peer]]:
     """The workloads in mounts of a run of this scale."""
+    workloads = _privileged(scale)
+    rootless = [Rootless(w) for w in workloads if isinstance(w, Timed) and w.name in _ROOTLESS]
+    return [*workloads, *rootless]
+
+
+def _privileged(scale: Scale) -> list[Workload[Peer]]:
     deep = f"{scale.deep_layers} layers"
     return [
         MountTime(),
@@ -74,14 +103,18 @@ def all_rows(scale: Scale) -> list[Row]:
 
 
 def chosen_workloads(scale: Scale, only: Sequence[str]) -> Chosen:
-    """Those that have a row named in ``only``; all when it is empty."""
+    """Those that have a row named in ``only``, or a whole group; all when it is empty."""
     everything = all_workloads(scale)
     if not only:
         return Chosen(everything, images=True, drivers=True)
-    names = {row.name for row in all_rows(scale)}
+    names = {name for row in all_rows(scale) for name in (row.name, row.group.value)}
     for name in only:
         if name not in names:
             raise BenchError(f"there is no workload {name}; choose from {', '.join(sorted(names))}")
-    mounts = [workload for workload in everything if any(row.name in only for row in workload.rows)]
-    images, drivers = (any(row.name in only for row in rows) for rows in (registering.ROWS, driver_calls.ROWS))
+
+    def has_one(rows: Sequence[Row]) -> bool:
+        return any(row.name in only or row.group.value in only for row in rows)
+
+    mounts = [workload for workload in everything if has_one(workload.rows)]
+    images, drivers = has_one(registering.ROWS), has_one(driver_calls.ROWS)
     return Chosen(mounts, images, drivers)

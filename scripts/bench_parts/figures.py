@@ -13,6 +13,7 @@ from bench_parts.samples import Group, Unit
 from bench_parts.targets import GEOMETRIC_MEAN_LIMIT, mean_against_fuse, verdicts
 
 _NONE = "-"
+_OF_GROUP = {Group.MOUNTS: "", Group.ROOTLESS: " of rootless mounts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def medians(results: Results) -> Table:
-    """The medians, our ratios, and the verdicts."""
-    results = results.only(Group.MOUNTS)
+def medians(results: Results, group: Group = Group.MOUNTS) -> Table:
+    """The medians of mounts, our ratios, and the verdicts."""
+    results = results.only(group)
     ours = results.ours
     heads = ["workload", *(peer for peer in results.peers)]
     compared = [reference for reference in (FUSE_OVERLAYFS, KERNEL) if ours and reference in results.peers]
     heads += [f"{ours} / {reference}" for reference in compared]
-    found = verdicts(results)
+    found = verdicts(results, group)
     rows = []
     for row in results.rows.values():
         cells = [f"{row.title}, {row.unit.value}" if row.unit is not Unit.TIME else row.title]
@@ -43,12 +44,12 @@ def medians(results: Results) -> Table:
         said = [verdict.text for verdict in found.get(row.name, []) if not verdict.passed]
         cells.append("; ".join(said) or ("PASS" if row.name in found else _NONE))
         rows.append(tuple(cells))
-    return Table("Medians, in ms unless something else is said", (*heads, "target"), tuple(rows))
+    return Table(f"Medians{_OF_GROUP[group]}, in ms unless something else is said", (*heads, "target"), tuple(rows))
 
 
-def server_costs(results: Results) -> Table:
+def server_costs(results: Results, group: Group = Group.MOUNTS) -> Table:
     """For an operation of each workload: microseconds of wall time and of server CPU time, and requests."""
-    results = results.only(Group.MOUNTS)
+    results = results.only(group)
     servers = [peer for peer in results.peers if peer != KERNEL]
     counted = any(cell.requests is not None for cell in results.cells.values())
     rows = []
@@ -67,7 +68,7 @@ def server_costs(results: Results) -> Table:
             cells.append(" / ".join(parts))
         rows.append(tuple(cells))
     what = "wall time, server CPU time (µs)" + (", requests" if counted else "")
-    return Table(f"For one operation: {what}", ("workload", *servers), tuple(rows))
+    return Table(f"For one operation{_OF_GROUP[group]}: {what}", ("workload", *servers), tuple(rows))
 
 
 def images(results: Results) -> Table:
@@ -100,7 +101,8 @@ def drivers(results: Results) -> Table:
 
 def tables(results: Results) -> list[Table]:
     """Those that have something in them."""
-    made = (medians(results), server_costs(results), images(results), drivers(results))
+    of_mounts = [of_group(results, group) for group in _OF_GROUP for of_group in (medians, server_costs)]
+    made = (*of_mounts, images(results), drivers(results))
     return [table for table in made if table.rows]
 
 
@@ -119,6 +121,10 @@ def summary(results: Results) -> list[str]:
     every = [verdict for of_row in verdicts(results).values() for verdict in of_row]
     if every:
         lines.append(f"Targets reached by {results.ours}: {sum(v.passed for v in every)} of {len(every)}")
+    for peer in results.peers:
+        mean = mean_against_fuse(results, peer, group=Group.ROOTLESS)
+        if peer != FUSE_OVERLAYFS and mean is not None:
+            lines.append(f"Geometric mean of {peer} / {FUSE_OVERLAYFS}, rootless: {mean:.2f}")
     reasons: dict[str, dict[str, list[str]]] = {}
     for (row, peer), cell in results.cells.items():
         if cell.reason:

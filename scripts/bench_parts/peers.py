@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from bench_parts.errors import BenchError
 from bench_parts.stacks import Stack
 from bench_parts.syscalls import mount
+from bench_parts.user_namespace import is_rootless
 from unionfs.fuse_ops.options import escape_value, format_layers
 
 KERNEL: Final = "kernel"
@@ -55,7 +56,10 @@ class Peer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KernelOverlay:
-    """The kernel's overlayfs with its defaults, mounted by mount(2) itself."""
+    """The kernel's overlayfs with its defaults, mounted by mount(2) itself.
+
+    In a user namespace it needs ``userxattr``, since nobody may write ``trusted.*`` attributes there.
+    """
 
     name: str = KERNEL
     is_ours: bool = False
@@ -72,6 +76,8 @@ class KernelOverlay:
         try:
             layers = format_layers(os.path.relpath(layer, base) for layer in stack.layers)
             data = f"lowerdir={layers},upperdir={escape_value(at.upper)},workdir={escape_value(at.work)}"
+            if is_rootless():
+                data += ",userxattr"
             if len(data) >= _PAGE_BYTES:
                 raise BenchError(f"the names of {len(stack.layers)} layers are too long for mount(2)")
             mount("overlay", at.target, "overlay", 0, data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import os
 import signal
 import sys
@@ -56,12 +55,15 @@ class Rig:
         # An ext4 without a journal does not use an inode again within a minute, and looks for others in vain
         # meanwhile: whoever comes next would pay for thousands that were just removed, if his files were near them.
         spread_subdirectories(directory)
-        self._numbers = itertools.count()
+
+    def _fresh_name(self) -> str:
+        # ext4 places a directory by its name, and a child process of ours does not know which were used.
+        return os.path.join(self._directory, os.urandom(4).hex())
 
     @contextlib.contextmanager
     def directories(self) -> Iterator[Directories]:
         """A fresh upper, work and target directory; removed afterwards."""
-        base = os.path.join(self._directory, str(next(self._numbers)))
+        base = self._fresh_name()
         made = Directories(*(os.path.join(base, name) for name in ("upper", "work", "merged")))
         for path in (made.upper, made.work, made.target):
             os.makedirs(path)
@@ -75,7 +77,7 @@ class Rig:
     @contextlib.contextmanager
     def empty_directory(self) -> Iterator[str]:
         """A fresh directory of a short name. What is mounted in it is unmounted, and the files are removed."""
-        path = os.path.join(self._directory, str(next(self._numbers)))
+        path = self._fresh_name()
         os.mkdir(path)
         try:
             yield path

@@ -10,6 +10,7 @@ from bench_parts.errors import BenchError, LayersGoneError, SkippedError
 from bench_parts.requests import RequestCounter
 from bench_parts.results import Results
 from bench_parts.rig import Rig
+from bench_parts.rootless import Rootless
 from bench_parts.workload import Contestant, Timed, Workload
 from quickstart_steps.progress import Step, step
 
@@ -37,7 +38,7 @@ class Runner(Generic[AnyPeer]):
 
     def count_requests(self, counter: RequestCounter) -> None:
         """Once more, without a clock, to count requests."""
-        workloads = [w for w in self._workloads if isinstance(w, Timed)]
+        workloads = [w for w in self._workloads if isinstance(w, Timed | Rootless)]
         self._rig.counter = counter
         try:
             self._round("Counting requests", workloads, 0, self._count)

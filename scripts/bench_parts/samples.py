@@ -19,6 +19,7 @@ class Group(Enum):
     """What a row is about; each group has a table and contestants of its own."""
 
     MOUNTS = "mounts"
+    ROOTLESS = "rootless"
     IMAGES = "images"
     DRIVERS = "drivers"
 

@@ -10,7 +10,8 @@ from typing import Final
 from bench_parts.mount_workloads import IDLE, MEMORY_EACH, MOUNT
 from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
 from bench_parts.results import Results, geometric_mean
-from bench_parts.samples import Unit
+from bench_parts.rootless import PREFIX
+from bench_parts.samples import Group, Unit
 from bench_parts.supervised import SUPERVISED_MEMORY_EACH, SUPERVISED_MOUNT
 
 GEOMETRIC_MEAN_LIMIT: Final = 0.5
@@ -100,16 +101,23 @@ TARGETS: Final = (
 )
 
 
-def against_fuse(results: Results) -> Iterator[str]:
-    """The rows that point 1 is about."""
-    return (row.name for row in results.rows.values() if row.unit is Unit.TIME and row.name not in _NOT_AGAINST_FUSE)
+def against_fuse(results: Results, group: Group = Group.MOUNTS) -> Iterator[str]:
+    """The rows that point 1 is about, or those of rootless mounts that are held against the same."""
+    for row in results.rows.values():
+        if row.group is group and row.unit is Unit.TIME and row.name.removeprefix(PREFIX) not in _NOT_AGAINST_FUSE:
+            yield row.name
 
 
-def verdicts(results: Results) -> dict[str, list[Verdict]]:
-    """The verdicts on our figures, by row. A target whose figures were not measured has none."""
+def verdicts(results: Results, group: Group = Group.MOUNTS) -> dict[str, list[Verdict]]:
+    """The verdicts on our figures, by row. A target whose figures were not measured has none.
+
+    The issue asks nothing of rootless mounts; they, too, are to be not slower than fuse-overlayfs.
+    """
     found: dict[str, list[Verdict]] = {}
-    first = [Target(1, row, Against.FUSE, 1.0) for row in against_fuse(results)]
-    for target in (*first, *TARGETS):
+    targets = [Target(1, row, Against.FUSE, 1.0) for row in against_fuse(results, group)]
+    if group is Group.MOUNTS:
+        targets += TARGETS
+    for target in targets:
         value = _value(results, target)
         if value is not None:
             found.setdefault(target.row, []).append(Verdict(target, value))
@@ -128,12 +136,14 @@ def _value(results: Results, target: Target) -> float | None:
     return results.ratio(target.row, ours, target.against.value)
 
 
-def mean_against_fuse(results: Results, peer: str, *, exceptions: bool = False) -> float | None:
-    """The geometric mean of a peer's ratios against fuse-overlayfs, on the rows of point 1.
+def mean_against_fuse(
+    results: Results, peer: str, *, group: Group = Group.MOUNTS, exceptions: bool = False
+) -> float | None:
+    """The geometric mean of a peer's ratios against fuse-overlayfs, on the rows of :func:`against_fuse`.
 
     ``exceptions`` adds its two exceptions: starting, and copy-up.
     """
-    rows = list(against_fuse(results))
+    rows = list(against_fuse(results, group))
     if exceptions:
         rows += [name for name in ("mount", "copy-up") if name in results.rows]
     ratios = (results.ratio(row, peer, FUSE_OVERLAYFS) for row in rows)
