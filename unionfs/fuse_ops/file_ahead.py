@@ -1,7 +1,9 @@
-"""Begins to read the file that comes next, for who opens the files of a directory in the order of their listing.
+"""Begins to read the file that comes next, where that can be known before it is opened.
 
-tar, cp and grep do; each small file then costs one wait for the disk, one after the other. The kernel reads ahead
-within a file only. So it is told of the next files while the program is busy with this one.
+The kernel reads ahead within a file only; each small file from the disk costs a wait, one after the other. Who opens
+the files of a directory in the order of their listing (tar, cp, grep) has the next ones read while he is busy with
+this one. Who opens what he looks up has it read from the lookup on: the disk works while the answer goes to the
+program and its open comes back.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from typing import Final
 
 from unionfs.fuse_ops.coldness import Coldness
+from unionfs.fuse_ops.expected_opens import ExpectedOpens
 from unionfs.fuse_ops.inodes import Inode
 
 _WARM_S: Final = 40e-6  # for a small file that is in memory
@@ -39,6 +42,7 @@ class FileReadAhead:
 
     def __init__(self) -> None:
         self._coldness = Coldness()
+        self.expected = ExpectedOpens()
         self._walks: OrderedDict[Inode, _Walk] = OrderedDict()
         self._busy_until = 0.0
 
@@ -57,6 +61,11 @@ class FileReadAhead:
     def took(self, seconds: float) -> None:
         """Reading a small file took ``seconds``."""
         self._coldness.took(seconds, _WARM_S)
+
+    def looked_up(self, inode: Inode) -> None:
+        """A name was looked up: read the file, if it will be opened."""
+        if inode.kind == stat.S_IFREG and self.expected.looked_up(inode) and self._coldness.is_cold:
+            _begin_to_read(inode)
 
     def opened(self, inode: Inode) -> None:
         """A lower file is opened to be read: read those ahead that come after it, if it is their turn."""

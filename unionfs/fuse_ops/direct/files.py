@@ -73,6 +73,7 @@ class FileAnswers(Answers):
             file = self._tree.open(inode, flags)
             if not reads_only:
                 return self._open_reply(request, file, kill=kill)
+            self._mount.files_ahead.expected.opened(inode)
             handle, opened, backing = self._opened(file)
             if self._mount.keep_cache and opened & Open.KEEP_CACHE:
                 self._give_pages(file, flags)
