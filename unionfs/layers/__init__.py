@@ -15,8 +15,9 @@ from unionfs.layers.identity import ChainID, DiffID, create_chain_id
 from unionfs.layers.layer import Layer, LayerHandle, LayerMetadata
 from unionfs.layers.metadata import Descriptor
 from unionfs.layers.opening import default_root, open_store
+from unionfs.layers.registration import MAX_DEPTH
 from unionfs.layers.rw_layer import RWLayer
-from unionfs.layers.store import MAX_DEPTH, LayerStore
+from unionfs.layers.store import LayerStore
 
 __all__ = [
     "MAX_DEPTH",

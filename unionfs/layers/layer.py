@@ -17,7 +17,7 @@ from unionfs.layers.metadata import Descriptor, LayerRecord, MetadataStore
 from unionfs.layers.tar_split_format import read_entries
 
 if TYPE_CHECKING:
-    from unionfs.layers.store import LayerStore
+    from unionfs.layers.read_only import ReadOnlyLayers
 
 _PIECE_BYTES = 1 << 20
 
@@ -218,7 +218,7 @@ def _read_all(stream: BinaryIO) -> Iterator[bytes]:
 class LayerHandle(Layer):
     """A reference to a layer: until it is released the layer stays. As a context manager it releases itself."""
 
-    def __init__(self, stored: StoredLayer, driver: Driver, records: MetadataStore, store: LayerStore) -> None:
+    def __init__(self, stored: StoredLayer, driver: Driver, records: MetadataStore, store: ReadOnlyLayers) -> None:
         super().__init__(stored, driver, records)
         self._store = store
 

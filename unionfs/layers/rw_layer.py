@@ -14,7 +14,7 @@ from unionfs.layers.layer import Layer, LayerMetadata, StoredLayer
 from unionfs.layers.metadata import MountRecord
 
 if TYPE_CHECKING:
-    from unionfs.layers.store import LayerStore
+    from unionfs.layers.read_write import ReadWriteLayers
 
 
 @dataclass(eq=False, slots=True)
@@ -46,7 +46,7 @@ class RWLayer:
     Not a context manager, because leaving the block would remove a container's data; :meth:`mounted` is one.
     """
 
-    def __init__(self, stored: StoredMount, store: LayerStore) -> None:
+    def __init__(self, stored: StoredMount, store: ReadWriteLayers) -> None:
         self.stored = stored
         self._store = store
 
