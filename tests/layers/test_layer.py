@@ -1,0 +1,51 @@
+"""The streams of a layer: rows 101 to 105 of the specification, and a missing record."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.layers.conftest import Workshop
+from tests.layers.samples import BASE, TOP, stream
+from unionfs.errors import LayerDamagedError, LayerStoreError
+from unionfs.layers.fsck import fsck
+
+
+def test_changes_since_an_ancestor(shop: Workshop) -> None:
+    """Row 101."""
+    store = shop.store
+    base = store.register(stream(BASE))
+    top = store.register(stream(TOP), base.chain_id)
+    other = store.register(stream(TOP))
+    with top.tar_stream_from() as flat, top.tar_stream_from(base.chain_id) as changes:
+        fresh = store.register(flat)
+        again = store.register(changes, base.chain_id)
+    with store.create_rw_layer("flat", fresh.chain_id).mounted() as path:
+        assert sorted(os.listdir(path)) == ["etc"]
+        assert Path(path, "etc", "conf").read_text() == "top"
+    with store.create_rw_layer("changes", again.chain_id).mounted() as path:
+        assert sorted(os.listdir(path)) == ["etc"]
+    for stranger in (top.chain_id, other.chain_id, "sha256:00"):
+        with pytest.raises(LayerStoreError, match="cannot provide diff to non-parent"):
+            top.tar_stream_from(stranger)
+
+
+def test_an_export_does_not_follow_links_out(shop: Workshop, tmp_path: Path) -> None:
+    """Row 105."""
+    layer = shop.store.register(stream(BASE))
+    (tmp_path / "secret").write_text("base")
+    file = shop.own_files(layer.cache_id) / "etc" / "conf"
+    file.unlink()
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(LayerDamagedError, match='checksum failed for "etc/conf"'):
+        layer.verify()
+
+
+def test_a_missing_record(vfs_shop: Workshop) -> None:
+    layer = vfs_shop.store.register(stream(BASE))
+    (vfs_shop.record(layer) / "tar-split.json.gz").unlink()
+    with pytest.raises(LayerDamagedError, match=r"tar-split.json.gz: is missing, so layer .* cannot be exported"):
+        layer.tar_stream()
+    assert [problem.kind for problem in fsck(vfs_shop.store)] == ["record"]
