@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from tests.layers.conftest import Workshop, write
 from tests.layers.samples import BASE, OTHER, TOP, stream
 from unionfs.layers import disk
 from unionfs.layers.fsck import fsck
-from unionfs.layers.gc import collect
+from unionfs.layers.gc import Garbage, collect
 from unionfs.layers.identity import create_chain_id, diff_id_of
 from unionfs.layers.layer import Layer
+from unionfs.layers.metadata import Unreadable
 
 
 class FullDisk:
@@ -146,3 +147,43 @@ def test_cleaning_up_leaves_what_is_under_way(vfs_shop: Workshop) -> None:
     thread.join()
     assert done[0].verify() == len(BASE)
     vfs_shop.assert_nothing_leaked()
+
+
+def test_a_container_that_is_made_or_removed_is_under_way_with_its_init_layer(
+    vfs_shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = vfs_shop.store
+    seen: list[list[Garbage]] = []
+    container = store.create_rw_layer("new", init=lambda path: seen.append(collect(store, dry_run=True)))
+    real_remove = store.driver.remove
+
+    def remove(tree: str) -> None:
+        seen.append(collect(store, dry_run=True))
+        real_remove(tree)
+
+    monkeypatch.setattr(store.driver, "remove", remove)
+    container.release()
+    assert seen == [[], [], []]  # made, and two trees removed
+    vfs_shop.assert_nothing_leaked()
+
+
+def test_what_cannot_be_read_makes_way_for_two_at_once(vfs_shop: Workshop) -> None:
+    """A layer that is registered while the list of what cannot be read is gone through for a container."""
+    store = vfs_shop.store
+    chain_id = create_chain_id([diff_id_of(OTHER)])
+    register = threading.Thread(target=lambda: store.register(stream(OTHER)))
+
+    class Slow(list[Unreadable]):
+        def __iter__(self) -> Iterator[Unreadable]:
+            for one in super().__iter__():
+                if not register.ident:
+                    register.start()
+                    register.join(1)
+                yield one
+
+    store.unreadable = Slow(
+        [Unreadable("layer", chain_id, "there", "damaged"), Unreadable("mount", "box", "there", "damaged")]
+    )
+    store.create_rw_layer("box")
+    register.join()
+    assert list(store.unreadable) == []

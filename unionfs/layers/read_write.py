@@ -63,10 +63,11 @@ class ReadWriteLayers(ReadOnlyLayers):
                         f"mount already exists with name {name}; choose another name, or remove that one first"
                     )
             mount_id = new_id()
-            with self._pinned(parent) as pin, self._at_work(mount_id):
+            init_id = mount_id + INIT_SUFFIX if init is not None else ""
+            with self._pinned(parent) as pin, self._at_work(mount_id, init_id):
                 record = MountRecord(
                     mount_id=mount_id,
-                    init_id=mount_id + INIT_SUFFIX if init is not None else "",
+                    init_id=init_id,
                     parent=pin.layer.chain_id if pin.layer is not None else NO_CHAIN,
                 )
                 stored = StoredMount(name, record, pin.layer)
@@ -123,9 +124,9 @@ class ReadWriteLayers(ReadOnlyLayers):
         self._sync(stored.record.init_id, stored.record.mount_id)
         transaction.commit()
         pin.keep = True
-        with self._mount_lock:
+        with self._mount_lock, self._layer_lock:
             self._mounts[stored.name] = stored
-            self.unreadable = [one for one in self.unreadable if one.name != stored.name]
+            self._makes_way(stored.name)
 
     def _create_trees(
         self, stored: StoredMount, mount_label: str, init: Callable[[str], None] | None, options: dict[str, str]
@@ -213,7 +214,7 @@ class ReadWriteLayers(ReadOnlyLayers):
 
     def _delete_mount(self, stored: StoredMount) -> None:
         record = stored.record
-        with self._at_work(record.mount_id):
+        with self._at_work(record.mount_id, record.init_id):
             self._remove_trees(self.records.remove_mount(stored.name), record.mount_id, record.init_id)
 
     def _rw_handle(self, stored: StoredMount) -> RWLayer:

@@ -4,7 +4,8 @@ Here are also the locks that all parts of a store share. They are taken in this 
 
 1. a read-write layer's name, for as long as something happens to it: these locks are :class:`ReadWriteLayers`' own;
 2. ``_mount_lock``: which read-write layers there are;
-3. ``_layer_lock``: which read-only layers there are, their handles and counts, and which trees are at work.
+3. ``_layer_lock``: which read-only layers there are, their handles and counts, which trees are at work, and what cannot
+   be read.
 
 Trees are made, filled and removed outside of 2 and 3, but for those of read-only layers that a release removes. The
 locks that a single part has beside these are told there.
@@ -105,14 +106,18 @@ class Trees:
 
     @contextmanager
     def _at_work(self, *trees: str) -> Iterator[str]:
-        """While the block runs, what is recorded of these trees is no leftover."""
+        """While the block runs, what is recorded of these trees is no leftover, and none is an orphan.
+
+        Those of empty names are none; the first one is what the block gets.
+        """
+        named = set(trees) - {""}
         with self._layer_lock:
-            self._busy.update(trees)
+            self._busy |= named
         try:
             yield trees[0]
         finally:
             with self._layer_lock:
-                self._busy.difference_update(trees)
+                self._busy -= named
 
     def _sync(self, *trees: str) -> None:
         """What the metadata is going to promise must be on disk before it."""
@@ -147,6 +152,10 @@ class Trees:
             removal.finish()
         except OSError as error:
             _log.warning("cannot delete the records of something removed, the next start will: %s", error)
+
+    def _makes_way(self, name: str) -> None:
+        """What could not be read has been replaced. The caller holds the layer lock."""
+        self.unreadable = [one for one in self.unreadable if one.name != name]
 
     def _check_exists(self, tree: str) -> None:
         if not self.driver.exists(tree):
