@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 GUIDE = REPOSITORY / "docs/running.md"
-# Needs a network. The image is there already; tests/e2e/engines/test_registry.py pulls.
+# Needs a network. The image is there already; tests/e2e/engines/test_pull.py pulls.
 PULL = "unionfs image pull busybox"
 
 
