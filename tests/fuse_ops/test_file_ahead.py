@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -164,6 +165,27 @@ def test_a_file_that_is_looked_up_by_who_opens_such(tree: UnionTree, layer: Path
     ahead.expected.opened(tree.lookup(directory, NAMES[20]))
     ahead.looked_up(tree.lookup(directory, NAMES[30]))
     soon_in_memory(layer, [20, 30])
+
+
+def test_a_file_that_cannot_be_read_ahead_is_looked_up_all_the_same(
+    tree: UnionTree, layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = cold_reader(tree)
+    directory = tree.lookup(tree.root, b"d")
+    for number in range(4):
+        ahead.looked_up(tree.lookup(directory, NAMES[number]))
+        ahead.expected.opened(tree.lookup(directory, NAMES[number]))
+    asked: list[int] = []
+
+    def refuse(fd: int, offset: int, length: int, advice: int) -> None:
+        asked.append(fd)
+        raise OSError(errno.EINVAL, "not on this file system")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    ahead.looked_up(tree.lookup(directory, NAMES[20]))
+    (fd,) = asked
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)  # closed
 
 
 def test_no_file_that_is_looked_up_while_files_come_from_memory(tree: UnionTree, layer: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final
 
 from unionfs.fuse_ops.coldness import Coldness
@@ -94,11 +95,9 @@ def _begin_to_read(inode: Inode) -> None:
     if inode.lower is None or inode.upper or inode.metacopy or inode.filled or inode.kind != stat.S_IFREG:
         return
     layer, path = inode.lower
-    try:
+    with suppress(OSError):  # whoever opens or reads it is told
         fd = layer.open(path, os.O_RDONLY)
-    except OSError:
-        return  # whoever opens it is told
-    try:
-        os.posix_fadvise(fd, 0, _BYTES, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(fd)
+        try:
+            os.posix_fadvise(fd, 0, _BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
