@@ -33,11 +33,11 @@ class IdleThread:
 
     def run(self, call: Callable[[], bool]) -> bool:
         """Have the thread do ``call``, and return or raise what that does."""
-        self._calls.put(call)
         try:
+            self._calls.put(call)
             result = self._results.get()
         except BaseException:  # from a signal; but two threads must not run, even now
-            self._results.get()
+            self._settle()
             raise
         if isinstance(result, BaseException):
             raise result
@@ -47,6 +47,17 @@ class IdleThread:
         """End the thread."""
         self._calls.put(None)
         self._thread.join()
+
+    def _settle(self) -> None:
+        """Wait until the thread has done what it was given, whether or not that was, and take what it answered."""
+        mark = InterruptedError()
+
+        def answer() -> bool:
+            raise mark
+
+        self._calls.put(answer)
+        while self._results.get() is not mark:
+            pass
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
