@@ -387,7 +387,7 @@ def play(engine: Engine, image: AwkwardImage) -> Record:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for number, said in enumerate(pool.map(one_of_many, range(AT_ONCE))):
-            assert said == f"{number}\nold 4\n3\n"
+            assert said == f"{number}\nold 4\n3\n", f"container {number} of those run at once says {said!r}"
 
     engine.remove_all()
     assert engine.containers() == []
