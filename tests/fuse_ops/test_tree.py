@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.users import as_user
 from unionfs.errors import LayerError
+from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.need import METADATA
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
@@ -85,6 +86,66 @@ def test_what_the_kernel_forgets_is_forgotten(tree: UnionTree) -> None:
     for inode in (d, *inodes):  # the directory first: its children keep it
         tree.forget(inode, 1)
     assert len(tree.inodes) == 1
+
+
+def _created(tree: UnionTree, parent: Inode, user: User) -> Inode:
+    inode, file = tree.create(parent, b"new", 0o640, os.O_RDWR, user)
+    tree.close_file(file)
+    return inode
+
+
+MAKERS: dict[str, Callable[[UnionTree, Inode, User], Inode]] = {
+    "file": _created,
+    "device": lambda tree, parent, user: tree.mknod(parent, b"new", stat.S_IFCHR | 0o640, 0x103, user),
+    "whiteout": lambda tree, parent, user: tree.mknod(parent, b"new", stat.S_IFCHR, 0, user),
+    "directory": lambda tree, parent, user: tree.mkdir(parent, b"new", 0o1750, user),
+    "link": lambda tree, parent, user: tree.symlink(parent, b"new", b"target", user),
+}
+
+
+@pytest.mark.parametrize("user", [ROOT, User(0, 1000), User(1000, 1000), User(1000, 50)], ids=str)
+@pytest.mark.parametrize("group", [0, 50])
+@pytest.mark.parametrize("setgid", [False, True])
+@pytest.mark.parametrize("place", ["made here", "merged", "where a lower one was removed"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_owner_of_what_is_made(
+    tree: UnionTree, dirs: Path, kind: str, place: str, setgid: bool, group: int, user: User
+) -> None:
+    (dirs / "low1" / "d" / "new").write_text("")
+    if place == "made here":
+        parent = tree.mkdir(tree.root, b"p", 0o777, ROOT)
+    else:
+        parent = tree.lookup(tree.root, b"d")
+        if place == "merged":
+            (dirs / "low1" / "d" / "new").unlink()
+        else:
+            tree.unlink(parent, b"new")
+    change = AttributeChange(mode=0o2777 if setgid else 0o777, gid=group)
+    tree.set_attributes(parent, change, ROOT)
+    with pytest.raises(FileNotFoundError):
+        tree.lookup(parent, b"new")
+
+    inode = MAKERS[kind](tree, parent, user)
+    told = tree.view.attributes_of_new(inode)
+    assert (told.uid, told.gid) == (user.uid, group if setgid else user.gid)
+    if kind == "directory":
+        assert stat.S_IMODE(told.mode) == (0o3750 if setgid else 0o1750)
+    assert told == tree.attributes(inode), "what was told is not what is there"
+    for make in MAKERS.values():
+        with pytest.raises(FileExistsError):
+            make(tree, parent, user)
+
+
+@pytest.mark.parametrize("where", ["lower", "merged"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_name_of_a_lower_layer_is_taken(tree: UnionTree, dirs: Path, kind: str, where: str) -> None:
+    (dirs / "low2" / "d" / "new").write_text("")
+    d = tree.lookup(tree.root, b"d")
+    if where == "merged":
+        tree.mkdir(d, b"other", 0o755, ROOT)
+    with pytest.raises(FileExistsError):
+        MAKERS[kind](tree, d, ROOT)
+    assert not (dirs / "upper" / "d" / "new").exists()
 
 
 class TestWhiteoutDevices:

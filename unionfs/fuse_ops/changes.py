@@ -198,8 +198,8 @@ class NamespaceChanges:
         """Make an object with ``make(dir_fd, name)``, give it its owner, and put it into ``directory``."""
         upper = self._copy_up.require_writable()
         check_new_name(name)
-        # Where only the upper layer can have the name, making the object says whether it does.
-        look_first = bool(directory.lowers) or not directory.upper
+        # Making the object says whether the upper layer has the name.
+        look_first = not directory.upper or self.hides_lower(directory, name)
         if look_first:
             self._require_free(directory, name)
         if directory.orphan:
@@ -214,49 +214,51 @@ class NamespaceChanges:
             is_free = False  # a whiteout, since the merged tree has nothing of this name
         else:
             is_free = True
+        is_final = is_free  # what is found out of it then stays as it is until the request is answered
         if is_free:
             try:
-                st = self._finish_new(directory, directory_fd, directory_fd, name, mode, caller, rdev)
+                st = self._finish_new(directory_fd, directory_fd, name, mode, caller, rdev)
                 if is_dir and directory.lowers:
                     upper.set_opaque(b"/proc/self/fd/%d/%s" % (directory_fd, name))
+                    is_final = False  # this changes a time
             except BaseException:
                 upper.remove(directory_fd, name, directory=is_dir)
                 raise
         else:
             with upper.staging(directory_fd) as (staging_fd, temp):
                 make(staging_fd, temp)
-                st = self._finish_new(directory, directory_fd, staging_fd, temp, mode, caller, rdev)
+                st = self._finish_new(directory_fd, staging_fd, temp, mode, caller, rdev)
                 if is_dir:
                     upper.set_opaque(b"/proc/self/fd/%d/%s" % (staging_fd, temp))
                 upper.install(staging_fd, temp, directory_fd, name, directory=is_dir)
         inode = self._view.adopt_new(directory, name, st)
         inode.kind = stat.S_IFMT(mode)
+        if is_final:
+            inode.fresh = st
         if is_dir:
             inode.marks = set()
         return inode
 
     def _finish_new(
-        self, directory: Inode, directory_fd: int, dir_fd: int, name: bytes, mode: int, caller: Caller, rdev: int
+        self, directory_fd: int, dir_fd: int, name: bytes, mode: int, caller: Caller, rdev: int
     ) -> os.stat_result:
-        """Give a new object the owner and mode that POSIX says; returns its attributes."""
+        """Give a new object the owner and mode that POSIX says; returns its attributes.
+
+        It is ``name`` in ``dir_fd``, and belongs into ``directory_fd``.
+        """
         ownership = self._view.ownership
-        parent = os.stat(directory_fd)
-        parent_mode, parent_gid = parent.st_mode, parent.st_gid
         uid, gid = ownership.stored(caller.uid, caller.gid)
         if ownership.overrides:
-            override = ownership.read_override(b"/proc/self/fd/%d/." % directory_fd, stat.S_IFDIR)
-            if override is not None:
-                parent_mode, parent_gid = override.mode, override.gid
-        if parent_mode & stat.S_ISGID:
-            gid = parent_gid
+            return self._override_new(directory_fd, dir_fd, name, mode, uid, gid, rdev)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        has_owner = ownership.squashed or (st.st_uid, st.st_gid) == (uid, gid)
+        if has_owner and dir_fd == directory_fd and not mode & _SPECIAL_BITS:
+            return st  # which has all that a setgid directory gives to what is made in it
+        parent = os.stat(directory_fd)
+        if parent.st_mode & stat.S_ISGID:
+            gid = parent.st_gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
-        if ownership.overrides:
-            if not stat.S_ISLNK(mode):
-                ownership.write_override(path, Override(uid, gid, mode, rdev))
-            return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         changed = False
         if (st.st_uid, st.st_gid) != (uid, gid) and not ownership.squashed:
             os.chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
@@ -267,6 +269,25 @@ class NamespaceChanges:
             os.chmod(name, stat.S_IMODE(st.st_mode) | special, dir_fd=dir_fd)
             changed = True
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False) if changed else st
+
+    def _override_new(
+        self, directory_fd: int, dir_fd: int, name: bytes, mode: int, uid: int, gid: int, rdev: int
+    ) -> os.stat_result:
+        """:meth:`_finish_new` where owners and modes are kept in attributes."""
+        ownership = self._view.ownership
+        parent = os.stat(directory_fd)
+        parent_mode, parent_gid = parent.st_mode, parent.st_gid
+        override = ownership.read_override(b"/proc/self/fd/%d/." % directory_fd, stat.S_IFDIR)
+        if override is not None:
+            parent_mode, parent_gid = override.mode, override.gid
+        if parent_mode & stat.S_ISGID:
+            gid = parent_gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        if not stat.S_ISLNK(mode):
+            path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+            ownership.write_override(path, Override(uid, gid, mode, rdev))
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
     # -- removing ---------------------------------------------------------------------------------------------
 

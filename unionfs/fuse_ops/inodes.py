@@ -40,6 +40,7 @@ class Inode:
         "data",
         "default_acl",
         "filled",
+        "fresh",
         "handles",
         "has_origin",
         "hold",
@@ -91,6 +92,7 @@ class Inode:
         # the kernel to do, since data can come from its cache long after it was written.
         self.capability: bytes | None = None
         self.filled = False  # the kernel has been given the contents, and has not asked for them since
+        self.fresh: os.stat_result | None = None  # lstat from when it was made, until whoever made it has his answer
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode
 

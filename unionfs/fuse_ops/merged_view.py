@@ -352,6 +352,11 @@ class MergedView:
         """What stat(2) shows of ``inode``."""
         return self.present(inode, self.real_stat(inode))
 
+    def attributes_of_new(self, inode: Inode) -> Attributes:
+        """As :meth:`attributes`, for the answer to the request that made ``inode``."""
+        st, inode.fresh = inode.fresh, None
+        return self.present(inode, self.real_stat(inode) if st is None else st)
+
     def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
         """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
         found = self.find_with_stat(directory, name)

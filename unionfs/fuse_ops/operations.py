@@ -88,6 +88,9 @@ class UnionOperations(pyfuse3.Operations):
     def _remembered(self, inode: Inode) -> pyfuse3.EntryAttributes:
         return self._entry(self._requests.remembered(inode))
 
+    def _made(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        return self._entry(self._requests.made(inode))
+
     def _file_info(self, file: OpenFile) -> pyfuse3.FileInfo:
         handle = pyfuse3.FileHandleT(self._requests.add_file(file))
         return pyfuse3.FileInfo(fh=handle, keep_cache=self._keep_cache)
@@ -122,13 +125,13 @@ class UnionOperations(pyfuse3.Operations):
         rdev: int,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return self._remembered(self._tree.mknod(self._requests.inode(parent_inode), name, mode, rdev, ctx))
+        return self._made(self._tree.mknod(self._requests.inode(parent_inode), name, mode, rdev, ctx))
 
     @_handler
     async def mkdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._remembered(self._tree.mkdir(self._requests.inode(parent_inode), name, mode, ctx))
+        return self._made(self._tree.mkdir(self._requests.inode(parent_inode), name, mode, ctx))
 
     @_handler
     async def symlink(
@@ -138,7 +141,7 @@ class UnionOperations(pyfuse3.Operations):
         target: pyfuse3.FileNameT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return self._remembered(self._tree.symlink(self._requests.inode(parent_inode), name, target, ctx))
+        return self._made(self._tree.symlink(self._requests.inode(parent_inode), name, target, ctx))
 
     @_handler
     async def link(
@@ -252,7 +255,7 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode, file = self._tree.create(self._requests.inode(parent_inode), name, mode, flags, ctx)
-        return self._file_info(file), self._remembered(inode)
+        return self._file_info(file), self._made(inode)
 
     @_handler
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:

@@ -70,6 +70,12 @@ class UnionRequests:
         inode.lookups += 1
         return attributes
 
+    def made(self, inode: Inode) -> Attributes:
+        """As :meth:`remembered`, for the answer to the request that made ``inode``."""
+        attributes = self.tree.view.attributes_of_new(inode)
+        inode.lookups += 1
+        return attributes
+
     # -- copy-up ----------------------------------------------------------------------------------------------
 
     def copied_up(self, inode: Inode, need: Need = CONTENTS) -> bool:

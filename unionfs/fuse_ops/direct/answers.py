@@ -82,6 +82,10 @@ class Answers:
     def _entry(self, request: Request, inode: Inode) -> bytes:
         return self._entry_with(request, inode, self._packed.of(inode))
 
+    def _new_entry(self, request: Request, inode: Inode) -> bytes:
+        """The answer to the request that made ``inode``."""
+        return self._entry_with(request, inode, self._packed.of_new(inode))
+
     def _entry_with(self, request: Request, inode: Inode, packed: bytes) -> bytes:
         inode.lookups += 1
         s, ns = self._valid_s, self._valid_ns

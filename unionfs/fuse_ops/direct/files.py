@@ -55,11 +55,11 @@ class FileAnswers(Answers):
             table[Opcode.FSYNC] = self._fsync
         return table
 
-    def _opened(self, file: OpenFile) -> tuple[int, int, int]:
-        """Handle, flags and backing id for the answer to an open."""
+    def _opened(self, file: OpenFile, mode: int | None = None) -> tuple[int, int, int]:
+        """Handle, flags and backing id for the answer to an open, of a file whose mode may be known."""
         flags, backing = self._mount.keep_cache, 0
         if self._mount.passthrough is not None:
-            flags, backing = self._mount.passthrough.open(file)
+            flags, backing = self._mount.passthrough.open(file, mode)
         return self._requests.add_file(file), flags, backing
 
     def _open(self, request: Request) -> Answer:
@@ -131,10 +131,10 @@ class FileAnswers(Answers):
         return self._created(request, inode, file)
 
     def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
-        attributes = self._requests.remembered(inode)
+        attributes = self._requests.made(inode)
         s, ns = self._valid_s, self._valid_ns
         entry = (inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes))
-        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file))
+        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file, attributes.mode))
 
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)

@@ -69,18 +69,18 @@ class NameAnswers(Answers):
         directory = self._inode(request)
         mode = self._masked(directory, mode, umask)
         name = request.name(p.MKNOD_IN.size)
-        return self._entry(request, self._tree.mknod(directory, name, mode, p.decode_device(device), request))
+        return self._new_entry(request, self._tree.mknod(directory, name, mode, p.decode_device(device), request))
 
     def _mkdir(self, request: Request) -> bytes:
         mode, umask = p.MKDIR_IN.unpack_from(request.body)
         directory = self._inode(request)
         mode = self._masked(directory, mode, umask)
-        return self._entry(request, self._tree.mkdir(directory, request.name(p.MKDIR_IN.size), mode, request))
+        return self._new_entry(request, self._tree.mkdir(directory, request.name(p.MKDIR_IN.size), mode, request))
 
     def _symlink(self, request: Request) -> bytes:
         name = request.name()
         target = request.name(len(name) + 1)
-        return self._entry(request, self._tree.symlink(self._inode(request), name, target, request))
+        return self._new_entry(request, self._tree.symlink(self._inode(request), name, target, request))
 
     def _unlink(self, request: Request) -> bytes:
         self._tree.unlink(self._inode(request), request.name())

@@ -36,6 +36,10 @@ class PackedAttributes:
             return pack(inode, self._view.attributes(inode))
         return packed
 
+    def of_new(self, inode: Inode) -> bytes:
+        """As :meth:`of`, for the answer to the request that made ``inode``."""
+        return pack(inode, self._view.attributes_of_new(inode))
+
     def child(self, directory: Inode, name: bytes) -> tuple[Inode, bytes] | None:
         """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
         if directory.children is not None:

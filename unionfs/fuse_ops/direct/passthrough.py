@@ -48,16 +48,19 @@ class Passthrough:
     def __len__(self) -> int:
         return len(self._passed)
 
-    def open(self, file: OpenFile) -> tuple[int, int]:
-        """The open flags and backing id to answer an open with; :meth:`release` undoes it."""
+    def open(self, file: OpenFile, mode: int | None = None) -> tuple[int, int]:
+        """The open flags and backing id to answer an open with; :meth:`release` undoes it.
+
+        ``mode`` is the file's, where that is known.
+        """
         users = self._users.get(file.inode)
         if users is None:
             users = self._users[file.inode] = _Users()
         if users.passed:
             flags = Open.PASSTHROUGH
-            if not self._suitable(file):
+            if not self._suitable(file, mode):
                 flags |= Open.DIRECT_IO  # reads and writes come to us
-        elif users.cached or not self._suitable(file):
+        elif users.cached or not self._suitable(file, mode):
             users.cached += 1
             # Pages may be left from before the file was written behind the page cache.
             return (0 if file.inode.upper else int(Open.KEEP_CACHE)), 0
@@ -85,13 +88,13 @@ class Passthrough:
         if not users.passed and not users.cached:
             del self._users[file.inode]
 
-    def _suitable(self, file: OpenFile) -> bool:
+    def _suitable(self, file: OpenFile, mode: int | None) -> bool:
         inode = file.inode
         if inode.metacopy or not (inode.upper or self._read_only):
             return False
         if not file.writable:
             return True
-        if os.fstat(file.fd).st_mode & _SPECIAL_BITS:
+        if (os.fstat(file.fd).st_mode if mode is None else mode) & _SPECIAL_BITS:
             return False
         if inode.bare:
             return True
