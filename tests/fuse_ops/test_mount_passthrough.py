@@ -138,6 +138,22 @@ def test_setuid_goes_when_another_user_writes(box: Sandbox, holder: int | None) 
                 os.close(held)
 
 
+def test_setuid_of_a_new_file_goes_when_another_user_writes(box: Sandbox) -> None:
+    with box.mount():
+        before = os.umask(0)
+        try:
+            fd = os.open(box.at("new"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o6777)
+        finally:
+            os.umask(before)
+        try:
+            assert stat.S_IMODE(os.stat(box.at("new")).st_mode) == 0o6777
+            as_user(ALICE, lambda: os.pwrite(fd, b"x", 0))
+            assert stat.S_IMODE(os.stat(box.at("new")).st_mode) == 0o777
+        finally:
+            os.close(fd)
+        assert contents(box.at("new")) == b"x"
+
+
 def test_capabilities_go_when_the_file_is_written(box: Sandbox) -> None:
     with box.mount():
         os.chmod(box.at("low"), 0o777)
