@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -89,70 +90,99 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
 
 
 def who_syncs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, patience: Patience, size: int, flags: int = 0
-) -> tuple[str, int]:
-    """The call that syncs the root directory, or a file of ``size`` bytes, when the kernel asks for it; its thread."""
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: Opcode,
+    patience: Patience,
+    sizes: Sequence[int],
+    flags: int = 0,
+    took: float = 0,
+) -> list[tuple[str, bool]]:
+    """What syncs the root directory, or a file of so many bytes, when the kernel asks for it; whether in a thread.
+
+    It asks for each of ``sizes``, and is answered after ``took`` seconds.
+    """
     for name in ("lower", "upper", "work"):
         (tmp_path / name).mkdir()
-    with open(tmp_path / "upper" / "file", "wb") as file:
-        file.truncate(size)
+    (tmp_path / "upper" / "file").touch()
     words = [f"lowerdir={tmp_path}/lower", f"upperdir={tmp_path}/upper", f"workdir={tmp_path}/work"]
     options = parse_options(words).options
     tree = open_tree(options)
-    answers = os.open("/dev/null", os.O_RDWR)
+    answered, answers = os.pipe()
     transport = DirectTransport(tree, options)
     transport.mount(f"/dev/fd/{answers}")
     transport.served.patience = patience
     handle = transport.served.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
     body = p.FSYNC_IN.pack(handle, flags, 0)
     header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), code, 1, 1, 0, 0, 7, 0, 0)
-    synced: list[tuple[str, int]] = []
-    done = threading.Event()
+    synced: list[tuple[str, bool]] = []
+    now = time.perf_counter()
 
     def watch(name: str) -> None:
-        real = getattr(os, name)
-
         def watched(fd: int) -> None:
-            synced.append((name, threading.get_ident()))
-            real(fd)
-            done.set()
+            synced.append((name, threading.current_thread() is not threading.main_thread()))
+            nonlocal now
+            now += took
 
         monkeypatch.setattr(os, name, watched)
 
     def fstat(fd: int) -> os.stat_result:
         raise AssertionError("who has seen a time makes the next sync write the inode")
 
-    watch("fsync")
-    watch("fdatasync")
-    monkeypatch.setattr(os, "fstat", fstat)
-
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             transport.dispatch(memoryview(header + body), nursery)
 
-    trio.run(main)
+    watch("fsync")
+    watch("fdatasync")
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    for number, size in enumerate(sizes):
+        os.truncate(tmp_path / "upper" / "file", size)
+        trio.run(main)
+        assert os.read(answered, 100) == p.OUT_HEADER.pack(p.OUT_HEADER.size, 0, 1)
+        assert len(synced) == number + 1
     monkeypatch.undo()
-    assert done.wait(30)
     transport.close()
     tree.close()
-    assert len(synced) == 1
-    return synced[0]
+    os.close(answered)
+    return synced
 
 
-@pytest.mark.parametrize(("size", "in_thread"), [(4096, False), (8 << 20, True)])
-def test_a_large_file_is_synced_in_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, in_thread: bool
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "in_thread"),
+    [
+        pytest.param([4096], [False], id="small"),
+        pytest.param([8 * MIB], [True], id="large"),
+        pytest.param([8 * MIB] * 3, [True, False, False], id="large, with little to write"),
+        pytest.param([8 * MIB, 9 * MIB, 10 * MIB], [True, False, False], id="grows a little"),
+        pytest.param([8 * MIB, 16 * MIB, 16 * MIB], [True, True, False], id="grows much"),
+        pytest.param([8 * MIB, 4096, 8 * MIB], [True, False, True], id="written anew"),
+    ],
+)
+def test_a_file_with_much_to_write_is_synced_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], in_thread: list[bool]
 ) -> None:
-    _, by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), size)
-    assert (by != threading.get_ident()) is in_thread
+    synced = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), sizes)
+    assert [by for _, by in synced] == in_thread
+
+
+def test_a_large_file_that_took_long_is_synced_in_a_thread_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = who_syncs(tmp_path, monkeypatch, Opcode.FSYNC, alone(), [8 * MIB] * 3, took=0.02)
+    assert [by for _, by in synced] == [True] * 3
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_a_directory_is_synced_on_the_spot_for_one_that_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
-    _, by = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), 0)
-    assert (by == threading.get_ident()) is is_alone
+    synced = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), [0])
+    assert synced == [("fsync", not is_alone)]
 
 
 @pytest.mark.parametrize("code", [Opcode.FSYNC, Opcode.FSYNCDIR])
@@ -160,4 +190,4 @@ def test_a_directory_is_synced_on_the_spot_for_one_that_is_alone(
 def test_no_more_is_synced_than_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Opcode, flags: int, call: str
 ) -> None:
-    assert who_syncs(tmp_path, monkeypatch, code, alone(), 4096, flags)[0] == call
+    assert who_syncs(tmp_path, monkeypatch, code, alone(), [4096], flags) == [(call, False)]

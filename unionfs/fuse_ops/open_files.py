@@ -33,10 +33,10 @@ class OpenFile:
     """A client's open file. ``fd`` stays the same number for its life; copy-up puts another file behind it.
 
     With ``open_late`` in the place of a descriptor, there is none until it is needed: what the kernel has in its page
-    cache is never read from us.
+    cache is never read from us. ``synced_size``: how large the file was at its last sync if that was short, else 0.
     """
 
-    __slots__ = ("_fd", "_open_late", "inode", "writable")
+    __slots__ = ("_fd", "_open_late", "inode", "synced_size", "writable")
 
     def __init__(
         self, inode: Inode, fd: int, *, writable: bool, open_late: Callable[[Inode], int] | None = None
@@ -45,6 +45,7 @@ class OpenFile:
         self._fd = fd
         self.writable = writable
         self._open_late = open_late
+        self.synced_size = 0
         if inode.handles is None:
             inode.handles = []
         inode.handles.append(self)

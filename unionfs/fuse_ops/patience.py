@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 _IN_A_ROW: Final = 8  # requests of one thread of one program, until it counts as alone
-_SLOW_S: Final = 5e-3
+SLOW_S: Final = 5e-3  # a wait that is longer is not a short one
 _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so many times its length
 
 
@@ -45,5 +45,5 @@ class Patience:
     def waited_since(self, start: float) -> None:
         """A wait that began when time.perf_counter() was ``start`` is over."""
         now = time.perf_counter()
-        if now - start > _SLOW_S:
+        if now - start > SLOW_S:
             self._not_before = now + _PAUSE_FACTOR * (now - start)

@@ -9,9 +9,8 @@ SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing 
 which is why it is one only while nothing else runs on the machine, and looks again all the time. To go back takes a
 privilege; a server without it has a second thread serve the client, one that is never anything else.
 
-Who syncs again and again, as a log is written or a database commits, is left alone. A disk may interrupt one processor
-only, as virtual ones do, and is waited for longest on the others; a sync waits several times, and the scheduler knows
-where that is shortest.
+Who syncs again and again, as a log is written or a database commits, may be served sooner elsewhere, where the disk's
+interrupts arrive: that is tried out (sync_trial).
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 from collections.abc import Callable
 from typing import Final
 
 from unionfs.fuse_ops.direct.idle_thread import IdleThread
+from unionfs.fuse_ops.direct.sync_trial import SyncTrial
 
 LOOK_EVERY: Final = 8
 """Requests, from one look to the next."""
@@ -59,6 +60,7 @@ class BesideClient:
         self._misses = 0
         self._syncs = 0
         self._last_sync = 0
+        self._trial = SyncTrial()
 
     def consider(self, client: int, before: int) -> None:
         """A request came from the thread ``client``, and ``before`` it others that no other program's came between.
@@ -72,14 +74,16 @@ class BesideClient:
             return
         if not self.in_doubt and before % (LOOK_EVERY if self.active else _LOOK_AFTER):
             return
+        if self._trial.beside or not self.syncs_often(before):
+            self._look(client)
+
+    def _look(self, client: int) -> None:
         if not self._asked:
             self._asked = True
             # One that somebody gave another policy than the usual one is left alone.
             self._usable = os.sched_getscheduler(0) == os.SCHED_OTHER
             self._returns = _may_return()
-            if not self._usable:
-                return
-        if self.syncs_often(before):
+        if not self._usable:
             return
         if not self._machine_is_quiet():
             # A thread of the kernel has work for some microseconds after each access to a disk, for instance.
@@ -104,12 +108,22 @@ class BesideClient:
         """The client did not send anything at once, as one on this processor does: it may be on another one by now."""
         self._misses += 1
 
-    def before_sync(self, before: int) -> None:
-        """What is about to be done, after ``before`` other requests of the client, brings something to the disk."""
+    def before_sync(self, client: int, before: int) -> None:
+        """What is to be done now for ``client``, after ``before`` other requests of it, brings something to the disk.
+
+        Call it before that is done, here and not in a thread.
+        """
         self._syncs = self._syncs + 1 if 0 < before - self._last_sync <= _SYNC_GAP else 1
         self._last_sync = before
-        if self._syncs > _SYNCS:
+        if self._syncs <= _SYNCS:
+            self._trial.interrupt()
+            return
+        was_beside = self._trial.beside
+        self._trial.sync(time.perf_counter())
+        if not self._trial.beside:
             self.leave()
+        elif not was_beside:
+            self._look(client)
 
     def syncs_often(self, before: int) -> bool:
         """Whether the client, after ``before`` other requests of its, is one who syncs again and again."""

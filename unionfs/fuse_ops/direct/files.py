@@ -19,13 +19,14 @@ from unionfs.fuse_ops.direct.short_reads import ShortReads
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.need import ATTRIBUTES, for_writing
 from unionfs.fuse_ops.open_files import OpenFile
+from unionfs.fuse_ops.patience import SLOW_S
 
 log = logging.getLogger(__name__)
 
 _PAGE: Final = mmap.PAGESIZE
 _LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to do meanwhile
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
-_SHORT_SYNC: Final = 1024 * 1024  # bytes of a file: it cannot have much to write that nobody has waited for yet
+_SHORT_SYNC: Final = 1024 * 1024  # bytes by which a file grew: no more than it has to write, unless it is overwritten
 
 
 class FileAnswers(Answers):
@@ -188,15 +189,20 @@ class FileAnswers(Answers):
         if not file.inode.upper:
             return self.empty(request)
         fd, sync = file.fd, os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync
-
-        def call() -> bytes:
-            sync(fd)
-            return self.empty(request)
-
         # Not fstat(2): it shows a time, so the next write has to give the file a later one (multigrain timestamps,
         # Linux 6.13), and the next sync has to write the inode for that.
-        if self._mount.patience.may_wait() and os.lseek(fd, 0, os.SEEK_END) <= _SHORT_SYNC:
-            self._connection.beside.before_sync(self._mount.patience.in_a_row)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        grown = size - file.synced_size
+
+        def call() -> bytes:
+            start = time.perf_counter()
+            sync(fd)
+            # A database, say, which is large and has little to write each time.
+            file.synced_size = size if time.perf_counter() - start <= SLOW_S else 0
+            return self.empty(request)
+
+        if self._mount.patience.may_wait() and grown <= _SHORT_SYNC:
+            self._connection.beside.before_sync(request.pid, self._mount.patience.in_a_row)
             start = time.perf_counter()
             answer = call()
             self._mount.patience.waited_since(start)
