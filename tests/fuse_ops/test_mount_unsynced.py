@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.crash import kill, lose_unsynced, mark_of
+from tests.support.mounts import UnionMount
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import assert_same
 from tests.support.syscalls import renameat2
@@ -20,6 +21,7 @@ pytest_plugins = ["tests.support.sandbox"]
 needs_root()
 
 METACOPY = "trusted.overlay.metacopy"
+ORIGIN = "trusted.overlay.origin"
 DATA = b"contents " * 1000
 CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 
@@ -182,6 +184,66 @@ def test_after_a_crash_the_lower_file_counts(box: Sandbox) -> None:
         assert os.stat(box.at("d/f")).st_uid == 1
         assert (mark_of(box.in_upper("d/f")), noted(box)) == (None, False)
         assert read(box.in_upper("d/f")) == DATA
+
+
+def unmounted(box: Sandbox, here: UnionMount) -> None:
+    """Nothing more than the end of the mount."""
+
+
+def killed(box: Sandbox, here: UnionMount) -> None:
+    kill(here)
+    assert lose_unsynced(box.in_upper()) == 1
+    os.removexattr(box.in_upper("d"), "trusted.overlay.impure")  # it was not synced either
+
+
+def written(box: Sandbox, here: UnionMount) -> None:
+    with open(box.at("d/f"), "r+b") as f:
+        f.write(b"C")
+    kill(here)
+
+
+def renamed(box: Sandbox, here: UnionMount) -> None:
+    os.rename(box.at("d/f"), box.at("e/f"))
+    os.rename(box.at("e/f"), box.at("d/f"))
+
+
+@pytest.mark.parametrize("end", [unmounted, killed, written, renamed], ids=lambda end: str(end.__name__))
+def test_a_copy_keeps_its_number_after_the_mount(box: Sandbox, end: Callable[[Sandbox, UnionMount], None]) -> None:
+    """What says which lower file it is from, is recorded when the mark goes, or when the next mount finds it."""
+    low = box.lower().file("d/f", DATA).dir("e")
+    with box.mount() as here:
+        number = os.stat(box.at("d/f")).st_ino
+        os.chown(box.at("d/f"), 1, 2)
+        assert os.stat(box.at("d/f")).st_ino == number
+        assert ORIGIN not in os.listxattr(box.in_upper("d/f"))
+        end(box, here)
+    with box.mount():
+        assert os.stat(box.at("d/f")).st_ino == number
+        assert ORIGIN in os.listxattr(box.in_upper("d/f"))
+    with box.kernel("index=off", "xino=on"):
+        assert os.stat(box.at("d/f")).st_ino == os.stat(low.at("d/f")).st_ino
+
+
+def test_what_a_crashed_mount_had_recorded_stays(box: Sandbox) -> None:
+    """An older version recorded the origin at once."""
+    box.lower().file("d/f", DATA)
+    with box.mount() as here:
+        os.chown(box.at("d/f"), 1, 2)
+        os.setxattr(box.in_upper("d/f"), ORIGIN, b"")
+        kill(here)
+    with box.mount():
+        assert os.getxattr(box.in_upper("d/f"), ORIGIN) == b""
+
+
+def test_a_copy_takes_no_more_of_the_disk_than_its_data(box: Sandbox) -> None:
+    """ext4 has room for one of the two attributes in the inode; the other would take a block, and keep it."""
+    box.lower().file("f", DATA)
+    with box.mount():
+        os.chown(box.at("f"), 1, 2)
+    plain = os.path.join(box.root, "plain")
+    shutil.copyfile(box.in_upper("f"), plain)
+    os.sync()
+    assert os.stat(box.in_upper("f")).st_blocks == os.stat(plain).st_blocks
 
 
 def test_capabilities_survive_a_crash(box: Sandbox) -> None:

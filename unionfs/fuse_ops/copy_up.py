@@ -23,7 +23,7 @@ from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.need import CONTENTS, Need
 from unionfs.fuse_ops.overlay_format import UNSYNCED, encode_origin
-from unionfs.fuse_ops.unsynced import Unsynced, settle, unmark
+from unionfs.fuse_ops.unsynced import Attribute, Unsynced, settle, unmark
 from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
 
 At = tuple[int, bytes]
@@ -47,6 +47,7 @@ class CopyUpJob:
         "later",
         "mark",
         "new",
+        "origin",
         "overwrites",
         "size",
         "source_fd",
@@ -77,11 +78,12 @@ class CopyUpJob:
         self.overwrites = False  # whether the target may have data by now
         self.capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
         self.mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
+        self.origin: Attribute | None = None  # what such a copy is given in its place
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
         if self.mark is not None:
-            settle(self.target_fd, self.mark)
+            settle(self.target_fd, self.mark, self.origin)
         else:
             copy_data(self.source_fd, self.target_fd, self.size, sync=self.sync, overwrite=self.overwrites)
 
@@ -198,7 +200,11 @@ class CopyUp:
         try:
             # A metacopy has its data from another file than the rest.
             source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
-            self._dress(inode, job.st, source, (job.target_fd, b""))
+            # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
+            # and keep it. So it comes when the mark goes.
+            later = self._origin_of(self._lower(inode)[0], source) if job.later else None
+            self._dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
+            inode.has_origin |= later is not None
             self._install_file(upper, inode, job.new, job.st)
         except BaseException:
             self.abort(job)
@@ -206,8 +212,8 @@ class CopyUp:
         # From here on the copy is the file: whatever fails must not take it away.
         inode.lower = inode.data = None
         inode.metacopy = False
-        if job.later and self.unsynced is not None and not inode.orphan:
-            self.unsynced.add(inode)
+        if later is not None and self.unsynced is not None and not inode.orphan:
+            self.unsynced.add(inode, later)
         try:
             self._switch_handles(inode, job.target_fd)
         finally:
@@ -238,14 +244,14 @@ class CopyUp:
             if not node.upper:
                 self._directory(self._upper, node, self._view.real_stat(node))
 
-    def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At) -> None:
+    def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
         """Give the copy ``target`` of ``source`` everything but its data and its place.
 
         The mode follows the extended attributes, which a server without privilege can set on a file that it may
         write only. The times are last, and stay: renames and links do not change them.
         """
         copy_owner(*target, st)
-        if self._records_origin(inode, st):
+        if with_origin and self._records_origin(inode, st):
             inode.has_origin = self._set_origin(inode, source, target)
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
         copy_mode(*target, st)
@@ -274,14 +280,7 @@ class CopyUp:
 
     def _set_origin(self, inode: Inode, source: At, target: At) -> bool:
         """Record which lower object the copy comes from: the kernel and the next mount take its inode number."""
-        try:
-            handle = syscalls.file_handle(*source)
-        except OSError as error:
-            if error.errno not in _NO_HANDLES:
-                raise
-            value = b""
-        else:
-            value = encode_origin(handle, self._lower(inode)[0].filesystem_uuid)
+        value = self._origin_of(self._lower(inode)[0], source)
         try:
             os.setxattr(at_path(*target), self._view.xattrs.origin, value, follow_symlinks=not target[1])
         except OSError as error:
@@ -289,6 +288,17 @@ class CopyUp:
                 raise
             return False  # user.* attributes exist on files and directories only
         return True
+
+    @staticmethod
+    def _origin_of(layer: LayerDir, source: At) -> bytes:
+        """What a copy of ``source``, which is in ``layer``, has as its origin."""
+        try:
+            handle = syscalls.file_handle(*source)
+        except OSError as error:
+            if error.errno not in _NO_HANDLES:
+                raise
+            return b""
+        return encode_origin(handle, layer.filesystem_uuid)
 
     def mark_impure(self, directory: Inode) -> None:
         """Note on an upper directory that it has children with an origin (kernel: their d_ino must be looked up)."""
@@ -534,7 +544,12 @@ class CopyUp:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         job = CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True)
         job.mark = self._view.xattrs.metacopy
+        job.origin = self._later_origin(inode)
         return job
+
+    def _later_origin(self, inode: Inode) -> Attribute | None:
+        value = None if self.unsynced is None else self.unsynced.origin_of(inode)
+        return None if value is None else (self._view.xattrs.origin, value)
 
     def _finish_settling(self, job: CopyUpJob) -> None:
         self.forget_unsynced(job.inode)
@@ -549,4 +564,15 @@ class CopyUp:
         """Remove the mark of an unsynced copy that has been synced."""
         with contextlib.suppress(FileNotFoundError):  # somebody has changed the upper directory
             path, _ = self._view.proc_path(inode)
-            unmark(path, self._view.xattrs.metacopy)
+            unmark(path, self._view.xattrs.metacopy, self._later_origin(inode))
+
+    def recover(self, inode: Inode) -> None:
+        """Copy the data of ``inode``, which a crash has left marked, again, and record where it comes from."""
+        layer, lower = self._view.data_source(inode)
+        origin = self._origin_of(layer, layer.locate(lower))
+        self.ensure(inode)
+        path, _ = self._view.proc_path(inode)
+        with contextlib.suppress(OSError):  # only costs the stability of its inode number
+            os.setxattr(path, self._view.xattrs.origin, origin, os.XATTR_CREATE)
+        if inode.parent is not None:
+            self.mark_impure(inode.parent)

@@ -55,7 +55,7 @@ def _finish(tree: UnionTree, path: bytes) -> None:
         inode = tree.lookup(inode, name)
     try:
         if inode.metacopy:
-            tree.copy_up.ensure(inode)
+            tree.copy_up.recover(inode)
     finally:
         tree.inodes.drop_if_unneeded(inode)
 

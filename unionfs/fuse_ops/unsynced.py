@@ -12,6 +12,7 @@ them, and copies their data again (:mod:`unionfs.fuse_ops.recovery`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -26,24 +27,31 @@ MANY: Final = 4096
 """Copies that are settled without waiting for more."""
 
 
-def settle(fd: int, mark: bytes) -> None:
-    """Sync the copy ``fd`` and remove its attribute ``mark``. May be called in a worker thread.
+Attribute = tuple[bytes, bytes]
+"""Name and value of an extended attribute."""
+
+
+def settle(fd: int, mark: bytes, origin: Attribute | None) -> None:
+    """Sync the copy ``fd``, and put ``origin`` in the place of its attribute ``mark``. May be called in a thread.
 
     Synced again after that: what is then written to the file, and synced without its metadata, must not lie under an
     attribute that comes back in a crash.
     """
     os.fsync(fd)
-    unmark(fd, mark)
+    unmark(fd, mark, origin)
     os.fsync(fd)
 
 
-def unmark(what: int | bytes, mark: bytes) -> None:
-    """Remove the attribute ``mark`` of ``what``, a descriptor or a path in /proc."""
+def unmark(what: int | bytes, mark: bytes, origin: Attribute | None) -> None:
+    """Remove the attribute ``mark`` of ``what``, a descriptor or a path in /proc, and give it ``origin``."""
     try:
         os.removexattr(what, mark)
     except OSError as error:
         if error.errno != errno.ENODATA:  # somebody else settled it meanwhile
             raise
+    if origin is not None:
+        with contextlib.suppress(OSError):  # only costs the stability of its inode number
+            os.setxattr(what, *origin)
 
 
 class Unsynced:
@@ -56,7 +64,7 @@ class Unsynced:
         self._workdir_fd = workdir_fd
         self._noted = False
         self._keeps_note = False
-        self._copies: dict[Inode, None] = {}  # in the order in which they were made
+        self._copies: dict[Inode, bytes] = {}  # with their origins, in the order in which they were made
         self.added: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -65,6 +73,10 @@ class Unsynced:
     def copies(self) -> list[Inode]:
         """Those that there are now, the oldest first."""
         return list(self._copies)
+
+    def origin_of(self, inode: Inode) -> bytes | None:
+        """The origin that ``inode`` is to have; None if it is not such a copy."""
+        return self._copies.get(inode)
 
     def note(self) -> None:
         """Have the work directory say, across a crash, that there are such copies. Before the first is made."""
@@ -78,11 +90,11 @@ class Unsynced:
         os.fsync(self._workdir_fd)
         self._noted = True
 
-    def add(self, inode: Inode) -> None:
-        """Remember that ``inode`` is such a copy."""
+    def add(self, inode: Inode, origin: bytes) -> None:
+        """Remember that ``inode`` is such a copy, which is to have ``origin`` recorded when it is settled."""
         inode.unsynced = True
         inode.lookups += 1
-        self._copies[inode] = None
+        self._copies[inode] = origin
         if self.added is not None:
             self.added()
 
