@@ -17,9 +17,9 @@ _COMPILED = """
     direct/answers direct/attributes direct/connection direct/directories direct/files direct/listing direct/names
     direct/packed_attributes direct/passthrough direct/protocol direct/request direct/session direct/short_reads
     direct/transport
-    allocation attributes backing_calls changes coldness copy_up copying directory_ahead early_pages expected_opens
-    file_ahead inodes last_close layer_dir limited_tree listing lower_stack merged_view metadata need open_files
-    overlay_format patience requests space_limit tree unsynced upper_dir
+    allocation attributes backing_calls changes coldness copy_up copy_up_job copying directory_ahead early_pages
+    expected_opens file_ahead inodes last_close layer_dir limited_tree listing lower_stack merged_view metadata need
+    open_files origins overlay_format patience placing requests space_limit tree unsynced upper_dir
 """
 
 extensions: list[Extension] = []

@@ -172,7 +172,7 @@ class NamespaceChanges:
         if inode.nlink is not None:
             inode.nlink += 1
         if inode.has_origin:
-            self._copy_up.mark_impure(directory)
+            self._copy_up.origins.mark_impure(directory)
         self.note_nested(inode, directory)
         inode.add_place(directory, name)
 

@@ -13,84 +13,24 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
 
-from unionfs.fuse_ops import syscalls
 from unionfs.fuse_ops.attributes import CAPABILITY
-from unionfs.fuse_ops.copying import at_path, copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.fuse_ops.copy_up_job import CopyUpJob
+from unionfs.fuse_ops.copying import At, at_path, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.layer_dir import LayerDir
 from unionfs.fuse_ops.merged_view import MergedView
 from unionfs.fuse_ops.need import CONTENTS, Need
-from unionfs.fuse_ops.overlay_format import UNSYNCED, encode_origin
-from unionfs.fuse_ops.unsynced import Attribute, Unsynced, settle, unmark
+from unionfs.fuse_ops.origins import Origins, origin_of
+from unionfs.fuse_ops.overlay_format import UNSYNCED
+from unionfs.fuse_ops.placing import Placing
+from unionfs.fuse_ops.unsynced import Attribute, Unsynced, unmark
 from unionfs.fuse_ops.upper_dir import NewFile, UpperDir
-
-At = tuple[int, bytes]
-"""An object as the ``*at`` calls name it: by a directory descriptor and a name, or by its own and an empty one."""
 
 NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
 """Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
 
-_MAKE_NAMES = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make names in a directory
 _LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for large ones the copying takes longer
-
-_NO_HANDLES = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
-
-
-class CopyUpJob:
-    """The copying of one file's data, or its syncing. :meth:`run` may be called in a worker thread."""
-
-    __slots__ = (
-        "capability",
-        "inode",
-        "later",
-        "mark",
-        "new",
-        "origin",
-        "overwrites",
-        "size",
-        "source_fd",
-        "st",
-        "sync",
-        "target_fd",
-    )
-
-    def __init__(
-        self,
-        inode: Inode,
-        st: os.stat_result,
-        source_fd: int,
-        target_fd: int,
-        new: NewFile | None,
-        size: int,
-        *,
-        sync: bool,
-    ) -> None:
-        self.inode = inode
-        self.st = st
-        self.source_fd = source_fd
-        self.target_fd = target_fd
-        self.new = new  # the file behind ``target_fd``; None when the data goes straight into the upper file
-        self.size = size
-        self.sync = sync
-        self.later = False  # whether it is to be synced later
-        self.overwrites = False  # whether the target may have data by now
-        self.capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
-        self.mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
-        self.origin: Attribute | None = None  # what such a copy is given in its place
-
-    def run(self) -> None:
-        """Copy the data, and see to it that it is on disk if the mount's policy asks for that."""
-        if self.mark is not None:
-            settle(self.target_fd, self.mark, self.origin)
-        else:
-            copy_data(self.source_fd, self.target_fd, self.size, sync=self.sync, overwrite=self.overwrites)
-
-    def close(self) -> None:
-        for fd in (self.source_fd, self.target_fd):
-            if fd >= 0:
-                os.close(fd)
 
 
 class CopyUp:
@@ -98,10 +38,14 @@ class CopyUp:
 
     def __init__(self, view: MergedView) -> None:
         self._view = view
-        view.link_held = self.link_held
-        self._server_uid = os.geteuid()
+        self.origins, self._placing = self._make_parts()
+        view.link_held = self._placing.link_held
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
+
+    def _make_parts(self) -> tuple[Origins, Placing]:
+        origins = Origins(self._view)
+        return origins, Placing(self._view, origins, self.ensure_directory)
 
     @property
     def _upper(self) -> UpperDir:
@@ -124,7 +68,7 @@ class CopyUp:
         if self.unsynced is None or not stat.S_ISREG(st.st_mode) or not 0 < st.st_size <= _LATER_BYTES:
             return False
         # Elsewhere than under the lower file's name, the mark would not find it.
-        return inode.parent is not None and not inode.metacopy and not self._has_other_names(inode, st)
+        return inode.parent is not None and not inode.metacopy and not inode.may_have_other_names(st)
 
     def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
         """Copy ``inode``, which is to be changed, up now if it needs to be.
@@ -202,10 +146,10 @@ class CopyUp:
             source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
             # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
             # and keep it. So it comes when the mark goes.
-            later = self._origin_of(self._lower(inode)[0], source) if job.later else None
+            later = origin_of(self._lower(inode)[0], source) if job.later else None
             self._dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
             inode.has_origin |= later is not None
-            self._install_file(upper, inode, job.new, job.st)
+            self._placing.file(upper, inode, job.new, job.st)
         except BaseException:
             self.abort(job)
             raise
@@ -251,8 +195,8 @@ class CopyUp:
         write only. The times are last, and stay: renames and links do not change them.
         """
         copy_owner(*target, st)
-        if with_origin and self._records_origin(inode, st):
-            inode.has_origin = self._set_origin(inode, source, target)
+        if with_origin:
+            self.origins.record(inode, st, (self._lower(inode)[0], source), target)
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
         copy_mode(*target, st)
         copy_times(*target, st)
@@ -269,47 +213,6 @@ class CopyUp:
         layer, path = self._lower(inode)
         return layer.locate(path)
 
-    @staticmethod
-    def _has_other_names(inode: Inode, st: os.stat_result) -> bool:
-        """Whether this may be a file of which the lower layers have names that nobody has looked up."""
-        return st.st_nlink > 1 and inode.nlink != 0
-
-    def _records_origin(self, inode: Inode, st: os.stat_result) -> bool:
-        # Of several names the kernel, too, sets no origin: after a remount they are different files.
-        return inode.kind == stat.S_IFDIR or (inode.parent is not None and not self._has_other_names(inode, st))
-
-    def _set_origin(self, inode: Inode, source: At, target: At) -> bool:
-        """Record which lower object the copy comes from: the kernel and the next mount take its inode number."""
-        value = self._origin_of(self._lower(inode)[0], source)
-        try:
-            os.setxattr(at_path(*target), self._view.xattrs.origin, value, follow_symlinks=not target[1])
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):
-                raise
-            return False  # user.* attributes exist on files and directories only
-        return True
-
-    @staticmethod
-    def _origin_of(layer: LayerDir, source: At) -> bytes:
-        """What a copy of ``source``, which is in ``layer``, has as its origin."""
-        try:
-            handle = syscalls.file_handle(*source)
-        except OSError as error:
-            if error.errno not in _NO_HANDLES:
-                raise
-            return b""
-        return encode_origin(handle, layer.filesystem_uuid)
-
-    def mark_impure(self, directory: Inode) -> None:
-        """Note on an upper directory that it has children with an origin (kernel: their d_ino must be looked up)."""
-        if directory.impure:
-            return
-        assert self._view.upper is not None
-        path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
-        with contextlib.suppress(OSError):  # only costs the stability of inode numbers
-            os.setxattr(path, self._view.xattrs.impure, b"y")
-        directory.impure = True
-
     def _directory(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
         if inode.orphan:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -317,14 +220,10 @@ class CopyUp:
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
             self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._place_directory(upper, inode, temp, st)
+            self._placing.directory(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
             raise
-        if inode.has_origin and inode.parent is not None:
-            self.mark_impure(inode.parent)
-        inode.upper = True
-        inode.marks = set()
 
     def _special(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
         temp = upper.temp_name()
@@ -334,7 +233,7 @@ class CopyUp:
             os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
         try:
             self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._install_file(upper, inode, NewFile(-1, temp, named=True), st)
+            self._placing.file(upper, inode, NewFile(-1, temp, named=True), st)
         except BaseException:
             upper.discard(temp)
             raise
@@ -350,7 +249,7 @@ class CopyUp:
             os.ftruncate(new.fd, st.st_size)
             os.setxattr(new.fd, self._view.xattrs.metacopy, b"")
             self._dress(inode, st, self._lower_at(inode), (new.fd, b""))
-            self._install_file(upper, inode, new, st)
+            self._placing.file(upper, inode, new, st)
         except BaseException:
             upper.discard(new.temp)
             raise
@@ -387,91 +286,6 @@ class CopyUp:
                 if error.errno not in NO_ROOM_FOR_PATH:
                     raise
         self.ensure(inode)
-
-    def _install_file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
-        """Make ``new`` the upper object of ``inode`` at all its places."""
-        places = list(inode.places())
-        has_other_names = self._has_other_names(inode, st)
-        if not places and not has_other_names:  # unlinked in the meantime, but still open
-            upper.hold(new)  # a file that never had a name could be given one later
-            inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
-            os.unlink(new.temp, dir_fd=upper.work_fd)
-            inode.upper = True
-            return
-        if not has_other_names:
-            self._place_file(upper, inode, new)
-            if inode.has_origin and inode.parent is not None:
-                self.mark_impure(inode.parent)
-            inode.upper = True
-            return
-        # Several names: the copy stays in the work directory for as long as the mount lives, and every name that is
-        # looked up becomes a link to it. So they remain one file, also those that nobody has looked up yet.
-        upper.hold(new)
-        inode.hold = new.temp
-        inode.upper = True
-        if inode.nlink is None:
-            inode.nlink = st.st_nlink
-        try:
-            for parent, name in places:
-                self.link_held(inode, parent, name)
-        except BaseException:
-            inode.hold, inode.upper = None, False
-            raise
-
-    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
-        """Give a copied-up, hard-linked file its name in the upper directory."""
-        assert inode.hold is not None
-        upper = self._upper
-        parent_fd = self.ensure_directory(parent)
-
-        def link() -> None:
-            assert inode.hold is not None
-            with contextlib.suppress(FileExistsError):
-                os.link(inode.hold, name, src_dir_fd=upper.work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
-
-        self._unseen(parent_fd, link)
-
-    def _place_file(self, upper: UpperDir, inode: Inode, new: NewFile) -> None:
-        assert inode.parent is not None
-        parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
-        self._unseen(parent_fd, lambda: upper.place(new, parent_fd, name))
-
-    def _place_directory(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
-        assert inode.parent is not None
-        parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
-
-        def install() -> None:
-            upper.install(upper.work_fd, temp, parent_fd, name, directory=True)
-
-        def install_and_restrict() -> None:
-            # A directory that may not be written by its owner cannot be moved by him to another one either.
-            os.chmod(temp, stat.S_IMODE(st.st_mode) | stat.S_IWUSR, dir_fd=upper.work_fd)
-            install()
-            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
-
-        # What is in the work directory is ours, whoever the lower one belongs to.
-        may_be_moved = st.st_mode & stat.S_IWUSR or self._server_uid == 0
-        self._unseen(parent_fd, install if may_be_moved else install_and_restrict)
-
-    def _unseen(self, dir_fd: int, make: Callable[[], None]) -> None:
-        """Make something in an upper directory of which the merged tree is to show nothing.
-
-        Nor may the directory's mode forbid it, which is that of the merged one: for its owner without privilege it
-        is another one meanwhile.
-        """
-        before = os.stat(dir_fd)
-        may_make = before.st_mode & _MAKE_NAMES == _MAKE_NAMES
-        if may_make or self._server_uid == 0 or self._server_uid != before.st_uid:
-            make()
-        else:
-            path = b"/proc/self/fd/%d" % dir_fd
-            os.chmod(path, stat.S_IMODE(before.st_mode) | _MAKE_NAMES)
-            try:
-                make()
-            finally:
-                os.chmod(path, stat.S_IMODE(before.st_mode))
-        with contextlib.suppress(OSError):
-            os.utime(b".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
 
     def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
         """Let files that were opened before the copy-up see what is written after it."""
@@ -569,10 +383,9 @@ class CopyUp:
     def recover(self, inode: Inode) -> None:
         """Copy the data of ``inode``, which a crash has left marked, again, and record where it comes from."""
         layer, lower = self._view.data_source(inode)
-        origin = self._origin_of(layer, layer.locate(lower))
+        origin = origin_of(layer, layer.locate(lower))
         self.ensure(inode)
         path, _ = self._view.proc_path(inode)
-        with contextlib.suppress(OSError):  # only costs the stability of its inode number
-            os.setxattr(path, self._view.xattrs.origin, origin, os.XATTR_CREATE)
+        self.origins.record_later(path, origin)
         if inode.parent is not None:
-            self.mark_impure(inode.parent)
+            self.origins.mark_impure(inode.parent)

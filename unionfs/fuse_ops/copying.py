@@ -13,6 +13,9 @@ from contextlib import suppress
 from unionfs.fuse_ops import syscalls
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
 
+At = tuple[int, bytes]
+"""An object as the ``*at`` calls name it: by a directory descriptor and a name, or by its own and an empty one."""
+
 _CHUNK = 2 * 1024 * 1024  # bytes per copy_file_range: small enough for the disk to write one while the next is read
 _READ_CHUNK = 1024 * 1024  # bytes per read where the kernel cannot copy between the two file systems
 

@@ -118,6 +118,10 @@ class Inode:
     def orphan(self) -> bool:
         return self.parent is None and self.ino != ROOT_INO
 
+    def may_have_other_names(self, st: os.stat_result) -> bool:
+        """Whether the lower layers may have names of this file, which has ``st`` there, that nobody looked up."""
+        return st.st_nlink > 1 and self.nlink != 0
+
     def path(self) -> bytes:
         """The path in the merged tree, for messages."""
         parts: list[bytes] = []

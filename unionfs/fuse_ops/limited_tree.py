@@ -13,7 +13,8 @@ from typing import Final
 
 from unionfs.fuse_ops.allocation import data_bytes, round_up
 from unionfs.fuse_ops.changes import Caller, NamespaceChanges
-from unionfs.fuse_ops.copy_up import CopyUp, CopyUpJob
+from unionfs.fuse_ops.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.layer_dir import DescriptorCache
 from unionfs.fuse_ops.lower_stack import LowerStack
@@ -22,7 +23,9 @@ from unionfs.fuse_ops.metadata import AttributeChange, MetadataChanges
 from unionfs.fuse_ops.need import CONTENTS, Need
 from unionfs.fuse_ops.open_files import OpenFile
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.origins import Origins
 from unionfs.fuse_ops.overlay_format import OverlayXattrs
+from unionfs.fuse_ops.placing import Placing
 from unionfs.fuse_ops.renames import Renames
 from unionfs.fuse_ops.space_limit import SpaceLimit
 from unionfs.fuse_ops.tree import TreeParts, UnionTree
@@ -132,11 +135,41 @@ class _Accounts:
         self.space.gone(ino)
 
 
-class _LimitedCopyUp(CopyUp):
+class _LimitedOrigins(Origins):
     def __init__(self, view: MergedView, accounts: _Accounts) -> None:
         super().__init__(view)
         self._accounts = accounts
+
+    def mark_impure(self, directory: Inode) -> None:
+        super().mark_impure(directory)
+        self._accounts.settle(directory)  # an attribute can take a block
+
+
+class _LimitedPlacing(Placing):
+    def __init__(
+        self, view: MergedView, origins: Origins, ensure_directory: Callable[[Inode], int], accounts: _Accounts
+    ) -> None:
+        super().__init__(view, origins, ensure_directory)
+        self._accounts = accounts
+
+    def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        super().file(upper, inode, new, st)
+        self._accounts.settle(inode, *(parent for parent, _ in inode.places()))
+
+    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        super().link_held(inode, parent, name)
+        self._accounts.settle(parent)
+
+
+class _LimitedCopyUp(CopyUp):
+    def __init__(self, view: MergedView, accounts: _Accounts) -> None:
+        self._accounts = accounts
         self._expected: dict[CopyUpJob, tuple[int, int]] = {}
+        super().__init__(view)
+
+    def _make_parts(self) -> tuple[Origins, Placing]:
+        origins = _LimitedOrigins(self._view, self._accounts)
+        return origins, _LimitedPlacing(self._view, origins, self.ensure_directory, self._accounts)
 
     def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
         space = self._accounts.space
@@ -188,22 +221,10 @@ class _LimitedCopyUp(CopyUp):
         assert inode.parent is not None
         self._accounts.settle(inode, inode.parent)
 
-    def _install_file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
-        super()._install_file(upper, inode, new, st)
-        self._accounts.settle(inode, *(parent for parent, _ in inode.places()))
-
     def detach(self, inode: Inode) -> None:
         super().detach(inode)
         if inode.metacopy:
             self._accounts.settle(inode)  # an attribute can take a block; a copy has been settled
-
-    def mark_impure(self, directory: Inode) -> None:
-        super().mark_impure(directory)
-        self._accounts.settle(directory)  # an attribute can take a block
-
-    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
-        super().link_held(inode, parent, name)
-        self._accounts.settle(parent)
 
 
 class _LimitedChanges(NamespaceChanges):

@@ -173,5 +173,5 @@ class Renames:
 
     def _after_move(self, inode: Inode, directory: Inode) -> None:
         if inode.has_origin:
-            self._copy_up.mark_impure(directory)
+            self._copy_up.origins.mark_impure(directory)
         self._changes.note_nested(inode, directory)

@@ -19,7 +19,7 @@ import trio
 from unionfs.fuse_ops import backing_calls
 from unionfs.fuse_ops.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.changes import Caller, check_new_name
-from unionfs.fuse_ops.copy_up import CopyUpJob
+from unionfs.fuse_ops.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.need import ATTRIBUTES, CONTENTS, Need, for_attributes, for_name, for_writing
