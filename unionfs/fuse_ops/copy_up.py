@@ -125,8 +125,8 @@ class CopyUp:
         except BaseException:
             os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync=self._sync and wanted > 0 and not later)
-        job.later = later
+        sync = self._sync and wanted > 0 and not later
+        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later)
         if wanted == 0:
             self.finish(job)
             return None
@@ -306,8 +306,8 @@ class CopyUp:
         except BaseException:
             os.close(source_fd)
             raise
-        job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync=self._sync and wanted > 0)
-        job.overwrites = st.st_blocks > 0
+        sync = self._sync and wanted > 0
+        job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync, overwrites=st.st_blocks > 0)
         with contextlib.suppress(OSError):
             job.capability = os.getxattr(target_fd, CAPABILITY)
         if wanted == 0:
@@ -356,10 +356,8 @@ class CopyUp:
         """The job that brings an unsynced copy to the disk."""
         path, _ = self._view.proc_path(inode)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        job = CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True)
-        job.mark = self._view.xattrs.metacopy
-        job.origin = self._later_origin(inode)
-        return job
+        mark, origin = self._view.xattrs.metacopy, self._later_origin(inode)
+        return CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True, mark=mark, origin=origin)
 
     def _later_origin(self, inode: Inode) -> Attribute | None:
         value = None if self.unsynced is None else self.unsynced.origin_of(inode)

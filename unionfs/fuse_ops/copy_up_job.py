@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from unionfs.fuse_ops.copying import copy_data
 from unionfs.fuse_ops.inodes import Inode
@@ -10,47 +11,22 @@ from unionfs.fuse_ops.unsynced import Attribute, settle
 from unionfs.fuse_ops.upper_dir import NewFile
 
 
+@dataclass(eq=False, slots=True)
 class CopyUpJob:
     """The copying of one file's data, or its syncing."""
 
-    __slots__ = (
-        "capability",
-        "inode",
-        "later",
-        "mark",
-        "new",
-        "origin",
-        "overwrites",
-        "size",
-        "source_fd",
-        "st",
-        "sync",
-        "target_fd",
-    )
-
-    def __init__(
-        self,
-        inode: Inode,
-        st: os.stat_result,
-        source_fd: int,
-        target_fd: int,
-        new: NewFile | None,
-        size: int,
-        *,
-        sync: bool,
-    ) -> None:
-        self.inode = inode
-        self.st = st
-        self.source_fd = source_fd
-        self.target_fd = target_fd
-        self.new = new  # the file behind ``target_fd``; None when the data goes straight into the upper file
-        self.size = size
-        self.sync = sync
-        self.later = False  # whether it is to be synced later
-        self.overwrites = False  # whether the target may have data by now
-        self.capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
-        self.mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
-        self.origin: Attribute | None = None  # what such a copy is given in its place
+    inode: Inode
+    st: os.stat_result  # of the file that is copied
+    source_fd: int
+    target_fd: int
+    new: NewFile | None  # the file behind ``target_fd``; None when the data goes straight into the upper file
+    size: int
+    sync: bool
+    later: bool = False  # whether it is to be synced later
+    overwrites: bool = False  # whether the target may have data by now
+    capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
+    mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
+    origin: Attribute | None = None  # what such a copy is given in its place
 
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if that was asked for; in any thread."""
