@@ -124,7 +124,7 @@ def test_mount_ends_when_the_caller_is_gone_before_it_is_ready() -> None:
     """Nobody would know of such a mount."""
     script = """if True:
         import os, sys, time
-        from unionfs.fuse_ops.daemon import daemonize
+        from unionfs.host.daemon import daemonize
 
         def serve(ready):
             print(os.getpid(), flush=True)
@@ -155,7 +155,7 @@ def test_mount_ends_when_the_caller_is_gone_before_it_is_ready() -> None:
 def test_server_that_is_killed_before_it_is_ready() -> None:
     script = """if True:
         import os, sys
-        from unionfs.fuse_ops.daemon import daemonize
+        from unionfs.host.daemon import daemonize
         sys.exit(daemonize(lambda ready: os.kill(os.getpid(), 9)))
     """
     done = run([sys.executable, "-c", script])

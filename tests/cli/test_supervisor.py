@@ -47,8 +47,8 @@ from unionfs.cli.mount_server import serve_in_copy
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError
-from unionfs.fuse_ops.supervisor import client, wire
-from unionfs.fuse_ops.supervisor.rehearsal import rehearse
+from unionfs.fuse_ops.session.supervisor import client, wire
+from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -528,7 +528,7 @@ def test_the_next_caller_does_not_wait_for_the_next_copy(layers: Sandbox, monkey
     """Making it is put off for the sake of the mount that is going on, but not while somebody asks."""
     path = os.path.join(layers.new_dir("run"), "s.sock")
     monkeypatch.setenv(wire.SWITCH, path)
-    code = "import unionfs.fuse_ops.supervisor.daemon as daemon; daemon._NEXT_COPY_S = 600; "
+    code = "import unionfs.fuse_ops.session.supervisor.daemon as daemon; daemon._NEXT_COPY_S = 600; "
     code += "import sys; from unionfs.cli.supervisor_program import main; sys.exit(main(sys.argv[1], 0))"
     program = [sys.executable, "-c", code, path]
     with running_supervisor(os.path.dirname(path), program=program) as running:
@@ -579,7 +579,7 @@ def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch
         with mounted(layers) as pid:
             assert not running.serves(pid)
         (waiting,) = running.copies()
-        with open(f"{copied}/unionfs/fuse_ops/tree.py", "a", encoding="utf-8") as file:
+        with open(f"{copied}/unionfs/fuse_ops/tree/union_tree.py", "a", encoding="utf-8") as file:
             file.write("# changed\n")
         assert not served()
         assert wait_until(lambda: running.copies() != [] and waiting not in running.copies(), END_S)

@@ -16,7 +16,7 @@ from tests.support.mounts import UnionMount, is_ours, mounted_overlay, mounted_u
 from tests.support.sandbox import new_root
 from tests.support.snapshot import Snapshot, TreeFaultError, checksum_layer, differences, snapshot
 from tests.support.usage import is_counted, taken_bytes, used_bytes
-from unionfs.fuse_ops.syscalls import syncfs
+from unionfs.host.syscalls import syncfs
 
 
 class MismatchError(AssertionError):

@@ -19,7 +19,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import overlay2, plugin, union, vfs
 from unionfs.drivers.contract import Driver, InitFunc
 from unionfs.drivers.plugin_discovery import find_plugin
-from unionfs.fuse_ops.mount_holders import mounts_inside
+from unionfs.host.mount_holders import mounts_inside
 
 DRIVERS = ("unionfs", "overlay2", "vfs", "plugin")
 LAYERED = ("unionfs", "overlay2")

@@ -17,7 +17,7 @@ from tests.support.syscalls import MS_RDONLY, MS_REC, mount
 from unionfs.engines.snapshotter import Mount, Snapshotter, UnionSnapshotter
 from unionfs.engines.snapshotter.server import SocketServer
 from unionfs.engines.snapshotter.service import make_handler
-from unionfs.fuse_ops.mountinfo import read_mounts
+from unionfs.host.mountinfo import read_mounts
 
 Change = Callable[[str], None]
 """Changes the tree below the directory that it is given."""

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.mounts import wait_until
-from unionfs.fuse_ops.supervisor import wire
+from unionfs.fuse_ops.session.supervisor import wire
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted((ROOT / "packaging/systemd").iterdir())

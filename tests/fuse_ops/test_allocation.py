@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.syscalls import fallocate
-from unionfs.fuse_ops import allocation
-from unionfs.fuse_ops.allocation import data_bytes, growth, round_up
+from unionfs.fuse_ops.quota import allocation
+from unionfs.fuse_ops.quota.allocation import data_bytes, growth, round_up
 
 BLOCK = 4096
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.attributes import Override, Ownership, format_override, parse_override
-from unionfs.fuse_ops.idmap import OVERFLOW_ID, IdMap, IdRange
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.tree.attributes import Override, Ownership, format_override, parse_override
+from unionfs.overlay.idmap import OVERFLOW_ID, IdMap, IdRange
 
 CONTAINER = IdMap([IdRange(disk=0, shown=200_000, length=1000), IdRange(disk=5000, shown=5000, length=10)])
 

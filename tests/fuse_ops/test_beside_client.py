@@ -18,9 +18,9 @@ import pytest
 from tests.support.mounts import servers_of
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.users import in_child
-from unionfs.fuse_ops.direct import beside_client
-from unionfs.fuse_ops.direct.beside_client import BesideClient
-from unionfs.fuse_ops.direct.connection import Connection
+from unionfs.fuse_ops.speedups import beside_client
+from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.transports.direct.connection import Connection
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -443,7 +443,7 @@ class TestPrivilege:
         assert in_child(ask) is False
 
     def test_not_with_the_privilege_of_a_user_namespace(self) -> None:
-        code = "from unionfs.fuse_ops.direct import beside_client as b; print(b._may_return())"
+        code = "from unionfs.fuse_ops.speedups import beside_client as b; print(b._may_return())"
         done = subprocess.run(
             ["unshare", "--user", "--map-root-user", sys.executable, "-c", code],
             capture_output=True,

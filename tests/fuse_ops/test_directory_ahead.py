@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.sandbox import needs_root
-from unionfs.fuse_ops import directory_ahead, io_uring
-from unionfs.fuse_ops.directory_ahead import DirectoryReadAhead
-from unionfs.fuse_ops.io_uring import LookupRing
-from unionfs.fuse_ops.layer_dir import DescriptorCache, LayerDir, open_lower
 from unionfs.fuse_ops.options import parse_options
-from unionfs.fuse_ops.stack import open_tree
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.speedups import directory_ahead
+from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
+from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower
+from unionfs.host import io_uring
+from unionfs.host.io_uring import LookupRing
 
 needs_root()
 

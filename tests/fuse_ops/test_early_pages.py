@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.syscalls import cached_pages
-from unionfs.fuse_ops.early_pages import may_still_give, size_to_give, was_read
-from unionfs.fuse_ops.inodes import Inode
-from unionfs.fuse_ops.open_files import OpenFile
+from unionfs.fuse_ops.speedups.early_pages import may_still_give, size_to_give, was_read
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.open_files import OpenFile
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

@@ -13,12 +13,12 @@ import pytest
 
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.syscalls import cached_pages
-from unionfs.fuse_ops.expected_opens import ExpectedOpens
-from unionfs.fuse_ops.file_ahead import FileReadAhead
-from unionfs.fuse_ops.inodes import Inode
 from unionfs.fuse_ops.options import parse_options
-from unionfs.fuse_ops.stack import open_tree
-from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.speedups.expected_opens import ExpectedOpens
+from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

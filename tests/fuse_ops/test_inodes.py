@@ -7,7 +7,7 @@ import stat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
 
 
 def table() -> tuple[InodeTable, Inode]:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.sandbox import needs_root
-from unionfs.fuse_ops import listing as listings
-from unionfs.fuse_ops.direct import protocol as p
-from unionfs.fuse_ops.direct.listing import DirectListing
-from unionfs.fuse_ops.direct.packed_attributes import PackedAttributes
-from unionfs.fuse_ops.file_ahead import FileReadAhead
 from unionfs.fuse_ops.options import parse_options
-from unionfs.fuse_ops.stack import open_tree
-from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.listing import DirectListing
+from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
+from unionfs.fuse_ops.tree import listing as listings
+from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 needs_root()
 

@@ -13,11 +13,11 @@ import pytest
 import trio
 
 from tests.support.sandbox import Sandbox, needs_root
-from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.requests import UnionRequests
-from unionfs.fuse_ops.stack import open_tree
-from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.tree.metadata import AttributeChange
+from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

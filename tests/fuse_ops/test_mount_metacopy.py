@@ -11,7 +11,7 @@ from tests.support.layers import OLD_NS
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import allocated_bytes, assert_same, snapshot, upper_entries, without_root_time
 from tests.support.syscalls import renameat2
-from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
+from unionfs.host.syscalls import RENAME_EXCHANGE
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

@@ -14,8 +14,8 @@ from tests.support.mounts import UnionMount
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import assert_same
 from tests.support.syscalls import renameat2
-from unionfs.fuse_ops.overlay_format import UNSYNCED
-from unionfs.fuse_ops.syscalls import RENAME_EXCHANGE
+from unionfs.host.syscalls import RENAME_EXCHANGE
+from unionfs.overlay.format import UNSYNCED
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unionfs.errors import OptionError
-from unionfs.fuse_ops.idmap import IdRange
 from unionfs.fuse_ops.options import (
     MountOptions,
     RedirectMode,
@@ -19,6 +18,7 @@ from unionfs.fuse_ops.options import (
     format_layers,
     parse_options,
 )
+from unionfs.overlay.idmap import IdRange
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.mounts import mounted_overlay
-from unionfs.fuse_ops.overlay_format import OverlayXattrs, decode_origin, encode_origin, inode_in_handle
-from unionfs.fuse_ops.syscalls import FileHandle, file_handle
+from unionfs.host.syscalls import FileHandle, file_handle
+from unionfs.overlay.format import OverlayXattrs, decode_origin, encode_origin, inode_in_handle
 
 
 @given(st.binary(min_size=1, max_size=40), st.booleans())

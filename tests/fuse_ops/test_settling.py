@@ -13,13 +13,13 @@ import pytest
 import trio
 import trio.testing
 
-from unionfs.fuse_ops import recovery, settling, unsynced
-from unionfs.fuse_ops.metadata import AttributeChange
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.requests import UnionRequests
-from unionfs.fuse_ops.settling import Settling
-from unionfs.fuse_ops.stack import open_tree
-from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.speedups.late_sync import recovery, settling, unsynced
+from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+from unionfs.fuse_ops.tree.metadata import AttributeChange
+from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)

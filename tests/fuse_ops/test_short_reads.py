@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.direct.beside_client import BesideClient
-from unionfs.fuse_ops.direct.short_reads import ShortReads
+from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups.short_reads import ShortReads
 
 CONTENTS = os.urandom(10_000)
 

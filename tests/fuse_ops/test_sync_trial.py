@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from unionfs.fuse_ops.direct.sync_trial import SyncTrial
+from unionfs.fuse_ops.speedups.sync_trial import SyncTrial
 
 TRIAL = 4 * 9 + 1  # syncs, until each place was timed often enough
 

@@ -15,12 +15,12 @@ import pytest
 
 from tests.support.users import as_user
 from unionfs.errors import LayerError
-from unionfs.fuse_ops.inodes import Inode
-from unionfs.fuse_ops.metadata import AttributeChange
-from unionfs.fuse_ops.need import METADATA
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
-from unionfs.fuse_ops.stack import open_tree
-from unionfs.fuse_ops.tree import UnionTree
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.metadata import AttributeChange
+from unionfs.fuse_ops.tree.need import METADATA
+from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TestWhiteoutDevices:
                 raise OSError(error, os.strerror(error))
             real_mknod(path, *args, **kwargs)
 
-        monkeypatch.setattr("unionfs.fuse_ops.upper_dir.os.mknod", mknod)
+        monkeypatch.setattr("unionfs.fuse_ops.stack.upper_dir.os.mknod", mknod)
         return answers
 
     def test_a_mount_asks_for_nothing_and_leaves_nothing(self, answers: list[int], tree: UnionTree, dirs: Path) -> None:
@@ -227,7 +227,7 @@ def refuse_unnamed_files(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise OSError(errno.EOPNOTSUPP, "no unnamed files")
         return real_open(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr("unionfs.fuse_ops.upper_dir.os.open", refuse)
+    monkeypatch.setattr("unionfs.fuse_ops.stack.upper_dir.os.open", refuse)
     return asked
 
 
@@ -445,7 +445,10 @@ def test_readers_follow_a_copy_up(tree: UnionTree) -> None:
 
 
 def test_truncation_at_open_copies_no_data(tree: UnionTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    for how in ("unionfs.fuse_ops.copying.syscalls.reflink", "unionfs.fuse_ops.copying.os.copy_file_range"):
+    for how in (
+        "unionfs.fuse_ops.copy_up.copying.syscalls.reflink",
+        "unionfs.fuse_ops.copy_up.copying.os.copy_file_range",
+    ):
         monkeypatch.setattr(how, lambda *args: pytest.fail("data was copied"))
     handle = tree.open(tree.lookup(tree.root, b"file"), os.O_WRONLY | os.O_TRUNC)
     assert os.fstat(handle.fd).st_size == 0

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from unionfs.fuse_ops import waiting_calls
-from unionfs.fuse_ops.waiting_calls import WaitingCalls
+from unionfs.fuse_ops.requests import waiting_calls
+from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
 
 _SOON_S = 30.0
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.layers.conftest import Workshop
 from tests.layers.samples import BASE, stream
-from unionfs.fuse_ops import mount_registry, mountinfo
+from unionfs.fuse_ops.session import mount_registry
+from unionfs.host import mountinfo
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
 from unionfs.layers.opening import open_store

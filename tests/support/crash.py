@@ -7,7 +7,7 @@ import signal
 
 from tests.support.mounts import UnionMount, is_running, wait_until
 from tests.support.syscalls import MNT_DETACH, umount2
-from unionfs.fuse_ops.overlay_format import UNSYNCED
+from unionfs.overlay.format import UNSYNCED
 
 _MARK = "trusted.overlay.metacopy"
 _CAPABILITY = "security.capability"

@@ -14,10 +14,11 @@ from dataclasses import asdict, fields
 import click
 
 from unionfs.errors import MountError
-from unionfs.fuse_ops import mount_registry, mountinfo
-from unionfs.fuse_ops import unmount as unmounting
-from unionfs.fuse_ops.mount_holders import holders, mounts_inside
 from unionfs.fuse_ops.options import escape_value
+from unionfs.fuse_ops.session import mount_registry
+from unionfs.host import mountinfo
+from unionfs.host import unmount as unmounting
+from unionfs.host.mount_holders import holders, mounts_inside
 
 # How long a server may take to write everything to the upper directory after its mount is gone.
 _SERVER_END_S = 60.0

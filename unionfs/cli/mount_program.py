@@ -7,7 +7,7 @@ only starts a server by itself when there is none; see mount_server. What that c
 import posix
 import sys
 
-from unionfs.fuse_ops.supervisor import client
+from unionfs.fuse_ops.session.supervisor import client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 
 from unionfs import __version__
 from unionfs.errors import MountError, OptionError, UnionfsError
-from unionfs.fuse_ops import mountinfo
-from unionfs.fuse_ops.daemon import Ready, daemonize, inherited_fds, open_standard_fds
 from unionfs.fuse_ops.options import MountOptions, parse_options
-from unionfs.fuse_ops.supervisor.wire import DeclinedError
+from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
+from unionfs.host import mountinfo
+from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
 
 _USAGE = """\
 usage: unionfs-mount [-f] [-d] -o OPTION[,OPTION...] [SOURCE] TARGET
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def serve_in_copy(arguments: Sequence[str], ready: Ready) -> int:
-    """What a copy of the supervisor does: see :data:`unionfs.fuse_ops.supervisor.worker.Serve`."""
+    """What a copy of the supervisor does: see :data:`unionfs.fuse_ops.session.supervisor.worker.Serve`."""
 
     def run() -> int:
         line = _read_command_line(arguments)
@@ -127,9 +127,9 @@ def _serve(
         # looking for garbage among it is time lost, now and later.
         gc.disable()
         from unionfs.cli import logs
-        from unionfs.fuse_ops.session import run_session
-        from unionfs.fuse_ops.stack import open_tree
-        from unionfs.fuse_ops.transport import choose_transport
+        from unionfs.fuse_ops.session.assembly import open_tree
+        from unionfs.fuse_ops.session.session import run_session
+        from unionfs.fuse_ops.transports.choice import choose_transport
 
         gc.freeze()
         gc.enable()
@@ -237,7 +237,7 @@ def _versions() -> str:
     from importlib.metadata import version
     from importlib.util import find_spec
 
-    spec = find_spec("unionfs.fuse_ops.tree")
+    spec = find_spec("unionfs.fuse_ops.tree.union_tree")
     compiled = "" if spec is None or (spec.origin or "").endswith(".py") else " (compiled)"
     lines = [f"unionfs-mount: version {__version__}{compiled}", f"pyfuse3 version: {version('pyfuse3')}"]
     try:

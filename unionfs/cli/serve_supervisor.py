@@ -9,7 +9,7 @@ import click
 
 from unionfs.cli.supervisor_program import command
 from unionfs.errors import SupervisorError
-from unionfs.fuse_ops.supervisor import wire
+from unionfs.fuse_ops.session.supervisor import wire
 
 
 @click.command()

@@ -13,10 +13,10 @@ from types import FrameType
 
 from unionfs.cli.mount_server import serve_in_copy
 from unionfs.errors import SupervisorError
-from unionfs.fuse_ops.daemon import open_standard_fds
-from unionfs.fuse_ops.supervisor import listening
-from unionfs.fuse_ops.supervisor.daemon import End, supervise
-from unionfs.fuse_ops.supervisor.rehearsal import rehearse
+from unionfs.fuse_ops.session.supervisor import listening
+from unionfs.fuse_ops.session.supervisor.daemon import End, supervise
+from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
+from unionfs.host.daemon import open_standard_fds
 
 
 def command(socket_path: str | None, idle_s: float) -> list[str]:

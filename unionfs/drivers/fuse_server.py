@@ -20,9 +20,10 @@ from typing import NamedTuple
 from unionfs.drivers.labels import mount_context
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError
-from unionfs.fuse_ops import mount_registry, mountinfo, unmount
 from unionfs.fuse_ops.options import escape_value, format_layers
-from unionfs.fuse_ops.supervisor import client as supervisor
+from unionfs.fuse_ops.session import mount_registry
+from unionfs.fuse_ops.session.supervisor import client as supervisor
+from unionfs.host import mountinfo, unmount
 
 _log = logging.getLogger(__name__)
 

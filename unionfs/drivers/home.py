@@ -12,7 +12,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import removal
 from unionfs.drivers.ids import CREATING
 from unionfs.errors import DriverError, LayerExistsError
-from unionfs.fuse_ops.syscalls import renameat2
+from unionfs.host.syscalls import renameat2
 
 RENAME_NOREPLACE = 1
 _AT_FDCWD = -100

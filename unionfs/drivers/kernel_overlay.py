@@ -22,8 +22,8 @@ from unionfs.drivers.ids import CREATING
 from unionfs.drivers.labels import mount_context
 from unionfs.drivers.layered import Stack
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError
-from unionfs.fuse_ops import unmount
 from unionfs.fuse_ops.options import escape_value, format_layers
+from unionfs.host import unmount
 
 _PARAMETERS = "/sys/module/overlay/parameters"
 _CLONE_FS = 0x200

@@ -31,8 +31,8 @@ from unionfs.drivers.refcount import MountChecker, RefCounter, is_dead
 from unionfs.drivers.storage_options import layer_options, parse_size
 from unionfs.drivers.streams import held_stream
 from unionfs.errors import LayerBusyError, OptionError
-from unionfs.fuse_ops import mountinfo, syscalls
-from unionfs.fuse_ops.mount_holders import mounts_inside
+from unionfs.host import mountinfo, syscalls
+from unionfs.host.mount_holders import mounts_inside
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import os
 import threading
 
 from unionfs.drivers.contract import Checker
-from unionfs.fuse_ops import mountinfo
+from unionfs.host import mountinfo
 
 
 class MountChecker:

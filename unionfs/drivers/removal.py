@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from unionfs.archive.removal import remove_tree
 from unionfs.drivers.ids import CREATING, REMOVING
 from unionfs.errors import DriverError, LayerBusyError
-from unionfs.fuse_ops import mountinfo, unmount
-from unionfs.fuse_ops.mount_holders import Holder, holders, mounts_inside
+from unionfs.host import mountinfo, unmount
+from unionfs.host.mount_holders import Holder, holders, mounts_inside
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import stat
 
 from unionfs.archive.rooted import RootedDir, open_regular
 from unionfs.archive.unpack import in_user_namespace
-from unionfs.fuse_ops.copying import copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.fuse_ops.copy_up.copying import copy_attributes, copy_data, copy_times, copy_xattrs
 
 
 def copy_tree(source: str, target: str) -> None:

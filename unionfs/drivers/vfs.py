@@ -22,7 +22,7 @@ from unionfs.drivers.quota import ProjectQuota
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
 from unionfs.drivers.tree_copy import copy_tree
 from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
-from unionfs.fuse_ops import syscalls
+from unionfs.host import syscalls
 
 # Docker's name for "go on without xattrs", and our own.
 _BEST_EFFORT = frozenset({"i_want_broken_containers", "best_effort"})

@@ -11,7 +11,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from unionfs.errors import OptionError
-from unionfs.fuse_ops.idmap import IdMap, IdRange
+from unionfs.overlay.idmap import IdMap, IdRange
 
 
 class RedirectMode(Enum):

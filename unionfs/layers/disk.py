@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 
 from unionfs.archive.removal import remove_tree
-from unionfs.fuse_ops.syscalls import renameat2
+from unionfs.host.syscalls import renameat2
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from unionfs.drivers.contract import capabilities_of
 from unionfs.errors import MetadataError, UnionfsError
-from unionfs.fuse_ops import mountinfo, unmount
+from unionfs.host import mountinfo, unmount
 from unionfs.layers.identity import ChainID
 from unionfs.layers.metadata import Unreadable
 from unionfs.layers.orphans import orphaned_trees, remove_trees

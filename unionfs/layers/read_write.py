@@ -15,7 +15,7 @@ from unionfs.errors import (
     MountNameConflictError,
     UnionfsError,
 )
-from unionfs.fuse_ops import mountinfo
+from unionfs.host import mountinfo
 from unionfs.layers.identity import NO_CHAIN, ChainID
 from unionfs.layers.layer import LayerMetadata
 from unionfs.layers.metadata import MetadataStore, MountRecord, MountTransaction

@@ -29,7 +29,7 @@ from unionfs.drivers import home, removal
 from unionfs.drivers.ids import REMOVING
 from unionfs.engines.snapshotter.contract import Usage
 from unionfs.errors import DriverError, SnapshotterError
-from unionfs.fuse_ops import unmount
+from unionfs.host import unmount
 
 _log = logging.getLogger(__name__)
 

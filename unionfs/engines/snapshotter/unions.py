@@ -16,7 +16,7 @@ from contextlib import suppress
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError, SnapshotterError
-from unionfs.fuse_ops import mountinfo, unmount
+from unionfs.host import mountinfo, unmount
 
 _log = logging.getLogger(__name__)
 

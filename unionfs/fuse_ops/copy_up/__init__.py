@@ -1,0 +1,1 @@
+"""From a lower layer to the upper directory."""

@@ -1,0 +1,390 @@
+"""Copy-up: giving an object that only lower layers have a place of its own in the upper layer.
+
+A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
+disk before that, unless the mount is volatile, or the lower file answers for it
+(:mod:`unionfs.fuse_ops.speedups.late_sync.unsynced`).
+Until then the copy has no name, where the file system allows that.
+The slow part, copying data, is a :class:`CopyUpJob` that knows only descriptors: it may run in a worker thread while
+the tree goes on serving others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+
+from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
+from unionfs.fuse_ops.copy_up.copying import At, at_path, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
+from unionfs.fuse_ops.copy_up.placing import Placing
+from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, Unsynced, unmark
+from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
+from unionfs.fuse_ops.tree.attributes import CAPABILITY
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
+from unionfs.fuse_ops.tree.need import CONTENTS, Need
+from unionfs.overlay.format import UNSYNCED
+
+NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
+"""Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
+
+_LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for large ones the copying takes longer
+
+
+class CopyUp:
+    """Copies objects up, one after the other or in three steps: :meth:`begin`, ``job.run()``, :meth:`finish`."""
+
+    def __init__(self, view: MergedView) -> None:
+        self._view = view
+        self.origins, self._placing = self._make_parts()
+        view.link_held = self._placing.link_held
+        self._sync = view.options.fsync and not view.options.volatile
+        self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
+
+    def _make_parts(self) -> tuple[Origins, Placing]:
+        origins = Origins(self._view)
+        return origins, Placing(self._view, origins, self.ensure_directory)
+
+    @property
+    def _upper(self) -> UpperDir:
+        if self._view.upper is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self._view.upper
+
+    def require_writable(self) -> UpperDir:
+        """The upper directory; raises EROFS for a mount without one."""
+        return self._upper
+
+    # -- the whole of it --------------------------------------------------------------------------------------
+
+    def needs(self, inode: Inode, need: Need = CONTENTS) -> bool:
+        """Whether ``inode`` has to be copied up before it can be changed."""
+        return not inode.upper or (need.data and (inode.metacopy or inode.unsynced))
+
+    def may_sync_later(self, inode: Inode, st: os.stat_result) -> bool:
+        """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
+        if self.unsynced is None or not stat.S_ISREG(st.st_mode) or not 0 < st.st_size <= _LATER_BYTES:
+            return False
+        # Elsewhere than under the lower file's name, the mark would not find it.
+        return inode.parent is not None and not inode.metacopy and not inode.may_have_other_names(st)
+
+    def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
+        """Copy ``inode``, which is to be changed, up now if it needs to be.
+
+        ``st`` is lstat of its real object, from somebody who has just asked for it.
+        """
+        job = self.begin(inode, need, st)
+        if job is None:
+            return
+        try:
+            job.run()
+        except BaseException:
+            self.abort(job)
+            raise
+        self.finish(job)
+
+    def ensure_directory(self, directory: Inode) -> int:
+        """Copy ``directory`` up if needed and return the descriptor of its upper directory."""
+        if not directory.upper:
+            self.ensure(directory)
+        return self._view.upper_dir_fd(directory)
+
+    def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
+        """Start copying ``inode`` up as :meth:`ensure` does; returns the job that is left to do, None if it is done.
+
+        Directories, links and other special files, and files of which no data is wanted, are done at once.
+        """
+        upper = self._upper
+        if not self.needs(inode, need):
+            return None
+        if inode.unsynced:
+            return self.begin_settling(inode)
+        if inode.upper:
+            return self._begin_data(inode, need)
+        self._ensure_parents(inode)
+        if st is None:
+            st = self._view.real_stat(inode)
+        if inode.kind == stat.S_IFDIR:
+            self._directory(upper, inode, st)
+            return None
+        if not stat.S_ISREG(st.st_mode):
+            self._special(upper, inode, st)
+            return None
+        assert inode.lower is not None
+        wanted = need.bytes_of(st.st_size)
+        if not need.data and self._view.options.metacopy and st.st_size > 0:
+            self._metacopy(upper, inode, st)
+            return None
+        source = self._view.data_source(inode)
+        source_fd = source[0].open(source[1], os.O_RDONLY)
+        later = need.later and not need.data and self.may_sync_later(inode, st)
+        try:
+            new = self._marked_file(upper, st.st_size) if later else upper.new_file()
+        except BaseException:
+            os.close(source_fd)
+            raise
+        sync = self._sync and wanted > 0 and not later
+        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later)
+        if wanted == 0:
+            self.finish(job)
+            return None
+        return job
+
+    def finish(self, job: CopyUpJob) -> None:
+        """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
+        if job.mark is not None:
+            self._finish_settling(job)
+            return
+        if job.new is None:
+            self._finish_data(job)
+            return
+        upper, inode = self._upper, job.inode
+        try:
+            # A metacopy has its data from another file than the rest.
+            source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
+            # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
+            # and keep it. So it comes when the mark goes.
+            later = origin_of(self._lower(inode)[0], source) if job.later else None
+            self._dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
+            inode.has_origin |= later is not None
+            self._placing.file(upper, inode, job.new, job.st)
+        except BaseException:
+            self.abort(job)
+            raise
+        # From here on the copy is the file: whatever fails must not take it away.
+        inode.lower = inode.data = None
+        inode.metacopy = False
+        if later is not None and self.unsynced is not None and not inode.orphan:
+            self.unsynced.add(inode, later)
+        try:
+            self._switch_handles(inode, job.target_fd)
+        finally:
+            job.close()
+
+    def abort(self, job: CopyUpJob) -> None:
+        """Give up: the file stays what it was."""
+        if job.new is None and job.mark is None:
+            with contextlib.suppress(OSError):
+                if not job.overwrites:  # a metacopy stays a file without data
+                    os.ftruncate(job.target_fd, 0)
+                    os.ftruncate(job.target_fd, job.st.st_size)
+                self._give_back_capability(job)
+        job.close()
+        if job.new is not None:
+            self._upper.discard(job.new.temp)
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _ensure_parents(self, inode: Inode) -> None:
+        missing: list[Inode] = []
+        for parent, _ in inode.places():
+            node: Inode | None = parent
+            while node is not None and not node.upper:
+                missing.append(node)
+                node = node.parent
+        for node in reversed(missing):
+            if not node.upper:
+                self._directory(self._upper, node, self._view.real_stat(node))
+
+    def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
+        """Give the copy ``target`` of ``source`` everything but its data and its place.
+
+        The mode follows the extended attributes, which a server without privilege can set on a file that it may
+        write only. The times are last, and stay: renames and links do not change them.
+        """
+        copy_owner(*target, st)
+        if with_origin:
+            self.origins.record(inode, st, (self._lower(inode)[0], source), target)
+        copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
+        copy_mode(*target, st)
+        copy_times(*target, st)
+
+    @staticmethod
+    def _lower(inode: Inode) -> tuple[LayerDir, bytes]:
+        if inode.kind == stat.S_IFDIR:
+            return inode.lowers[0].layer, inode.lowers[0].path
+        assert inode.lower is not None
+        return inode.lower
+
+    def _lower_at(self, inode: Inode) -> At:
+        """The lower object that is copied up."""
+        layer, path = self._lower(inode)
+        return layer.locate(path)
+
+    def _directory(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        if inode.orphan:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        temp = upper.temp_name()
+        os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
+        try:
+            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self._placing.directory(upper, inode, temp, st)
+        except BaseException:
+            upper.discard(temp)
+            raise
+
+    def _special(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        temp = upper.temp_name()
+        if stat.S_ISLNK(st.st_mode):
+            os.symlink(self._view.readlink(inode), temp, dir_fd=upper.work_fd)
+        else:
+            os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
+        try:
+            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self._placing.file(upper, inode, NewFile(-1, temp, named=True), st)
+        except BaseException:
+            upper.discard(temp)
+            raise
+        inode.lower = None
+
+    def _metacopy(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+        """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``).
+
+        It is found there under the name that the copy has; :meth:`detach` sees to it that this stays so.
+        """
+        new = upper.new_file()
+        try:
+            os.ftruncate(new.fd, st.st_size)
+            os.setxattr(new.fd, self._view.xattrs.metacopy, b"")
+            self._dress(inode, st, self._lower_at(inode), (new.fd, b""))
+            self._placing.file(upper, inode, new, st)
+        except BaseException:
+            upper.discard(new.temp)
+            raise
+        finally:
+            os.close(new.fd)
+        if not inode.metacopy:
+            inode.metacopy = True
+            inode.data = inode.lower
+        inode.lower = None
+
+    def detach(self, inode: Inode) -> None:
+        """Before a metacopy gets another name: have it find its data by a path from the top (kernel: ``redirect``).
+
+        Where that cannot be recorded the data is copied.
+        """
+        if inode.unsynced:
+            self.ensure(inode)
+        if not inode.metacopy or (inode.orphan and inode.hold is None):
+            return
+        path, _ = self._view.proc_path(inode)
+        name = inode.name
+        with contextlib.suppress(OSError):
+            recorded = os.getxattr(path, self._view.xattrs.redirect, follow_symlinks=False)
+            if recorded.startswith(b"/"):
+                return  # it holds wherever the file is
+            name = recorded
+        directory = None if inode.parent is None else inode.parent.stack_path
+        if directory is not None:
+            where = b"/%s/%s" % (directory, name) if directory else b"/" + name
+            try:
+                os.setxattr(path, self._view.xattrs.redirect, where, follow_symlinks=False)
+                return
+            except OSError as error:
+                if error.errno not in NO_ROOM_FOR_PATH:
+                    raise
+        self.ensure(inode)
+
+    def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
+        """Let files that were opened before the copy-up see what is written after it."""
+        for handle in inode.handles or ():
+            if handle.has_fd:
+                handle.switch(os.open(b"/proc/self/fd/%d" % upper_fd, os.O_RDONLY | os.O_CLOEXEC))
+
+    # -- the data of a metacopy -------------------------------------------------------------------------------
+
+    def _begin_data(self, inode: Inode, need: Need) -> CopyUpJob | None:
+        layer, path = self._view.data_source(inode)
+        st = self._view.real_stat(inode)
+        wanted = need.bytes_of(st.st_size)
+        source_fd = layer.open(path, os.O_RDONLY)
+        try:
+            proc_path, _ = self._view.proc_path(inode)
+            target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
+        except BaseException:
+            os.close(source_fd)
+            raise
+        sync = self._sync and wanted > 0
+        job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync, overwrites=st.st_blocks > 0)
+        with contextlib.suppress(OSError):
+            job.capability = os.getxattr(target_fd, CAPABILITY)
+        if wanted == 0:
+            self.finish(job)
+            return None
+        return job
+
+    @staticmethod
+    def _give_back_capability(job: CopyUpJob) -> None:
+        if job.capability is not None:
+            os.setxattr(job.target_fd, CAPABILITY, job.capability)
+
+    def _finish_data(self, job: CopyUpJob) -> None:
+        inode = job.inode
+        try:
+            if job.size < job.st.st_size:
+                os.ftruncate(job.target_fd, job.size)
+            self._give_back_capability(job)
+            os.utime(job.target_fd, ns=(job.st.st_atime_ns, job.st.st_mtime_ns))
+            os.removexattr(job.target_fd, self._view.xattrs.metacopy)
+            with contextlib.suppress(OSError):
+                os.removexattr(job.target_fd, self._view.xattrs.redirect)
+            inode.metacopy = False
+            inode.data = None
+            self._switch_handles(inode, job.target_fd)
+        finally:
+            job.close()
+
+    # -- data that is synced later ----------------------------------------------------------------------------
+
+    def _marked_file(self, upper: UpperDir, size: int) -> NewFile:
+        """An empty file for ``size`` bytes, of which the lower file is to be taken after a crash."""
+        assert self.unsynced is not None
+        self.unsynced.note()
+        new = upper.new_file()
+        try:
+            os.ftruncate(new.fd, size)  # the size goes with the attribute, the data does not
+            os.setxattr(new.fd, self._view.xattrs.metacopy, UNSYNCED)
+        except BaseException:
+            os.close(new.fd)
+            upper.discard(new.temp)
+            raise
+        return new
+
+    def begin_settling(self, inode: Inode) -> CopyUpJob:
+        """The job that brings an unsynced copy to the disk."""
+        path, _ = self._view.proc_path(inode)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        mark, origin = self._view.xattrs.metacopy, self._later_origin(inode)
+        return CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True, mark=mark, origin=origin)
+
+    def _later_origin(self, inode: Inode) -> Attribute | None:
+        value = None if self.unsynced is None else self.unsynced.origin_of(inode)
+        return None if value is None else (self._view.xattrs.origin, value)
+
+    def _finish_settling(self, job: CopyUpJob) -> None:
+        self.forget_unsynced(job.inode)
+        job.close()
+
+    def forget_unsynced(self, inode: Inode) -> None:
+        """``inode`` need not be settled any more: it is, or it has no name left."""
+        if self.unsynced is not None:
+            self.unsynced.remove(inode)
+
+    def remove_mark(self, inode: Inode) -> None:
+        """Remove the mark of an unsynced copy that has been synced."""
+        with contextlib.suppress(FileNotFoundError):  # somebody has changed the upper directory
+            path, _ = self._view.proc_path(inode)
+            unmark(path, self._view.xattrs.metacopy, self._later_origin(inode))
+
+    def recover(self, inode: Inode) -> None:
+        """Copy the data of ``inode``, which a crash has left marked, again, and record where it comes from."""
+        layer, lower = self._view.data_source(inode)
+        origin = origin_of(layer, layer.locate(lower))
+        self.ensure(inode)
+        path, _ = self._view.proc_path(inode)
+        self.origins.record_later(path, origin)
+        if inode.parent is not None:
+            self.origins.mark_impure(inode.parent)

@@ -1,0 +1,65 @@
+"""Which lower object a copy is from: the attribute from which the kernel and later mounts take its inode number."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import Final
+
+from unionfs.fuse_ops.copy_up.copying import At, at_path
+from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
+from unionfs.host import syscalls
+from unionfs.overlay.format import encode_origin
+
+_NO_HANDLES: Final = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
+
+
+def origin_of(layer: LayerDir, source: At) -> bytes:
+    """The value of the attribute for a copy of ``source``, which is in ``layer``."""
+    try:
+        handle = syscalls.file_handle(*source)
+    except OSError as error:
+        if error.errno not in _NO_HANDLES:
+            raise
+        return b""
+    return encode_origin(handle, layer.filesystem_uuid)
+
+
+class Origins:
+    """Records on the copies of one tree where they are from."""
+
+    def __init__(self, view: MergedView) -> None:
+        self._view = view
+
+    def record(self, inode: Inode, st: os.stat_result, source: tuple[LayerDir, At], target: At) -> None:
+        """Record that ``target`` is the copy of ``source``, the lower object of ``inode`` that has ``st``."""
+        # Of several names the kernel, too, sets no origin: after a remount they are different files.
+        if inode.kind != stat.S_IFDIR and (inode.parent is None or inode.may_have_other_names(st)):
+            return
+        value = origin_of(*source)
+        try:
+            os.setxattr(at_path(*target), self._view.xattrs.origin, value, follow_symlinks=not target[1])
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            inode.has_origin = False  # user.* attributes exist on files and directories only
+        else:
+            inode.has_origin = True
+
+    def record_later(self, path: bytes, value: bytes) -> None:
+        """Record ``value`` on a copy that was made by a mount which did not come to it, unless it has one."""
+        with contextlib.suppress(OSError):  # only costs the stability of its inode number
+            os.setxattr(path, self._view.xattrs.origin, value, os.XATTR_CREATE)
+
+    def mark_impure(self, directory: Inode) -> None:
+        """Note on an upper directory that it has children with an origin (kernel: their d_ino must be looked up)."""
+        if directory.impure:
+            return
+        directory.impure = True
+        with contextlib.suppress(OSError):  # only costs the stability of inode numbers
+            path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
+            os.setxattr(path, self._view.xattrs.impure, b"y")

@@ -1,0 +1,115 @@
+"""Where a copy goes: to all names of its inode in the upper directory, with nothing to be seen in the merged tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from typing import Final
+
+from unionfs.fuse_ops.copy_up.origins import Origins
+from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
+
+_MAKE_NAMES: Final = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make names in a directory
+
+
+class Placing:
+    """Puts copies that are complete into their places.
+
+    ``ensure_directory`` copies a directory up where that is needed, and returns the descriptor of its upper one.
+    """
+
+    def __init__(self, view: MergedView, origins: Origins, ensure_directory: Callable[[Inode], int]) -> None:
+        self._view = view
+        self._origins = origins
+        self._ensure_directory = ensure_directory
+        self._server_uid = os.geteuid()
+
+    def directory(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
+        """Make ``temp`` in the work directory the upper object of the directory ``inode``, whose mode is in ``st``."""
+        assert inode.parent is not None
+        parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
+
+        def install() -> None:
+            upper.install(upper.work_fd, temp, parent_fd, name, directory=True)
+
+        def install_and_restrict() -> None:
+            # A directory that may not be written by its owner cannot be moved by him to another one either.
+            os.chmod(temp, stat.S_IMODE(st.st_mode) | stat.S_IWUSR, dir_fd=upper.work_fd)
+            install()
+            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
+
+        # What is in the work directory is ours, whoever the lower one belongs to.
+        may_be_moved = st.st_mode & stat.S_IWUSR or self._server_uid == 0
+        self._unseen(parent_fd, install if may_be_moved else install_and_restrict)
+        self._placed(inode)
+        inode.marks = set()
+
+    def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        """Make ``new`` the upper object of ``inode``, whose lower one has ``st``, at all its places."""
+        if inode.may_have_other_names(st):
+            self._hold(upper, inode, new, st)
+        elif inode.parent is not None:
+            parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
+            self._unseen(parent_fd, lambda: upper.place(new, parent_fd, name))
+            self._placed(inode)
+        else:  # unlinked in the meantime, but still open
+            upper.hold(new)  # a file that never had a name could be given one later
+            inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+            os.unlink(new.temp, dir_fd=upper.work_fd)
+            inode.upper = True
+
+    def _placed(self, inode: Inode) -> None:
+        inode.upper = True
+        if inode.has_origin and inode.parent is not None:
+            self._origins.mark_impure(inode.parent)
+
+    def _hold(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        # The copy stays in the work directory for as long as the mount lives, and every name that is looked up becomes
+        # a link to it. So they remain one file, also those that nobody has looked up yet.
+        upper.hold(new)
+        inode.hold = new.temp
+        inode.upper = True
+        if inode.nlink is None:
+            inode.nlink = st.st_nlink
+        try:
+            for parent, name in list(inode.places()):
+                self.link_held(inode, parent, name)
+        except BaseException:
+            inode.hold, inode.upper = None, False
+            raise
+
+    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
+        """Give a copied-up, hard-linked file its name in the upper directory."""
+        hold, upper = inode.hold, self._view.upper
+        assert hold is not None and upper is not None
+        parent_fd, work_fd = self._ensure_directory(parent), upper.work_fd
+
+        def link() -> None:
+            with contextlib.suppress(FileExistsError):
+                os.link(hold, name, src_dir_fd=work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
+
+        self._unseen(parent_fd, link)
+
+    def _unseen(self, dir_fd: int, make: Callable[[], None]) -> None:
+        """Make something in an upper directory of which the merged tree is to show nothing.
+
+        Nor may the directory's mode forbid it, which is that of the merged one: for its owner without privilege it
+        is another one meanwhile.
+        """
+        before = os.stat(dir_fd)
+        may_make = before.st_mode & _MAKE_NAMES == _MAKE_NAMES
+        if may_make or self._server_uid == 0 or self._server_uid != before.st_uid:
+            make()
+        else:
+            path = b"/proc/self/fd/%d" % dir_fd
+            os.chmod(path, stat.S_IMODE(before.st_mode) | _MAKE_NAMES)
+            try:
+                make()
+            finally:
+                os.chmod(path, stat.S_IMODE(before.st_mode))
+        with contextlib.suppress(OSError):
+            os.utime(b".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)

@@ -1,0 +1,1 @@
+"""What limits an upper directory."""

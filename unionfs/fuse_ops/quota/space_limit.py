@@ -1,0 +1,273 @@
+"""The limit of what an upper directory may hold: what is in use, what may be added, and what df(1) is told.
+
+It counts as a project quota of XFS does: blocks, of every file once, those of directories too, the work directory
+included. At the limit there is ENOSPC, as XFS answers for projects, and not the EDQUOT that it has for users.
+
+The count is taken when the mount begins and kept up by asking each file that was changed for its blocks. Since what
+was counted of a file is remembered, a file system that changes its mind later (compression, delayed allocation) makes
+no lasting error. Only when something is about to be refused is everything counted again, in case that others, such
+as a second mount of the same directories, have made room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Final
+
+from unionfs.fuse_ops.quota.allocation import growth, round_up
+
+_SECTOR: Final = 512  # the unit of st_blocks
+_DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# How seldom everything is counted again while things are refused: at most this share of the time is spent on it.
+_RECOUNT_SHARE: Final = 0.02
+_RECOUNT_PAUSE_S: Final = 2.0
+
+_FALLOC_KEEP_SIZE: Final = 0x01
+_FALLOC_FREES: Final = 0x02 | 0x08  # FALLOC_FL_PUNCH_HOLE, FALLOC_FL_COLLAPSE_RANGE
+_FALLOC_MOVES: Final = 0x20  # FALLOC_FL_INSERT_RANGE
+
+
+class SpaceLimit:
+    """The space of one upper directory. The thread that owns the tree owns this, too.
+
+    It remembers about a hundred bytes for each file that takes space.
+
+    Args:
+        limit_bytes: how much may be held.
+        roots: readable descriptors of the directories that count, on one file system; they stay their owner's.
+    """
+
+    def __init__(self, limit_bytes: int, roots: tuple[int, ...]) -> None:
+        self.limit_bytes = limit_bytes
+        self.block_bytes = os.fstatvfs(roots[0]).f_frsize
+        self._roots = roots
+        self._counted: dict[int, int] = {}  # sectors by inode number, of those that have any
+        self._used = 0  # sectors
+        self._expected: dict[int, int] = {}  # bytes by inode number, of files that are growing in another thread
+        self._expected_total = 0
+        self._unlinked: set[int] = set()  # inode numbers that no directory shows
+        # Sectors by inode number that files have beyond what reaches to their end: attributes, and what somebody
+        # asked for. More than these do not count: XFS allocates ahead of a writer, up to gigabytes, and takes it back.
+        self._beyond: dict[int, int] = {}
+        self._next_recount = 0.0
+        self._count_all()
+
+    # -- what there is ----------------------------------------------------------------------------------------
+
+    @property
+    def used_bytes(self) -> int:
+        """What is in use."""
+        return self._used * _SECTOR
+
+    @property
+    def free_bytes(self) -> int:
+        """What may still be added, without that which is promised to changes under way."""
+        return max(0, self.limit_bytes - self.used_bytes - self._expected_total)
+
+    def statvfs(self, st: os.statvfs_result) -> os.statvfs_result:
+        """What statfs(2) shows: the limit as the size, where the file system ``st`` is not smaller yet."""
+        blocks = min(st.f_blocks, self.limit_bytes // st.f_frsize)
+        left = max(0, self.limit_bytes - self.used_bytes) // st.f_frsize
+        free, available = min(st.f_bfree, left), min(st.f_bavail, left)
+        rest = (st.f_files, st.f_ffree, st.f_favail, st.f_flag, st.f_namemax)
+        return os.statvfs_result((st.f_bsize, st.f_frsize, blocks, free, available, *rest))
+
+    # -- before a change --------------------------------------------------------------------------------------
+
+    def require(self, size_bytes: int) -> None:
+        """Raise ENOSPC unless there is room for ``size_bytes`` more."""
+        if size_bytes > self.free_bytes and not (self._count_again() and size_bytes <= self.free_bytes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def require_entry(self) -> None:
+        """Raise ENOSPC unless there is room for a new name: a block, which its directory or it itself may need."""
+        self.require(self.block_bytes)
+
+    def fitting(self, fd: int, offset: int, size: int) -> int:
+        """How many of ``size`` bytes may be written to a file at ``offset``; ENOSPC if none."""
+        block = self.block_bytes
+        # If there is room even when everything is new. The ends may lie in blocks of their own.
+        if size + 2 * block <= self.free_bytes or not size:
+            return size
+        fits = self._fitting(fd, offset, size)
+        if fits < size and self._count_again():
+            fits = self._fitting(fd, offset, size)
+        if not fits:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return fits
+
+    def _fitting(self, fd: int, offset: int, size: int) -> int:
+        block, free, ino = self.block_bytes, self.free_bytes, os.fstat(fd).st_ino
+
+        def needed(count: int) -> int:
+            return growth(fd, offset, count, block, *self._parts(ino))
+
+        if needed(size) <= free:
+            return size
+        to_ends_of_blocks = range(block - offset % block, size, block)
+        fitting = bisect_right(to_ends_of_blocks, free, key=needed)
+        return to_ends_of_blocks[fitting - 1] if fitting else 0
+
+    def _parts(self, ino: int) -> tuple[int, int]:
+        """The bytes counted of a file before its end and beyond it."""
+        beyond = self._beyond.get(ino, 0)
+        return max(0, self._counted.get(ino, 0) - beyond) * _SECTOR, beyond * _SECTOR
+
+    def allocation(self, fd: int, mode: int, offset: int, length: int) -> int:
+        """What fallocate(2) with these arguments may add; ENOSPC if there is no room for it."""
+        if mode & (_FALLOC_FREES | _FALLOC_MOVES):
+            return 0
+        st, block = os.fstat(fd), self.block_bytes
+        needed = growth(fd, offset, length, block, *self._parts(st.st_ino))
+        self.require(needed)
+        beyond = round_up(offset + length, block) - max(round_up(st.st_size, block), offset // block * block)
+        if mode & _FALLOC_KEEP_SIZE and beyond > 0:
+            self._beyond[st.st_ino] = self._beyond.get(st.st_ino, 0) + beyond // _SECTOR
+        return needed
+
+    # -- changes in another thread ----------------------------------------------------------------------------
+
+    def expect(self, ino: int, size_bytes: int) -> None:
+        """Promise the file ``ino`` that it may grow by ``size_bytes``, until :meth:`arrived`."""
+        self._expected[ino] = self._expected.get(ino, 0) + size_bytes
+        self._expected_total += size_bytes
+
+    def arrived(self, ino: int, size_bytes: int) -> None:
+        """End a promise; the file is to be counted by :meth:`settle` then."""
+        left = self._expected[ino] - size_bytes
+        if left:
+            self._expected[ino] = left
+        else:
+            del self._expected[ino]
+        self._expected_total -= size_bytes
+
+    @contextlib.contextmanager
+    def growing(self, fd: int, size_bytes: int) -> Iterator[None]:
+        """Promise the file ``fd`` to grow for the length of the block, and count it after."""
+        ino = os.fstat(fd).st_ino
+        self.expect(ino, size_bytes)
+        try:
+            yield
+        finally:
+            self.arrived(ino, size_bytes)
+            self.written(os.fstat(fd))
+
+    # -- after a change ---------------------------------------------------------------------------------------
+
+    def settle(self, st: os.stat_result) -> None:
+        """Count a file of the upper directory as it is now."""
+        self._note_beyond(st)
+        self._count(st.st_ino, self._sectors(st))
+
+    def written(self, st: os.stat_result) -> None:
+        """Count a file as it is now, of which only the contents were changed."""
+        self._count(st.st_ino, self._sectors(st))
+
+    def truncated(self, st: os.stat_result) -> None:
+        """Count a file as it is now, which has lost what it had beyond its end."""
+        self._beyond.pop(st.st_ino, None)
+        self.settle(st)
+
+    def _count(self, ino: int, sectors: int) -> None:
+        before = self._counted.get(ino, 0)
+        if sectors == before:
+            return
+        self._used += sectors - before
+        if sectors:
+            self._counted[ino] = sectors
+        else:
+            del self._counted[ino]
+
+    def _note_beyond(self, st: os.stat_result) -> None:
+        beyond = st.st_blocks - round_up(st.st_size, self.block_bytes) // _SECTOR
+        if beyond > self._beyond.get(st.st_ino, 0) and stat.S_ISREG(st.st_mode):
+            self._beyond[st.st_ino] = beyond
+
+    def unlinked(self, ino: int) -> None:
+        """Note a file without a name: it counts until it is :meth:`gone`, or has a name again."""
+        self._unlinked.add(ino)
+
+    def named(self, ino: int) -> None:
+        """Note that a file of which :meth:`unlinked` was said has a name."""
+        self._unlinked.discard(ino)
+
+    def gone(self, ino: int) -> None:
+        """Count a file no more: the file system has it no longer."""
+        self._used -= self._counted.pop(ino, 0)
+        self._unlinked.discard(ino)
+        self._beyond.pop(ino, None)
+
+    def _sectors(self, st: os.stat_result) -> int:
+        if not stat.S_ISREG(st.st_mode):
+            return st.st_blocks
+        return min(st.st_blocks, round_up(st.st_size, self.block_bytes) // _SECTOR + self._beyond.get(st.st_ino, 0))
+
+    # -- counting ---------------------------------------------------------------------------------------------
+
+    def _count_again(self) -> bool:
+        """Count everything, unless it was done a short time ago; whether it was done."""
+        if time.monotonic() < self._next_recount:
+            return False
+        self._count_all()
+        return True
+
+    def _count_all(self) -> None:
+        began = time.monotonic()
+        first = not self._next_recount
+        counted: dict[int, int] = {}
+        for st in _everything(self._roots):
+            if st.st_ino not in self._counted:
+                self._note_beyond(st)
+            sectors = self._sectors(st)
+            if sectors:
+                counted[st.st_ino] = sectors
+        for ino in (*self._unlinked, *self._expected):
+            counted.pop(ino, None)
+            if ino in self._counted:
+                counted[ino] = self._counted[ino]
+        self._counted = counted
+        self._used = sum(counted.values())
+        ended = time.monotonic()
+        self._next_recount = ended if first else ended + max(_RECOUNT_PAUSE_S, (ended - began) / _RECOUNT_SHARE)
+
+
+def _everything(roots: tuple[int, ...]) -> Iterator[os.stat_result]:
+    """lstat(2) of some directories and everything in them; what vanishes or cannot be read is left out."""
+    for root in roots:
+        yield os.fstat(root)
+        # One descriptor for each level, since paths are limited in length and recursion in depth.
+        levels = [(fd := os.open(".", _DIR_FLAGS, dir_fd=root), _names(fd))]
+        try:
+            while levels:
+                fd, names = levels[-1]
+                name = next(names, None)
+                if name is None:
+                    levels.pop()
+                    os.close(fd)
+                    continue
+                try:
+                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except OSError:
+                    continue
+                yield st
+                if stat.S_ISDIR(st.st_mode):
+                    with contextlib.suppress(OSError):
+                        below = os.open(name, _DIR_FLAGS, dir_fd=fd)
+                        levels.append((below, _names(below)))
+        finally:
+            for fd, _ in levels:
+                os.close(fd)
+
+
+def _names(fd: int) -> Iterator[str]:
+    try:
+        return iter(os.listdir(fd))
+    except OSError:
+        return iter(())

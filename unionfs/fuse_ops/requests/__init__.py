@@ -1,0 +1,1 @@
+"""What each request means for the tree."""

@@ -1,0 +1,1 @@
+"""One mount's life: mounting, serving, the mount record, the supervisor."""

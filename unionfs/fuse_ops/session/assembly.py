@@ -1,0 +1,145 @@
+"""Opening a union: from mount options to a :class:`UnionTree`, with every layer checked and held."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING
+
+from unionfs.errors import LayerError
+from unionfs.fuse_ops.options import MountOptions, RedirectMode
+from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
+from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
+from unionfs.fuse_ops.stack.lower_stack import LowerStack
+from unionfs.fuse_ops.stack.raw_ids import unmapped_path
+from unionfs.fuse_ops.stack.upper_dir import UpperDir
+from unionfs.fuse_ops.stack.workdir import prepare_workdir, supports_xattrs
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.overlay.format import OverlayXattrs
+
+if TYPE_CHECKING:
+    from unionfs.fuse_ops.quota.limited_tree import LimitedTree
+
+MAX_LOWER_LAYERS = 500  # as the kernel's overlayfs
+
+
+def open_tree(options: MountOptions) -> UnionTree:
+    """Open all layers of ``options`` as one tree; ``close()`` it after use.
+
+    Raises :class:`LayerError` in one line for whatever cannot serve as a layer. ``tree.warnings`` has lines for the
+    person who mounts.
+    """
+    if len(options.lowerdirs) + len(options.datadirs) > MAX_LOWER_LAYERS:
+        raise LayerError(
+            f"{len(options.lowerdirs) + len(options.datadirs)} lower layers; at most {MAX_LOWER_LAYERS} can be stacked"
+        )
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cache = DescriptorCache(min(soft // 8, 2048))
+    opened: list[LayerDir] = []
+    try:
+        paths = [*options.lowerdirs, *options.datadirs]
+        if options.uid_map or options.gid_map:
+            paths = [unmapped_path(path) for path in paths]
+        layers = [_track(opened, open_lower(path, i, cache)) for i, path in enumerate(paths)]
+        lowers, data = layers[: len(options.lowerdirs)], layers[len(options.lowerdirs) :]
+        upper_layer = None
+        if options.upperdir is not None and not options.read_only:
+            upper_layer = _track(opened, open_upper(options.upperdir, cache))
+        return _assemble(options, lowers, data, upper_layer, cache)
+    except BaseException:
+        cache.close()
+        for layer in opened:
+            layer.close()
+        raise
+
+
+def _track(opened: list[LayerDir], layer: LayerDir) -> LayerDir:
+    opened.append(layer)
+    return layer
+
+
+def _assemble(
+    options: MountOptions,
+    lowers: list[LayerDir],
+    data: list[LayerDir],
+    upper_layer: LayerDir | None,
+    cache: DescriptorCache,
+) -> UnionTree:
+    if upper_layer is None:
+        xattrs = OverlayXattrs(user=options.userxattr or not _may_use_trusted())
+        return UnionTree(_lower_stack(options, lowers, data, xattrs), None, cache, options, xattrs)
+    assert options.upperdir is not None
+    assert options.workdir is not None
+    _check_upper(options, upper_layer)
+    work = prepare_workdir(options.workdir, options.upperdir, volatile=options.volatile)
+    try:
+        xattrs = _usable_xattrs(options, work.fd)
+        upper = UpperDir(upper_layer, work.fd, xattrs)
+        tree = _tree_type(options)(_lower_stack(options, lowers, data, xattrs), upper, cache, options, xattrs)
+    except BaseException:
+        os.close(work.fd)
+        if work.lock_fd >= 0:
+            os.close(work.lock_fd)
+        raise
+    tree.hold_lock(work.lock_fd)
+    tree.warnings.extend(work.warnings)
+    if work.unsynced:
+        _recover(tree, work.lock_fd)
+    return tree
+
+
+def _recover(tree: UnionTree, workdir_fd: int) -> None:
+    from unionfs.fuse_ops.speedups.late_sync.recovery import recover  # here, because it is for mounts after a crash
+
+    warnings = recover(tree)
+    (tree.copy_up.unsynced or Unsynced(workdir_fd)).recovered(all_of_them=not warnings)
+    tree.warnings.extend(warnings)
+
+
+def _tree_type(options: MountOptions) -> type[LimitedTree] | type[UnionTree]:
+    if not options.quota_bytes:
+        return UnionTree
+    from unionfs.fuse_ops.quota.limited_tree import LimitedTree  # here, because few mounts need it
+
+    return LimitedTree
+
+
+def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:
+    for user in (True,) if options.userxattr else (False, True):
+        xattrs = OverlayXattrs(user=user)
+        if supports_xattrs(work_fd, xattrs):
+            return xattrs
+    raise LayerError(
+        f"upperdir {options.upperdir}: its file system has no extended attributes; "
+        "use one that has (ext4, xfs, btrfs, tmpfs)"
+    )
+
+
+def _lower_stack(
+    options: MountOptions, lowers: list[LayerDir], data: list[LayerDir], xattrs: OverlayXattrs
+) -> LowerStack:
+    return LowerStack(
+        lowers,
+        data,
+        xattrs,
+        follow_redirects=options.redirect_dir is not RedirectMode.NOFOLLOW,
+        read_xattrs=True,
+    )
+
+
+def _check_upper(options: MountOptions, upper: LayerDir) -> None:
+    if os.statvfs(b"/proc/self/fd/%d" % upper.fd).f_flag & os.ST_RDONLY:
+        raise LayerError(f"upperdir {options.upperdir}: its file system is mounted read-only; mount it read-write")
+    if not os.access(b"/proc/self/fd/%d" % upper.fd, os.W_OK, effective_ids=True):
+        raise LayerError(f"upperdir {options.upperdir}: permission denied; it must be writable for you")
+
+
+def _may_use_trusted() -> bool:
+    """Whether this process sees ``trusted.`` attributes: root outside of user namespaces."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        with open("/proc/self/uid_map", "rb") as id_map:
+            return id_map.read().split() == [b"0", b"0", b"4294967295"]
+    except OSError:
+        return True

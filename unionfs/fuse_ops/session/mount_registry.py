@@ -1,0 +1,167 @@
+"""The run-time record of our mounts: one small JSON file for each, for people and programs to find them.
+
+The kernel's mount table says that something is mounted, not of which layers nor by which process. The record is
+a convenience: a mount works without it, and whatever the record says is checked against the kernel when read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from unionfs.host.mountinfo import Mount, read_mounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountRecord:
+    """One mount as its server described it."""
+
+    minor: int
+    target: str
+    pid: int
+    started: int
+    """Start time of the process in clock ticks since boot: tells it from a later one with the same pid."""
+    mounted_at: float
+    source: str
+    lowerdirs: list[str]
+    datadirs: list[str]
+    upperdir: str | None
+    workdir: str | None
+    options: list[str]
+    transport: str = "pyfuse3"
+    supervised: bool = False
+    """Whether the process is a copy of the supervisor."""
+
+    def to_json(self) -> bytes:
+        """What is in its file."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountStatus:
+    """A mount that exists, with its record where there is one.
+
+    ``state`` is ``serving``; ``dead`` when it is mounted but its server is gone; ``detached`` when the server lives
+    but the mount is not in this mount namespace, as after a lazy unmount; ``unknown`` without a record.
+    """
+
+    target: str
+    state: str
+    record: MountRecord | None
+
+
+def run_directories() -> list[str]:
+    """Where records may be, the preferred place first."""
+    directories = ["/run/unionfs"] if os.geteuid() == 0 else []
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    # Also for root: in a user namespace it may not write /run.
+    if runtime and os.path.isabs(runtime):
+        directories.append(os.path.join(runtime, "unionfs"))
+    return directories
+
+
+def process_start(pid: int) -> int | None:
+    """The start time of ``pid`` in clock ticks since boot, or None when there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name in parentheses may contain anything, so count from its end.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == b"Z" else int(fields[19])
+
+
+def is_alive(record: MountRecord) -> bool:
+    """Whether the server that wrote ``record`` still runs."""
+    return process_start(record.pid) == record.started
+
+
+def add(record: MountRecord) -> str | None:
+    """Write ``record`` and return the path of its file, or None when no place for it is writable."""
+    text = record.to_json()
+    for directory in run_directories():
+        path = os.path.join(directory, f"{record.minor}.json")
+        temporary = f"{path}.new"  # a minor has one mount, so what a killed server left there is overwritten
+        try:
+            os.makedirs(directory, mode=0o755, exist_ok=True)
+            with open(temporary, "wb") as file:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(text)
+            os.rename(temporary, path)
+        except OSError:
+            continue
+        return path
+    return None
+
+
+def remove(path: str, pid: int) -> None:
+    """Delete the file at ``path``, unless the minor was taken over by a mount of another process meanwhile."""
+    record = _read(path)
+    if record is not None and record.pid == pid:
+        _unlink(path)
+
+
+def find(minor: int) -> MountRecord | None:
+    """The record of the mount with this device minor, if its server lives."""
+    name = f"{minor}.json"
+    records = (_read(path) for path in _files() if os.path.basename(path) == name)
+    return next((record for record in records if record is not None and is_alive(record)), None)
+
+
+def read_all() -> list[MountStatus]:
+    """Every union mount that exists, sorted by target; files of those that are gone are deleted."""
+    ours: dict[int, list[Mount]] = {}
+    for mount in read_mounts():
+        if mount.is_union and mount.major == 0:
+            ours.setdefault(mount.minor, []).append(mount)
+    found = []
+    for path in _files():
+        record = _read(path)
+        if record is None:
+            continue
+        alive = is_alive(record)
+        points = [mount.mount_point for mount in ours.get(record.minor, [])]
+        # Minors are used again, so a dead server's record may name somebody else's mount.
+        if record.target in points or (alive and points):
+            del ours[record.minor]
+            target = record.target if record.target in points else points[0]
+            state = "serving" if alive else "dead"
+            found.append(MountStatus(target=target, state=state, record=record))
+        elif alive:
+            found.append(MountStatus(target=record.target, state="detached", record=record))
+        else:
+            _unlink(path)
+    found += [MountStatus(target=mounts[0].mount_point, state="unknown", record=None) for mounts in ours.values()]
+    return sorted(found, key=lambda status: status.target)
+
+
+def _files() -> list[str]:
+    directories = run_directories()
+    if "/run/unionfs" not in directories:
+        directories.append("/run/unionfs")  # root's mounts are everybody's to see
+    files = []
+    for directory in directories:
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        files += [os.path.join(directory, name) for name in names if name.endswith(".json")]
+    return files
+
+
+def _read(path: str) -> MountRecord | None:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            fields: dict[str, Any] = json.load(file)
+        return MountRecord(**fields)
+    except (OSError, ValueError, TypeError):
+        return None  # gone meanwhile, or not one of ours
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass

@@ -1,0 +1,95 @@
+"""Reads directories of lower layers from the disk before they are asked for.
+
+A cold walk through layers waits for the disk once for each directory of each layer, one after the other: longer than
+all the rest takes. What will be wanted is known: the same directory in the layers below, and the directories in one
+that was just looked at. When directories turn out to come from the disk, they are read by the kernel in the
+background; when they come from memory nothing is done, and it costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from unionfs.fuse_ops.speedups.coldness import Coldness
+from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.host.io_uring import LookupRing
+
+log = logging.getLogger(__name__)
+
+_DIRECTORY_S: Final = 50e-6  # from memory it takes a third of it
+_ENTRY_S: Final = 1e-6  # for each name in it
+_BUSY_S: Final = 10e-3  # after the last that was wanted
+_WANTED_MAX: Final = 1024
+_REMEMBERED_MAX: Final = 1024
+_PATH_MAX: Final = 4096  # what the kernel takes at once; deeper directories are not read ahead
+_NAME: Final = b"/.wh..wh..opq"  # to look up; a name that is hardly ever there, in a directory that is
+
+Place = tuple[LayerDir, bytes]  # a directory of a layer
+
+
+class DirectoryReadAhead:
+    """What is wanted next, and whether the disk is slow enough to bother."""
+
+    def __init__(self) -> None:
+        self._coldness = Coldness()
+        self._asked: set[Place] = set()  # of late: what is wanted twice is read once
+        self._wanted: deque[Place] = deque(maxlen=_WANTED_MAX)
+        self._ring: LookupRing | None = None
+        self._owner = 0  # the process that has the ring: a fork must not use it
+        self._usable = True
+        self._busy_until = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether directories came from the disk lately."""
+        return self._coldness.is_cold and self._usable
+
+    @property
+    def busy(self) -> bool:
+        """Whether something may be read in the background just now."""
+        return time.monotonic() < self._busy_until
+
+    def took(self, seconds: float, directories: int, names: int) -> None:
+        """Reading ``directories`` with ``names`` in them took ``seconds``."""
+        self._coldness.took(seconds, _DIRECTORY_S * directories + _ENTRY_S * names)
+
+    def want(self, places: Iterable[Place]) -> None:
+        """Read these directories soon, the first ones first, before those that were wanted earlier."""
+        new = [place for place in places if place not in self._asked and len(place[1]) + len(_NAME) < _PATH_MAX]
+        if not new:
+            return
+        if len(self._asked) > _REMEMBERED_MAX:
+            self._asked.clear()
+        self._asked.update(new)
+        self._wanted.extendleft(reversed(new))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        wanted = self._wanted
+        try:
+            ring = self._ring
+            if ring is None or self._owner != os.getpid():
+                ring = self._ring = LookupRing()
+                self._owner = os.getpid()
+            while wanted:
+                layer, path = wanted[0]
+                if not ring.add(layer.fd, path + _NAME):
+                    break
+                wanted.popleft()
+            ring.submit()
+            self._busy_until = time.monotonic() + _BUSY_S
+        except OSError as error:
+            log.debug("directories are not read ahead: %s", error)
+            self._usable = False
+            wanted.clear()
+
+    def close(self) -> None:
+        if self._ring is not None and self._owner == os.getpid():
+            self._ring.close()
+        self._ring = None
+        self._usable = False

@@ -1,0 +1,1 @@
+"""Copies whose data is brought to the disk later."""

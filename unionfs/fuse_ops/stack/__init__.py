@@ -1,0 +1,1 @@
+"""Layer directories: lowers, upper, work directory."""

@@ -1,0 +1,1 @@
+"""What brings requests from the kernel and answers to it."""

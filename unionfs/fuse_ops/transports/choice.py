@@ -1,0 +1,53 @@
+"""What a session needs of a transport, and which one serves a mount."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+# FUSE 7.36, with room for more than 32 capabilities in INIT.
+_DIRECT_SINCE: Final = (5, 17)
+
+
+class Transport(Protocol):
+    """Brings the kernel's requests to the file system and its answers back."""
+
+    @property
+    def name(self) -> str:
+        """What ``unionfs mounts`` calls it."""
+
+    def mount(self, target: str) -> None:
+        """Mount on ``target``, a directory or ``/dev/fd/N`` of a mount made already; raises MountError."""
+
+    async def serve(self, accepted: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone. ``accepted`` is called when the kernel has begun the session."""
+
+    def close(self) -> None:
+        """Give up the connection to the kernel."""
+
+
+def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
+    """The transport that ``options`` ask for, or the fastest that this kernel can do."""
+    wanted = options.transport
+    if wanted == "auto":
+        wanted = os.environ.get("UNIONFS_TRANSPORT", "direct" if _kernel_version() >= _DIRECT_SINCE else "pyfuse3")
+    # Imported when chosen: pyfuse3 takes a good part of the time that a mount takes.
+    if wanted == "direct":
+        from unionfs.fuse_ops.transports.direct.transport import DirectTransport
+
+        return DirectTransport(tree, options)
+    from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+    from unionfs.fuse_ops.transports.pyfuse3.operations import UnionOperations
+    from unionfs.fuse_ops.transports.pyfuse3.transport import Pyfuse3Transport
+
+    operations = UnionOperations(tree, options)
+    return Pyfuse3Transport(operations, options, Settling(operations.requests))
+
+
+def _kernel_version() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)

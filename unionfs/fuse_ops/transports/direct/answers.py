@@ -1,0 +1,109 @@
+"""What the answers of one mount are made of, whatever they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.speedups.patience import Patience
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.connection import Connection
+from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
+from unionfs.fuse_ops.transports.direct.passthrough import Passthrough
+from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open
+from unionfs.fuse_ops.transports.direct.request import Request
+from unionfs.fuse_ops.tree.attributes import DEFAULT_ACL
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+Answer = bytes | Coroutine[Any, Any, bytes]
+"""A reply, or what has to be waited for until there is one."""
+
+Handler = Callable[[Request], Answer]
+
+NO_REPLY: Final = b""
+ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
+_ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
+
+
+class Mount:
+    """What belongs to one mount; its parts change while it is served, and are shared by all answers."""
+
+    def __init__(self, tree: UnionTree, options: MountOptions) -> None:
+        self.tree = tree
+        self.options = options
+        self.connection = Connection()
+        self.requests = UnionRequests(tree, options)
+        self.requests.before_thread = self.connection.beside.leave  # which the thread would inherit
+        tree.inodes.last_close.outside = self.connection.beside.outside
+        self.packed = PackedAttributes(tree.view)
+        self.files_ahead = FileReadAhead()
+        self.patience = self.requests.patience = Patience()
+        self.passthrough: Passthrough | None = None  # once the kernel has offered it
+        self.accepted: Callable[[], None] = lambda: None
+        seconds = min(options.timeout_s, 1e18)
+        self.valid_s = int(seconds)
+        self.valid_ns = int((seconds - self.valid_s) * 1e9)
+        self.keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
+
+
+class Answers:
+    """Handlers of some kinds of requests, for one mount."""
+
+    def __init__(self, mount: Mount) -> None:
+        self._mount = mount
+        self._connection = mount.connection
+        self._tree = mount.tree
+        self._options = mount.options
+        self._requests = mount.requests
+        self._packed = mount.packed
+        self._valid_s = mount.valid_s
+        self._valid_ns = mount.valid_ns
+
+    def table(self) -> dict[Opcode, Handler]:
+        """What is answered here."""
+        raise NotImplementedError
+
+    @staticmethod
+    def empty(request: Request) -> bytes:
+        """It is done, and there is nothing to tell."""
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size, 0, request.unique)
+
+    @staticmethod
+    def _data(request: Request, data: bytes | bytearray) -> bytes:
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size + len(data), 0, request.unique) + data
+
+    def _inode(self, request: Request) -> Inode:
+        return self._requests.inode(request.node)
+
+    def _entry(self, request: Request, inode: Inode) -> bytes:
+        return self._entry_with(request, inode, self._packed.of(inode))
+
+    def _new_entry(self, request: Request, inode: Inode) -> bytes:
+        """The answer to the request that made ``inode``."""
+        return self._entry_with(request, inode, self._packed.of_new(inode))
+
+    def _entry_with(self, request: Request, inode: Inode, packed: bytes) -> bytes:
+        inode.lookups += 1
+        s, ns = self._valid_s, self._valid_ns
+        return p.ENTRY_REPLY.pack(ENTRY_SIZE, 0, request.unique, inode.ino, 0, s, s, ns, ns) + packed
+
+    def _attr_reply(self, request: Request, packed: bytes) -> bytes:
+        return p.ATTR_REPLY.pack(_ATTR_SIZE, 0, request.unique, self._valid_s, self._valid_ns, 0) + packed
+
+    def _masked(self, directory: Inode, mode: int, umask: int) -> int:
+        """``mode`` as POSIX has it: a default ACL takes the place of the umask."""
+        if umask and self._options.acl and self._options.xattrs:
+            if directory.default_acl is None:
+                try:
+                    self._tree.get_xattr(directory, DEFAULT_ACL)
+                except OSError:
+                    directory.default_acl = False
+                else:
+                    directory.default_acl = True
+            if directory.default_acl:
+                return mode
+        return mode & ~umask

@@ -1,0 +1,105 @@
+"""The /dev/fuse of a mount, and the threads that answer on it beside the one that serves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+from collections.abc import Callable
+
+import trio
+
+from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
+from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.transports import mounting
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.protocol import Opcode
+from unionfs.fuse_ops.transports.direct.request import Request
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """The way of requests and replies. ``fd`` is negative while there is none."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.beside = BesideClient()
+        self.tells = log.isEnabledFor(logging.DEBUG)
+        self._calls = WaitingCalls()
+
+    def mount(self, target: str, options: MountOptions) -> None:
+        """Mount on ``target``, or take over the /dev/fuse of a mount made by mount.fuse3."""
+        handed_over = re.fullmatch(r"/dev/fd/(\d+)", target)
+        if handed_over:
+            self.fd = int(handed_over.group(1))
+            os.set_inheritable(self.fd, False)
+        else:
+            self.fd = mounting.mount(target, options.fuse_words or default_fuse_words(), options.source)
+        os.set_blocking(self.fd, False)
+
+    def reply(self, answer: bytes | memoryview) -> None:
+        """Send ``answer``; an empty one is none. Any thread may do this."""
+        if not answer:
+            return
+        try:
+            os.write(self.fd, answer)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the program was killed, or the mount is gone
+                log.warning("the kernel does not take an answer: %s", error)
+
+    def failure(self, request: Request, code: int, error: Exception) -> bytes:
+        """The reply for a request that ``error`` has ended."""
+        number = errno.EIO
+        if isinstance(error, OSError) and error.errno:
+            number = error.errno
+            if self.tells:
+                log.debug("%s of %#x: %s", name_of(code), request.node, error)
+        else:
+            log.error("%s of %#x failed; the program gets EIO", name_of(code), request.node, exc_info=error)
+        return p.OUT_HEADER.pack(p.OUT_HEADER.size, -number, request.unique)
+
+    def answer_in_thread(self, request: Request, code: int, call: Callable[[], bytes | memoryview]) -> bytes:
+        """Let a thread answer with what ``call`` returns, which waits for the disk and knows nothing of the tree.
+
+        Returns what the handler is to return meanwhile.
+        """
+
+        def answer() -> None:
+            reply: bytes | memoryview
+            try:
+                reply = call()
+            except Exception as error:
+                reply = self.failure(request, code, error)
+            self.reply(reply)
+
+        self.beside.outside(lambda: self._calls.start(answer))
+        return b""
+
+    async def end_calls(self) -> None:
+        """Wait for all threads, and go back to where this one ran; nothing can be answered by a thread any more."""
+        self.beside.close()
+        # Descriptors that a thread reads from or answers to must not be closed yet. Where there is none, none is
+        # made for it: a supervisor's copy, which rehearses this, has to stay a process of one thread.
+        if self._calls.has_threads:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._calls.close)
+
+    def close(self) -> None:
+        """Give the connection up; what still waits for an answer gets ENOTCONN."""
+        self.beside.close()
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
+            self.fd = -1
+
+
+def name_of(code: int) -> str:
+    """What linux/fuse.h calls a request, for people."""
+    try:
+        return Opcode(code).name
+    except ValueError:
+        return f"request {code}"

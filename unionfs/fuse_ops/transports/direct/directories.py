@@ -1,0 +1,71 @@
+"""Answers about open directories."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.answers import Answers, Handler, Mount
+from unionfs.fuse_ops.transports.direct.listing import DirectListing
+from unionfs.fuse_ops.transports.direct.protocol import Opcode
+from unionfs.fuse_ops.transports.direct.request import Request
+
+
+class DirectoryAnswers(Answers):
+    """Requests that list directories."""
+
+    def __init__(self, mount: Mount) -> None:
+        super().__init__(mount)
+        self._listing = DirectListing(mount.tree, mount.packed, mount.valid_s, mount.valid_ns, mount.files_ahead)
+
+    def table(self) -> dict[Opcode, Handler]:
+        """What is answered here."""
+        table: dict[Opcode, Handler] = {
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.RELEASEDIR: self.empty,
+        }
+        if self._requests.sync:
+            table[Opcode.FSYNCDIR] = self._fsyncdir
+        return table
+
+    def _opendir(self, request: Request) -> bytes:
+        if self._mount.keep_cache:
+            # Nothing has to be kept for an open directory, so the kernel need not tell of it. After this it does not
+            # ask again, and keeps the listings of all directories.
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, 0, 0, 0)
+
+    def _readdir(self, request: Request) -> bytes:
+        _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=False)
+
+    def _readdirplus(self, request: Request) -> bytes:
+        _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
+        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=True)
+
+    def _fsyncdir(self, request: Request) -> bytes:
+        _, flags, _ = p.FSYNC_IN.unpack_from(request.body)
+        sync = os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync  # the first leaves the directory's times out
+        fd = self._tree.open_upper_directory(self._inode(request))
+        if fd < 0:
+            return self.empty(request)
+
+        def call() -> bytes:
+            try:
+                sync(fd)
+            finally:
+                os.close(fd)
+            return self.empty(request)
+
+        patience = self._mount.patience
+        if not patience.may_wait():
+            return self._connection.answer_in_thread(request, Opcode.FSYNCDIR, call)
+        self._connection.beside.before_sync(request.pid, patience.in_a_row)
+        start = time.perf_counter()
+        answer = call()
+        patience.waited_since(start)
+        return answer

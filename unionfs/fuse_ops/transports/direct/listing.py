@@ -1,0 +1,113 @@
+"""The answers to READDIR and READDIRPLUS: as many entries as fit, packed one after the other."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import Final
+
+from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.stack.lower_stack import LowerDir
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode
+from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+_PLUS_SIZE: Final = p.ENTRY.size + p.ATTR.size
+_PADDING: Final = [bytes(-length % 8) for length in range(8)]
+_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
+
+
+class DirectListing:
+    """Lists directories of a tree for a kernel that believes what it is told for some time.
+
+    ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order; ``listings`` says it, by the
+    names' hashes unless given.
+    """
+
+    def __init__(
+        self,
+        tree: UnionTree,
+        packed: PackedAttributes,
+        valid_s: int,
+        valid_ns: int,
+        files: FileReadAhead,
+        listings: Listings | None = None,
+    ) -> None:
+        self._tree = tree
+        self._files = files
+        self._child = packed.child
+        self._lower = tree.view.lower
+        self._listings = Listings(tree.view) if listings is None else listings
+        self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
+
+    def answer(self, unique: int, directory: Inode, offset: int, size: int, *, plus: bool) -> bytes:
+        """Entries of ``directory`` after ``offset``, at most ``size`` bytes of them, with the header of a reply.
+
+        With ``plus`` each has attributes, and the kernel takes it as looked up. Raises OSError where the first
+        entry cannot be told; an error of a later one ends the answer, and is met again by whoever goes on.
+        """
+        answer = bytearray(p.OUT_HEADER.size)
+        room = size + len(answer)
+        if offset < DOT_DOT:
+            self._add_dots(answer, directory, offset, plus=plus)
+            offset = DOT_DOT
+            listing, position = self._listings.start(directory), 0
+        else:
+            listing, position = self._listings.go_on(directory, offset)
+        offsets, names = listing
+        count = len(names)
+        if position == count:
+            self._listings.drop(directory)
+            if plus:
+                self._files.listed(directory, names)
+        directories: list[LowerDir] | None = [] if plus and self._lower.ahead.active else None
+        header = p.DIRENT.size + (_PLUS_SIZE if plus else 0)
+        while position < count:
+            # Names of one offset come together or not at all: the kernel goes on after it.
+            end = position + 1
+            if end < count and offsets[end] == offsets[position]:
+                while end < count and offsets[end] == offsets[position]:
+                    end += 1
+                if len(answer) + sum(header + len(name) + 7 for name in names[position:end]) > room:
+                    break
+            elif len(answer) + header + (len(names[position]) + 7 & ~7) > room:
+                break
+            for name in names[position:end]:
+                try:
+                    child = self._child(directory, name)
+                except OSError as error:
+                    if error.errno in _GONE:
+                        continue
+                    if len(answer) > p.OUT_HEADER.size:
+                        count = 0  # what was found so far has counted as looked up
+                        break
+                    raise
+                if child is not None:
+                    inode, attributes = child
+                    if plus:
+                        inode.lookups += 1
+                        answer += p.ENTRY.pack(inode.ino, *self._valid)
+                        answer += attributes
+                    length = len(name)
+                    answer += p.DIRENT.pack(inode.ino, offsets[position], length, inode.kind >> 12)
+                    answer += name
+                    answer += _PADDING[length % 8]
+                    if directories is not None:
+                        directories += inode.lowers
+            position = end
+        if directories:  # who is told of attributes walks on
+            self._lower.want(directories)
+        p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, unique)
+        return bytes(answer)
+
+    def _add_dots(self, answer: bytearray, directory: Inode, offset: int, *, plus: bool) -> None:
+        for after, name, inode in ((DOT, b".", directory), (DOT_DOT, b"..", directory.parent or directory)):
+            if after <= offset:
+                continue
+            if plus:  # these the kernel does not take as looked up, nor their attributes
+                answer += bytes(_PLUS_SIZE)
+            number = inode.ino if inode.ino != ROOT_INO else self._tree.attributes(inode).ino
+            answer += p.DIRENT.pack(number, after, len(name), stat.S_IFDIR >> 12)
+            answer += name.ljust(8, b"\0")

@@ -1,0 +1,221 @@
+"""The loop that serves a mount: reads requests, answers most on the spot, and looks after those that take longer.
+
+Those that wait for the disk are answered by a thread, and those that go on with the tree after that become tasks of
+their own. After a request the reader looks again for a moment before it goes to sleep: programs send their requests one
+after the other, and waking up takes longer than answering.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import mmap
+import os
+import select
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import trio
+
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.speedups.beside_client import LOOK_EVERY
+from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.fuse_ops.transports.direct.answers import Handler, Mount
+from unionfs.fuse_ops.transports.direct.attributes import AttributeAnswers
+from unionfs.fuse_ops.transports.direct.connection import name_of
+from unionfs.fuse_ops.transports.direct.directories import DirectoryAnswers
+from unionfs.fuse_ops.transports.direct.files import FileAnswers
+from unionfs.fuse_ops.transports.direct.names import NameAnswers
+from unionfs.fuse_ops.transports.direct.protocol import Opcode
+from unionfs.fuse_ops.transports.direct.request import Request
+from unionfs.fuse_ops.transports.direct.session import MAX_WRITE, SessionAnswers
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+log = logging.getLogger(__name__)
+
+_BUFFER_SIZE: Final = MAX_WRITE + 4096
+_LOOK_AGAIN_S: Final = 50e-6  # how long to look for the next request before sleeping
+_TURN_S: Final = 2e-3  # how long to serve before other tasks get their turn
+_LONG_TURN_S: Final = 10e-3  # the same when there are none that wait for it
+_STAY_MS: Final = 2  # how long to stay beside a client that sends nothing
+# Requests that no program waits for: the kernel sends them by itself.
+_NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
+_ANSWERS: Final = (SessionAnswers, NameAnswers, AttributeAnswers, FileAnswers, DirectoryAnswers)
+
+
+class DirectTransport:
+    """Serves a tree on a /dev/fuse of its own."""
+
+    def __init__(self, tree: UnionTree, options: MountOptions) -> None:
+        self.served = Mount(tree, options)
+        self._connection = self.served.connection
+        self._beside = self._connection.beside
+        self._patience = self.served.patience
+        self._ahead = tree.view.lower.ahead
+        self._waiting = 0  # requests that are tasks of their own
+        self._begun: list[tuple[Request, int, Coroutine[Any, Any, bytes]]] = []  # those that are to become such
+        self._ready = select.poll()
+        # What has no handler is answered with ENOSYS, after which the kernel does not ask again: FLUSH (nothing is
+        # buffered here), ACCESS (default_permissions), and syncs and extended attributes where the options say so.
+        self._handlers: dict[int, Handler] = defaultdict(lambda: _unknown)
+        for answers in _ANSWERS:
+            for code, handler in answers(self.served).table().items():
+                self._handlers[code] = handler
+
+    @property
+    def name(self) -> str:
+        return "direct" if self.served.passthrough is None else "direct, passthrough"
+
+    def mount(self, target: str) -> None:
+        """Mount on ``target``, or take over the /dev/fuse of a mount made by mount.fuse3."""
+        self._connection.mount(target, self.served.options)
+
+    async def serve(self, accepted: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
+        self.served.accepted = accepted
+        self._ready.register(self._connection.fd, select.POLLIN)
+        # Memory of which only the pages count that requests have filled: most mounts never see a large write.
+        buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Settling(self.served.requests, self._beside.postpone).run)
+                while await self._turn(buffer, nursery):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        finally:
+            await self._connection.end_calls()
+
+    async def _turn(self, view: memoryview, nursery: trio.Nursery) -> bool:
+        """Serve for a while; false when the mount is gone."""
+        fd = self._connection.fd
+        now = time.perf_counter
+        beside = self._beside
+        until = now() + _LONG_TURN_S
+        last = 0.0
+        while True:
+            if beside.in_other_thread:
+                go_on = beside.run(functools.partial(self._turn_beside, view, until))
+                last = now()
+                self._begin(nursery)
+                if not go_on or self._is_over(until, last):
+                    return go_on
+            size = self._receive(view)
+            if size < 0:
+                return False
+            if not size:
+                if self._stays_beside():
+                    continue
+                # Whoever waits for the disk time and again has gone to sleep too; this is a short way to do so.
+                if not self._waiting and beside.syncs_often(self._patience.in_a_row) and self._ready.poll(_STAY_MS):
+                    continue
+                # Others may be waiting for this thread; if not, the next request is probably on its way.
+                if self._waiting or now() - last > _LOOK_AGAIN_S:
+                    await trio.lowlevel.wait_readable(fd)
+                    beside.slept()
+                    until = now() + _LONG_TURN_S
+                continue
+            self.dispatch(view[:size], nursery)
+            last = now()
+            if self._is_over(until, last):
+                return True
+
+    def _turn_beside(self, view: memoryview, until: float) -> bool:
+        """Serve the client that this thread is beside, which is not trio's; false when the mount is gone."""
+        while self._beside.active:
+            size = self._receive(view)
+            if size < 0:
+                return False
+            if size:
+                self._answer(view[:size])
+                if self._is_over(until, time.perf_counter()):
+                    break
+            elif not self._stays_beside():
+                break
+        return True
+
+    def _is_over(self, until: float, now: float) -> bool:
+        """Whether a turn that lasts ``until`` then at the longest has to end."""
+        return now > until or (self._waiting > 0 and now > until - _LONG_TURN_S + _TURN_S)
+
+    def _stays_beside(self) -> bool:
+        """Nothing was sent: wait for it beside the client, if that is where this thread is."""
+        beside = self._beside
+        if not beside.active:
+            return False
+        if not self._waiting and self._ready.poll(_STAY_MS):
+            beside.slept()
+            return True
+        beside.leave()
+        return False
+
+    def _receive(self, view: memoryview) -> int:
+        """The length of the next request, put into ``view``; 0 when there is none, -1 when the mount is gone."""
+        while True:
+            try:
+                return os.readv(self._connection.fd, [view])
+            except BlockingIOError:
+                return 0
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return -1
+                if error.errno not in (errno.EINTR, errno.ENOENT):  # a request that was taken back
+                    raise
+
+    def dispatch(self, message: memoryview, nursery: trio.Nursery) -> None:
+        """Answer the request in ``message``, now or in a task of ``nursery``."""
+        self._answer(message)
+        if self._begun:
+            self._begin(nursery)
+
+    def _answer(self, message: memoryview) -> None:
+        """Answer the request in ``message`` now, or leave it to :meth:`_begin`."""
+        _, code, unique, node, uid, gid, pid, _, _ = p.IN_HEADER.unpack_from(message)
+        body: bytes | memoryview = message[p.IN_HEADER.size :]
+        if code != Opcode.WRITE:
+            body = bytes(body)  # the buffer is used again
+        if code not in _NOBODYS and (pid or code != Opcode.WRITE):  # the kernel's cache writes by itself too
+            before = self._patience.request_from(pid)
+            if not before % LOOK_EVERY or self._beside.in_doubt:
+                if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
+                    before = 0
+                self._beside.consider(pid, before)
+        request = Request(unique, node, uid, gid, pid, body)
+        if self._connection.tells:
+            log.debug("%s of %#x by process %d: %r", name_of(code), node, pid, bytes(body[:80]))
+        try:
+            answer = self._handlers[code](request)
+            if not isinstance(answer, bytes):
+                self._beside.leave()  # it goes on in threads, which would inherit the place
+                self._waiting += 1
+                self._begun.append((request, code, answer))
+                return
+        except Exception as error:
+            answer = self._connection.failure(request, code, error)
+        self._connection.reply(answer)
+
+    def _begin(self, nursery: trio.Nursery) -> None:
+        """Make tasks of the requests that wait for something."""
+        begun, self._begun = self._begun, []
+        for request, code, answer in begun:
+            nursery.start_soon(self._wait_for, request, code, answer)
+
+    async def _wait_for(self, request: Request, code: int, answer: Coroutine[Any, Any, bytes]) -> None:
+        try:
+            reply = await answer
+        except Exception as error:
+            reply = self._connection.failure(request, code, error)
+        finally:
+            self._waiting -= 1
+        self._connection.reply(reply)
+
+    def close(self) -> None:
+        """Give the connection up; what still waits for an answer gets ENOTCONN."""
+        self._connection.close()
+
+
+def _unknown(request: Request) -> bytes:
+    return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOSYS, request.unique)

@@ -1,0 +1,1 @@
+"""The portable transport: pyfuse3, with any kernel."""

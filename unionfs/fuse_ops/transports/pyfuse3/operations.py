@@ -1,0 +1,343 @@
+"""The requests as pyfuse3 brings them: the only place that speaks its types.
+
+pyfuse3 ends its loop at any exception but FUSEError, so every handler is wrapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.speedups import early_pages
+from unionfs.fuse_ops.tree.attributes import Attributes
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.metadata import AttributeChange
+from unionfs.fuse_ops.tree.open_files import OpenFile
+from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _handler(
+    function: Callable[Concatenate[UnionOperations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[UnionOperations, P], Coroutine[Any, Any, R]]:
+    """Turn whatever goes wrong in a handler into an errno for the program that asked."""
+
+    @functools.wraps(function)
+    async def wrapped(self: UnionOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await function(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as error:
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s%r: %s", function.__name__, args, error)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed; the program gets EIO", function.__name__, args)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return wrapped
+
+
+class UnionOperations(pyfuse3.Operations):
+    """The file system of one mount on pyfuse3."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, tree: UnionTree, options: MountOptions) -> None:
+        super().__init__()
+        self.enable_writeback_cache = options.writeback and not tree.read_only
+        self.enable_acl = options.acl and options.xattrs
+        self.requests = self._requests = UnionRequests(tree, options)
+        self._tree = tree
+        self._timeout_s = options.timeout_s
+        self._keep_cache = options.timeout_s > 0
+        self._xattrs = options.xattrs
+        self._sync = self._requests.sync
+
+    # -- answers ----------------------------------------------------------------------------------------------
+
+    def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(attributes.ino)
+        entry.st_mode = pyfuse3.ModeT(attributes.mode)
+        entry.st_nlink = attributes.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_rdev = attributes.rdev
+        entry.st_size = attributes.size
+        entry.st_blocks = attributes.blocks
+        entry.st_blksize = attributes.blksize
+        entry.st_atime_ns = attributes.atime_ns
+        entry.st_mtime_ns = attributes.mtime_ns
+        entry.st_ctime_ns = attributes.ctime_ns
+        entry.attr_timeout = entry.entry_timeout = self._timeout_s
+        return entry
+
+    def _remembered(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        return self._entry(self._requests.remembered(inode))
+
+    def _made(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        return self._entry(self._requests.made(inode))
+
+    def _file_info(self, file: OpenFile) -> pyfuse3.FileInfo:
+        handle = pyfuse3.FileHandleT(self._requests.add_file(file))
+        return pyfuse3.FileInfo(fh=handle, keep_cache=self._keep_cache)
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    @_handler
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        inode = self._tree.find(self._requests.inode(parent_inode), name)
+        if inode is None:
+            entry = pyfuse3.EntryAttributes()
+            entry.st_ino = pyfuse3.InodeT(0)  # a miss for the kernel to remember
+            entry.entry_timeout = self._timeout_s
+            return entry
+        return self._remembered(inode)
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            try:
+                self._requests.forget(ino, count)
+            except Exception:
+                log.exception("forget of %d failed", ino)
+
+    @_handler
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._made(self._tree.mknod(self._requests.inode(parent_inode), name, mode, rdev, ctx))
+
+    @_handler
+    async def mkdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return self._made(self._tree.mkdir(self._requests.inode(parent_inode), name, mode, ctx))
+
+    @_handler
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._made(self._tree.symlink(self._requests.inode(parent_inode), name, target, ctx))
+
+    @_handler
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        node = self._requests.inode(inode)
+        await self._requests.link(node, self._requests.inode(new_parent_inode), new_name)
+        return self._remembered(node)
+
+    @_handler
+    async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        self._tree.unlink(self._requests.inode(parent_inode), name)
+
+    @_handler
+    async def rmdir(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        self._tree.rmdir(self._requests.inode(parent_inode), name)
+
+    @_handler
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        old_dir, new_dir = self._requests.inode(parent_inode_old), self._requests.inode(parent_inode_new)
+        await self._requests.rename(old_dir, name_old, new_dir, name_new, flags, ctx)
+
+    @_handler
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        return pyfuse3.FileNameT(self._tree.readlink(self._requests.inode(inode)))
+
+    # -- attributes -------------------------------------------------------------------------------------------
+
+    @_handler
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(self._tree.attributes(self._requests.inode(inode)))
+
+    @_handler
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        change = AttributeChange(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._entry(await self._requests.set_attributes(self._requests.inode(inode), change, ctx))
+
+    @_handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        st = self._tree.statfs()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize, data.f_frsize = st.f_bsize, st.f_frsize
+        data.f_blocks, data.f_bfree, data.f_bavail = st.f_blocks, st.f_bfree, st.f_bavail
+        data.f_files, data.f_ffree, data.f_favail = st.f_files, st.f_ffree, st.f_favail
+        data.f_namemax = st.f_namemax
+        return data
+
+    # -- extended attributes ----------------------------------------------------------------------------------
+
+    def _require_xattrs(self) -> None:
+        if not self._xattrs:
+            raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel stops asking
+
+    @_handler
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
+        self._require_xattrs()
+        return self._tree.get_xattr(self._requests.inode(inode), name)
+
+    @_handler
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
+        self._require_xattrs()
+        return [pyfuse3.XAttrNameT(name) for name in self._tree.list_xattrs(self._requests.inode(inode), ctx)]
+
+    @_handler
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._require_xattrs()
+        await self._requests.set_xattr(self._requests.inode(inode), name, value)
+
+    @_handler
+    async def removexattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
+        self._require_xattrs()
+        await self._requests.remove_xattr(self._requests.inode(inode), name)
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    @_handler
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        inode, file = self._tree.create(self._requests.inode(parent_inode), name, mode, flags, ctx)
+        return self._file_info(file), self._made(inode)
+
+    @_handler
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        file = await self._requests.open(self._requests.inode(inode), flags, ctx)
+        info = self._file_info(file)
+        if self._keep_cache:
+            await self._give_pages(inode, file, info.fh, flags)
+        return info
+
+    async def _give_pages(
+        self, number: pyfuse3.InodeT, file: OpenFile, handle: pyfuse3.FileHandleT, flags: pyfuse3.FlagT
+    ) -> None:
+        """Put a small file into the kernel's page cache."""
+        try:
+            size = early_pages.size_to_give(file, flags)
+            if size:
+                data = await self._requests.read(handle, 0, size)
+                if early_pages.may_still_give(file):
+                    pyfuse3.notify_store(number, 0, bytes(data))
+                    file.inode.filled = True
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", number, error)
+
+    @_handler
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        if off == 0:
+            early_pages.was_read(self._requests.files[fh].inode)
+        return await self._requests.read(fh, off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
+
+    @_handler
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        return self._requests.write(fh, off, buf)
+
+    @_handler
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # nothing is buffered here: the kernel need not say so again
+
+    @_handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self._requests.release(fh)
+
+    @_handler
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        if not self._sync:
+            raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel takes it for done, now and later
+        await self._requests.fsync(fh, data_only=datasync)
+
+    # -- directories ------------------------------------------------------------------------------------------
+
+    @_handler
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        return pyfuse3.FileHandleT(self._requests.open_directory(self._requests.inode(inode)))
+
+    @_handler
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        directory, names = self._requests.names(fh, start_id)
+        dots = ((b".", directory), (b"..", directory.parent or directory))
+        for position, (dot, inode) in enumerate(dots):
+            if start_id <= position:
+                entry = self._entry(self._tree.attributes(inode))
+                if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(dot), entry, position + 1):
+                    return
+        for position in range(max(start_id - 2, 0), len(names)):
+            child = self._requests.child(directory, names[position])
+            if child is None:
+                continue
+            inode, attributes = child
+            name = pyfuse3.FileNameT(names[position])
+            if not pyfuse3.readdir_reply(token, name, self._entry(attributes), position + 3):
+                return
+            inode.lookups += 1
+
+    @_handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        self._requests.release_directory(fh)
+
+    @_handler
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        if not self._sync:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+        await self._requests.sync_directory(fh)
+
+    @_handler
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # default_permissions: the kernel decides

@@ -1,0 +1,1 @@
+"""The merged tree: look-up, listing, changes, attributes, open files."""

@@ -1,0 +1,114 @@
+"""System calls on the layers' files that only the direct transport has requests for."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from typing import Final
+
+from unionfs.fuse_ops.tree.attributes import Attributes
+from unionfs.host.syscalls import AT_FDCWD, check
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_STATX_BASIC_AND_BTIME: Final = 0xFFF
+
+# linux/fs.h. The kernel translates these on its side of FUSE to its own file attributes.
+_GETFLAGS: Final = 0x80086601
+_SETFLAGS: Final = 0x40086602
+_GETVERSION: Final = 0x80087601
+_FSGETXATTR: Final = 0x801C581F
+_FSSETXATTR: Final = 0x401C5820
+_KNOWN: Final = frozenset({_GETFLAGS, _SETFLAGS, _GETVERSION, _FSGETXATTR, _FSSETXATTR})
+_IMMUTABLE_OR_APPEND: Final = 0x30
+_PROJECT_INHERIT: Final = 0x20000000
+_XFLAG_IMMUTABLE_OR_APPEND: Final = 0x18
+_XFLAG_PROJECT_INHERIT: Final = 0x200
+
+_CAP_SYS_ADMIN: Final = 21
+
+# struct statx of statx(2), which is also struct fuse_statx.
+_STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + "qIi" * 4 + "IIII14Q")
+
+
+def may_pass_through() -> bool:
+    """Whether the kernel lets this process register backing files: CAP_SYS_ADMIN outside of user namespaces."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            effective = next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+        with open("/proc/self/uid_map", "rb") as id_map:
+            outside = id_map.read().split() == [b"0", b"0", b"4294967295"]
+    except (OSError, StopIteration, ValueError):
+        return False
+    return outside and bool(effective >> _CAP_SYS_ADMIN & 1)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with all its modes; may take long."""
+    check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
+
+
+def statx(path: bytes, *, follow: bool) -> bytes:
+    """The struct statx of ``path``, with the time of birth where the file system has it."""
+    buffer = ctypes.create_string_buffer(256)
+    flags = 0 if follow else _AT_SYMLINK_NOFOLLOW
+    check(_libc.statx(AT_FDCWD, path, flags, ctypes.c_uint(_STATX_BASIC_AND_BTIME), buffer))
+    return buffer.raw
+
+
+def statx_with(stx: bytes, a: Attributes) -> bytes:
+    """A struct statx with everything that the mount shows differently put in its place."""
+    fields = list(_STATX.unpack(stx))
+    fields[3], fields[4], fields[5], fields[6] = a.nlink, a.uid, a.gid, a.mode
+    fields[8], fields[9], fields[10] = a.ino, a.size, a.blocks
+    fields[24], fields[25] = os.major(a.rdev), os.minor(a.rdev)
+    return _STATX.pack(*fields)
+
+
+def _may_set(fd: int, command: int, data: bytes) -> bool:
+    present = bytearray(28)
+    flags = int.from_bytes(data[:4], sys.byteorder)
+    if command == _SETFLAGS:
+        fcntl.ioctl(fd, _GETFLAGS, present)
+        inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _PROJECT_INHERIT
+        return not (flags & _IMMUTABLE_OR_APPEND or inherits)
+    # struct fsxattr: flags, extent size, extents, project.
+    fcntl.ioctl(fd, _FSGETXATTR, present)
+    inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _XFLAG_PROJECT_INHERIT
+    return not (flags & _XFLAG_IMMUTABLE_OR_APPEND or inherits or data[12:16] != present[12:16])
+
+
+def knows_ioctl(command: int) -> bool:
+    """Whether :func:`inode_ioctl` does it."""
+    return command in _KNOWN
+
+
+def changes_inode(command: int) -> bool:
+    """Whether an ioctl that :func:`inode_ioctl` knows changes the file."""
+    return command in (_SETFLAGS, _FSSETXATTR)
+
+
+def inode_ioctl(path: bytes, command: int, data: bytes, out_size: int) -> bytes:
+    """The ioctls behind lsattr(1) and chattr(1); ENOTTY for others.
+
+    EPERM for the flags "immutable" and "append only": set on an upper file they would stop us from doing what
+    the merged tree allows, such as a rename of its directory. EPERM also for another project: the quota that it stands
+    for is the host's.
+    """
+    if command not in _KNOWN:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if changes_inode(command) and not _may_set(fd, command, data):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        buffer = bytearray(max(len(data), out_size))
+        buffer[: len(data)] = data
+        fcntl.ioctl(fd, command, buffer)
+        return bytes(buffer[:out_size])
+    finally:
+        os.close(fd)

@@ -1,0 +1,382 @@
+"""Changes of the namespace: making and removing objects of the merged tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Protocol
+
+from unionfs.fuse_ops.copy_up.copy_up import CopyUp
+from unionfs.fuse_ops.stack.upper_dir import UpperDir
+from unionfs.fuse_ops.tree.attributes import Override
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
+from unionfs.fuse_ops.tree.need import METADATA
+from unionfs.fuse_ops.tree.open_files import OpenFile, backing_flags
+from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE
+
+_SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
+
+
+class Caller(Protocol):
+    """Who asks for a change: the ids of the process as the mount shows them."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def pid(self) -> int: ...
+
+
+def check_new_name(name: bytes) -> None:
+    """Refuse names that cannot be stored: too long, or those that mean a whiteout in a layer."""
+    if len(name) > NAME_MAX:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
+    if name.startswith(MARK):
+        raise OSError(errno.EINVAL, "names starting with .wh. mean a whiteout", os.fsdecode(name))
+
+
+class NamespaceChanges:
+    """Creates and removes objects in the upper layer so that the merged tree changes as a plain one would."""
+
+    def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
+        self._view = view
+        self._copy_up = copy_up
+        self._server_ids = (os.geteuid(), os.getegid())
+
+    # -- making -----------------------------------------------------------------------------------------------
+
+    def create(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a regular file and open it with the client's ``flags``; EEXIST if the name is taken."""
+        opened: list[int] = []
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            open_flags = (backing_flags(flags) & ~os.O_ACCMODE) | os.O_RDWR | os.O_CREAT | os.O_EXCL
+            opened.append(os.open(temp, open_flags, stat.S_IMODE(mode) | self._own_access(stat.S_IFREG), dir_fd=dir_fd))
+
+        try:
+            inode = self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return inode, OpenFile(inode, opened[0], writable=True)
+
+    def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
+        self._copy_up.require_writable()
+        if self._view.ownership.overrides:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        parent = os.stat(directory_fd)
+        path = b"/proc/self/fd/%d" % directory_fd
+        open_flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | (flags & os.O_EXCL)
+        fd = os.open(path, open_flags, stat.S_IMODE(mode))
+        try:
+            uid, gid = self._view.ownership.stored(caller.uid, caller.gid)
+            if parent.st_mode & stat.S_ISGID:
+                gid = parent.st_gid
+            st = os.fstat(fd)
+            if (st.st_uid, st.st_gid) != (uid, gid) and not self._view.ownership.squashed:
+                os.chown(fd, uid, gid)
+                if mode & _SPECIAL_BITS:
+                    os.chmod(fd, stat.S_IMODE(st.st_mode) | mode & _SPECIAL_BITS)
+            orphan_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_PATH | os.O_CLOEXEC)
+        except BaseException:
+            os.close(fd)
+            raise
+        numbers = self._view.inodes.numbers
+        inode = self._view.inodes.new(stat.S_IFREG, numbers.of((st.st_dev, st.st_ino)))
+        inode.upper = True
+        inode.orphan_fd = orphan_fd
+        return inode, OpenFile(inode, fd, writable=True)
+
+    def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        """Make a directory."""
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mkdir(temp, stat.S_IMODE(mode) | self._own_access(stat.S_IFDIR), dir_fd=dir_fd)
+
+        return self._make(directory, name, stat.S_IFDIR | stat.S_IMODE(mode), caller, make)
+
+    def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
+        """Make a device, fifo, socket or regular file.
+
+        A device 0:0 is the whiteout of an overlay stacked on this mount: kept as a file with an attribute, since the
+        real device would be our own whiteout.
+        """
+        if stat.S_ISCHR(mode) and rdev == WHITEOUT_DEVICE:
+            return self._make_nested_whiteout(directory, name, mode, caller)
+        real_mode = mode
+        if self._view.ownership.overrides:  # special files are kept as regular ones with an attribute
+            real_mode = stat.S_IFREG | 0o600
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mknod(temp, real_mode, 0 if stat.S_ISREG(real_mode) else rdev, dir_fd=dir_fd)
+
+        return self._make(directory, name, mode, caller, make, rdev)
+
+    def _make_nested_whiteout(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.mknod(temp, stat.S_IFREG | stat.S_IMODE(mode), 0, dir_fd=dir_fd)
+            path = b"/proc/self/fd/%d/%s" % (dir_fd, temp)
+            os.setxattr(path, self._view.xattrs.nested_whiteout, b"y", follow_symlinks=False)
+
+        inode = self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make)
+        inode.nested = True
+        inode.kind = stat.S_IFCHR
+        self.note_nested(inode, directory)
+        return inode
+
+    def note_nested(self, inode: Inode, directory: Inode) -> None:
+        """Note on an upper directory that a whiteout of a stacked overlay has come into it."""
+        if not inode.nested or inode.kind == stat.S_IFDIR or directory.nested:
+            return
+        path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
+        os.setxattr(path, self._view.xattrs.nested_opaque, b"x")
+        directory.nested = True
+
+    def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
+        """Make a symbolic link."""
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            os.symlink(target, temp, dir_fd=dir_fd)
+
+        return self._make(directory, name, stat.S_IFLNK | 0o777, caller, make)
+
+    def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        """Give ``inode`` a further name."""
+        upper = self._copy_up.require_writable()
+        check_new_name(name)
+        self._require_free(directory, name)
+        unnamed = inode.orphan and inode.hold is None
+        if directory.orphan or (unnamed and inode.orphan_fd < 0):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        self._copy_up.ensure(inode, METADATA)
+        self._copy_up.detach(inode)
+        directory_fd = self._copy_up.ensure_directory(directory)
+        source, follow = self._view.proc_path(inode)
+        if inode.hold is None and inode.key is None:
+            st = self._view.real_stat(inode)
+            self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
+        # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
+        try:
+            os.link(source, name, dst_dir_fd=directory_fd, follow_symlinks=follow)
+        except FileExistsError:  # a whiteout, since the merged tree has nothing of this name
+            temp = upper.temp_name()
+            os.link(source, temp, dst_dir_fd=upper.work_fd, follow_symlinks=follow)
+            upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
+        if inode.nlink is not None:
+            inode.nlink += 1
+        if inode.has_origin:
+            self._copy_up.origins.mark_impure(directory)
+        self.note_nested(inode, directory)
+        inode.add_place(directory, name)
+
+    def _own_access(self, kind: int) -> int:
+        """Mode bits that the server itself needs where the true mode is kept in an attribute."""
+        if not self._view.ownership.overrides:
+            return 0
+        return 0o700 if kind == stat.S_IFDIR else 0o600
+
+    def _require_free(self, directory: Inode, name: bytes) -> None:
+        if self._view.find(directory, name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+
+    def _make(
+        self,
+        directory: Inode,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        make: Callable[[int, bytes], None],
+        rdev: int = 0,
+    ) -> Inode:
+        """Make an object with ``make(dir_fd, name)``, give it its owner, and put it into ``directory``."""
+        upper = self._copy_up.require_writable()
+        check_new_name(name)
+        # Making the object says whether the upper layer has the name.
+        look_first = not directory.upper or self.hides_lower(directory, name)
+        if look_first:
+            self._require_free(directory, name)
+        if directory.orphan:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
+        directory_fd = self._copy_up.ensure_directory(directory)
+        is_dir = stat.S_ISDIR(mode)
+        try:
+            make(directory_fd, name)
+        except FileExistsError:
+            if not look_first:
+                self._require_free(directory, name)
+            is_free = False  # a whiteout, since the merged tree has nothing of this name
+        else:
+            is_free = True
+        is_final = is_free  # what is found out of it then stays as it is until the request is answered
+        if is_free:
+            try:
+                st = self._finish_new(directory_fd, directory_fd, name, mode, caller, rdev)
+                if is_dir and directory.lowers:
+                    upper.set_opaque(b"/proc/self/fd/%d/%s" % (directory_fd, name))
+                    is_final = False  # this changes a time
+            except BaseException:
+                upper.remove(directory_fd, name, directory=is_dir)
+                raise
+        else:
+            with upper.staging(directory_fd) as (staging_fd, temp):
+                make(staging_fd, temp)
+                st = self._finish_new(directory_fd, staging_fd, temp, mode, caller, rdev)
+                if is_dir:
+                    upper.set_opaque(b"/proc/self/fd/%d/%s" % (staging_fd, temp))
+                upper.install(staging_fd, temp, directory_fd, name, directory=is_dir)
+        inode = self._view.adopt_new(directory, name, st)
+        inode.kind = stat.S_IFMT(mode)
+        if is_final:
+            inode.fresh = st
+        if is_dir:
+            inode.marks = set()
+        return inode
+
+    def _finish_new(
+        self, directory_fd: int, dir_fd: int, name: bytes, mode: int, caller: Caller, rdev: int
+    ) -> os.stat_result:
+        """Give a new object the owner and mode that POSIX says; returns its attributes.
+
+        It is ``name`` in ``dir_fd``, and belongs into ``directory_fd``.
+        """
+        ownership = self._view.ownership
+        uid, gid = ownership.stored(caller.uid, caller.gid)
+        if ownership.overrides:
+            return self._override_new(directory_fd, dir_fd, name, mode, uid, gid, rdev)
+        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        has_owner = ownership.squashed or (st.st_uid, st.st_gid) == (uid, gid)
+        if has_owner and dir_fd == directory_fd and not mode & _SPECIAL_BITS:
+            return st  # which has all that a setgid directory gives to what is made in it
+        parent = os.stat(directory_fd)
+        if parent.st_mode & stat.S_ISGID:
+            gid = parent.st_gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        changed = False
+        if (st.st_uid, st.st_gid) != (uid, gid) and not ownership.squashed:
+            os.chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+            changed = True
+        special = stat.S_IMODE(mode) & _SPECIAL_BITS
+        if special and (changed or special & ~st.st_mode) and not stat.S_ISLNK(mode):
+            # chown(2) clears these; everything else of the mode is as the kernel and a default ACL made it.
+            os.chmod(name, stat.S_IMODE(st.st_mode) | special, dir_fd=dir_fd)
+            changed = True
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False) if changed else st
+
+    def _override_new(
+        self, directory_fd: int, dir_fd: int, name: bytes, mode: int, uid: int, gid: int, rdev: int
+    ) -> os.stat_result:
+        """:meth:`_finish_new` where owners and modes are kept in attributes."""
+        ownership = self._view.ownership
+        parent = os.stat(directory_fd)
+        parent_mode, parent_gid = parent.st_mode, parent.st_gid
+        override = ownership.read_override(b"/proc/self/fd/%d/." % directory_fd, stat.S_IFDIR)
+        if override is not None:
+            parent_mode, parent_gid = override.mode, override.gid
+        if parent_mode & stat.S_ISGID:
+            gid = parent_gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        if not stat.S_ISLNK(mode):
+            path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+            ownership.write_override(path, Override(uid, gid, mode, rdev))
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+    # -- removing ---------------------------------------------------------------------------------------------
+
+    def unlink(self, directory: Inode, name: bytes) -> None:
+        """Remove a name that is not a directory's. Nothing is copied up but the directory that holds it."""
+        upper = self._copy_up.require_writable()
+        inode = self._view.lookup(directory, name)
+        if inode.kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(name))
+        self._remove(upper, inode, directory, name)
+
+    def rmdir(self, directory: Inode, name: bytes) -> None:
+        """Remove an empty directory."""
+        upper = self._copy_up.require_writable()
+        inode = self._view.lookup(directory, name)
+        if inode.kind != stat.S_IFDIR:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(name))
+        if not self._view.is_empty(inode):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
+        self._remove(upper, inode, directory, name)
+
+    def _remove(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
+        is_dir = inode.kind == stat.S_IFDIR
+        directory_fd = self._copy_up.ensure_directory(directory)
+        hides = not inode.upper or self.hides_lower(directory, name)
+        self.keep_for_users(inode)
+        if not inode.upper:
+            upper.whiteout(directory_fd, name)
+        elif hides:
+            upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
+        else:
+            upper.remove(directory_fd, name, directory=is_dir)
+        if hides:
+            self.note_whiteout(directory, name)
+        self.removed(inode, directory, name)
+
+    def hides_lower(self, directory: Inode, name: bytes) -> bool:
+        """Whether a lower layer would show ``name`` if the upper one did not say otherwise."""
+        return bool(directory.lowers) and self._view.lower_hit(directory, name) is not None
+
+    def note_whiteout(self, directory: Inode, name: bytes) -> None:
+        """Keep what is remembered of an upper directory in step with a whiteout just made in it."""
+        assert self._view.upper is not None
+        if self._view.upper.device_whiteouts:
+            return
+        if len(name) <= NAME_MAX - len(MARK):
+            self._view.upper_marks(directory).add(name)
+        else:
+            directory.xwhiteouts = True
+
+    def keep_for_users(self, inode: Inode) -> None:
+        """Before the last name of an upper object goes: keep a descriptor, if someone can still ask for it."""
+        if not inode.upper or inode.hold is not None or inode.orphan_fd >= 0 or not inode.needed:
+            return
+        if inode.aliases:
+            return
+        dir_fd, name = self._view.upper_at(inode)
+        inode.orphan_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+    def removed(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        """Bring the memory in step with a name that was removed, or replaced, on disk."""
+        view = self._view
+        if inode.kind == stat.S_IFDIR:
+            view.forget_upper_dir(inode)
+            for child_name, child in list((inode.children or {}).items()):
+                child.remove_place(inode, child_name)
+        elif inode.nlink is not None:
+            inode.nlink -= 1
+        elif not inode.upper:
+            assert inode.lower is not None
+            if inode.packed is not None:  # of files with one name only
+                inode.nlink = 0
+            else:
+                inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
+        inode.remove_place(directory, name)
+        if inode.unsynced and inode.orphan:
+            self._copy_up.forget_unsynced(inode)
+        if inode.hold is not None and inode.nlink == 0:
+            self._release_hold(inode)
+        elif inode.orphan_fd >= 0 and inode.parent is not None:
+            os.close(inode.orphan_fd)
+            inode.orphan_fd = -1
+        view.inodes.drop_if_unneeded(inode)
+
+    def _release_hold(self, inode: Inode) -> None:
+        upper = self._view.upper
+        assert upper is not None
+        assert inode.hold is not None
+        if inode.needed:
+            inode.orphan_fd = os.open(inode.hold, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+        os.unlink(inode.hold, dir_fd=upper.work_fd)
+        inode.hold = None

@@ -1,0 +1,252 @@
+"""The objects of the merged tree that the kernel knows about, and the numbers it knows them by.
+
+An :class:`Inode` lives as long as something needs it: the kernel (until it forgets the number), an open file, or a
+child (whose path runs through it). Memory is therefore bounded by what the kernel remembers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from unionfs.fuse_ops.requests.last_close import LastClose
+from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir
+
+if TYPE_CHECKING:
+    from unionfs.fuse_ops.tree.open_files import OpenFile
+
+ROOT_INO: Final = 1  # FUSE_ROOT_ID
+_DEVICE_SHIFT: Final = 56
+_VIRTUAL: Final = 1 << 63
+
+RealFile = tuple[int, int]  # st_dev and st_ino of a file in a layer
+
+
+class Inode:
+    """A file or directory of the merged tree.
+
+    ``parent`` and ``name`` say where it is now; a hard-linked file has further places in ``aliases``. A file without
+    any place left is an orphan: unlinked, but still open or remembered.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "aliases",
+        "bare",
+        "capability",
+        "children",
+        "data",
+        "default_acl",
+        "filled",
+        "fresh",
+        "handles",
+        "has_origin",
+        "hold",
+        "impure",
+        "index",
+        "ino",
+        "key",
+        "kind",
+        "lookups",
+        "lower",
+        "lowers",
+        "marks",
+        "metacopy",
+        "name",
+        "nested",
+        "nlink",
+        "orphan_fd",
+        "packed",
+        "parent",
+        "redirect",
+        "stack_path",
+        "unsynced",
+        "upper",
+        "xwhiteouts",
+    )
+
+    def __init__(self, ino: int, kind: int) -> None:
+        self.ino = ino
+        self.kind = kind  # stat.S_IFMT of the mode
+        self.lookups = 0  # references that the kernel holds
+        self.parent: Inode | None = None
+        self.name = b""
+        self.aliases: set[tuple[Inode, bytes]] | None = None
+        self.handles: list[OpenFile] | None = None
+        self.upper = False  # there is an object in the upper layer
+        self.orphan_fd = -1  # O_PATH descriptor of an unlinked upper object
+
+        self.has_origin = False  # the upper object records the lower one that it was copied from
+
+        # Anything but a directory:
+        self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
+        self.metacopy = False  # the object has metadata only
+        self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
+        self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
+        self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
+        self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
+        self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities
+        # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
+        # the kernel to do, since data can come from its cache long after it was written.
+        self.capability: bytes | None = None
+        self.filled = False  # the kernel has been given the contents, and has not asked for them since
+        self.fresh: os.stat_result | None = None  # lstat from when it was made, until whoever made it has his answer
+        self.nlink: int | None = None  # link count kept by us, because no layer has all the names
+        self.key: RealFile | None = None  # under which hard links find this inode
+
+        # Directories:
+        self.lowers: tuple[LowerDir, ...] = ()
+        self.stack_path: bytes | None = None  # where the lower layers have it
+        self.redirect: bytes | None = None  # the value of the redirect attribute of the upper directory
+        self.children: dict[bytes, Inode] | None = None  # those that are in memory
+        self.index: DirIndex | None = None  # the names in ``lowers``, once needed
+        self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed
+        self.default_acl: bool | None = None  # whether what is made in it gets its access from there; None: not asked
+        self.impure = False  # the upper directory may hold files that came from elsewhere (overlay.origin)
+        self.xwhiteouts = False  # the upper directory may hold xattr whiteouts
+
+        # A directory: its upper one may hold whiteouts of an overlay stacked on this mount. A file: it is such a
+        # whiteout, a file with an attribute on disk, shown as the device 0:0 that the other overlay made.
+        self.nested = False
+
+    def __repr__(self) -> str:
+        return f"<Inode {self.ino:#x} {os.fsdecode(self.path())}>"
+
+    @property
+    def orphan(self) -> bool:
+        return self.parent is None and self.ino != ROOT_INO
+
+    def may_have_other_names(self, st: os.stat_result) -> bool:
+        """Whether the lower layers may have names of this file, which has ``st`` there, that nobody looked up."""
+        return st.st_nlink > 1 and self.nlink != 0
+
+    def path(self) -> bytes:
+        """The path in the merged tree, for messages."""
+        parts: list[bytes] = []
+        node: Inode | None = self
+        while node is not None and node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/" + b"/".join(reversed(parts))
+
+    def places(self) -> Iterator[tuple[Inode, bytes]]:
+        """Every known (directory, name) of this object."""
+        if self.parent is not None:
+            yield self.parent, self.name
+        if self.aliases:
+            yield from self.aliases
+
+    def add_place(self, parent: Inode, name: bytes) -> None:
+        """Record that ``name`` in ``parent`` is this object."""
+        if self.parent is None:
+            self.parent, self.name = parent, name
+        elif self.parent is not parent or self.name != name:
+            if self.aliases is None:
+                self.aliases = set()
+            self.aliases.add((parent, name))
+        if parent.children is None:
+            parent.children = {}
+        parent.children[name] = self
+
+    def remove_place(self, parent: Inode, name: bytes) -> None:
+        """Record that ``name`` in ``parent`` is no longer this object."""
+        if parent.children is not None and parent.children.get(name) is self:
+            del parent.children[name]
+        if self.aliases:
+            self.aliases.discard((parent, name))
+        if self.parent is parent and self.name == name:
+            self.parent, self.name = self.aliases.pop() if self.aliases else (None, b"")
+            if not self.aliases:
+                self.aliases = None
+
+    @property
+    def needed(self) -> bool:
+        return bool(self.lookups or self.children or self.handles)
+
+
+class InodeNumbers:
+    """Numbers for inodes: those of the layers' file systems, told apart when there are several (kernel: ``xino``).
+
+    Files of the first device keep their number. Those of others get the position of their device in the high bits,
+    so that numbers survive a remount with the same layers. A number that does not fit, or that another file in memory
+    has, is replaced by one that is only valid while mounted. With ``persistent`` false (``xino=off``) all numbers of
+    further devices are such.
+    """
+
+    def __init__(self, devices: Iterator[int], *, persistent: bool = True) -> None:
+        self._persistent = persistent
+        self._device_ids: dict[int, int] = {}
+        for device in devices:
+            self._device_ids.setdefault(device, len(self._device_ids))
+        self._next_virtual = _VIRTUAL
+
+    def of(self, real: RealFile) -> int:
+        """The number that the file with this device and inode number should have."""
+        device, ino = real
+        position = self._device_ids.setdefault(device, len(self._device_ids))
+        if ino <= ROOT_INO or ino >> _DEVICE_SHIFT or position > (0x7F if self._persistent else 0):
+            return self.virtual()
+        return position << _DEVICE_SHIFT | ino
+
+    def virtual(self) -> int:
+        """A number that no file of any layer has."""
+        self._next_virtual += 1
+        return self._next_virtual
+
+
+class InodeTable:
+    """All inodes in memory, by number, and hard-linked ones by the file they are on disk."""
+
+    def __init__(self, numbers: InodeNumbers) -> None:
+        self.numbers = numbers
+        self.last_close = LastClose()
+        self._by_ino: dict[int, Inode] = {}
+        self._by_file: dict[RealFile, Inode] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_ino)
+
+    def __getitem__(self, ino: int) -> Inode:
+        return self._by_ino[ino]
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(list(self._by_ino.values()))
+
+    def new(self, kind: int, ino: int) -> Inode:
+        """A new inode with the number ``ino``, or a virtual one if that is taken."""
+        if ino in self._by_ino:
+            ino = self.numbers.virtual()
+        inode = self._by_ino[ino] = Inode(ino, kind)
+        return inode
+
+    def linked(self, real: RealFile) -> Inode | None:
+        """The inode in memory of a file that has several names."""
+        return self._by_file.get(real)
+
+    def remember_links(self, inode: Inode, real: RealFile) -> None:
+        """Let further names of the file ``real`` find ``inode``."""
+        inode.key = real
+        self._by_file[real] = inode
+
+    def drop_if_unneeded(self, inode: Inode) -> None:
+        """Forget ``inode``, and the directories that were only kept for it."""
+        node: Inode | None = inode
+        while node is not None and not node.needed and node.ino != ROOT_INO and node.ino in self._by_ino:
+            if node.hold is not None or node.nlink:
+                return  # names of it that were not looked up yet must still find it
+            parent = node.parent
+            if node.aliases:
+                for other, name in list(node.aliases):
+                    node.remove_place(other, name)
+                    self.drop_if_unneeded(other)
+            if parent is not None and parent.children is not None and parent.children.get(node.name) is node:
+                del parent.children[node.name]
+            del self._by_ino[node.ino]
+            if node.key is not None and self._by_file.get(node.key) is node:
+                del self._by_file[node.key]
+            if node.orphan_fd >= 0:
+                self.last_close(node.orphan_fd)
+                node.orphan_fd = -1
+            node = parent

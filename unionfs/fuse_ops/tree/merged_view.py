@@ -1,0 +1,481 @@
+"""The merged tree as it is: names, attributes and contents, read from the upper directory and the lower stack."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir
+from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, scan
+from unionfs.fuse_ops.stack.upper_dir import UpperDir
+from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.host.syscalls import open_handle
+from unionfs.overlay.format import (
+    MARK,
+    NAME_MAX,
+    OPAQUE_MARK,
+    WHITEOUT_DEVICE,
+    OverlayXattrs,
+    decode_origin,
+    inode_in_handle,
+    is_whiteout,
+)
+
+_DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def enoent(name: bytes) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
+
+
+class MergedView:
+    """Reading side of the tree: finds objects, says where they are, lists directories.
+
+    All methods raise :class:`OSError` with the errno that a program should see.
+    """
+
+    def __init__(
+        self,
+        lower: LowerStack,
+        upper: UpperDir | None,
+        cache: DescriptorCache,
+        options: MountOptions,
+        xattrs: OverlayXattrs,
+    ) -> None:
+        self.lower = lower
+        self.upper = upper
+        self.options = options
+        self.xattrs = xattrs
+        self.ownership = Ownership(options)
+        self._cache = cache
+        self._can_open_handles = True
+        # Whether a file that has blocks for all its data has the data. After a crash it may have them for nothing.
+        self.trusts_blocks = True
+        self.link_held: Callable[[Inode, Inode, bytes], None] | None = None  # set by CopyUp
+        layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
+        numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
+        self.inodes = InodeTable(numbers)
+        self.root = self._make_root()
+
+    def _make_root(self) -> Inode:
+        root = self.inodes.new(stat.S_IFDIR, ROOT_INO)
+        root.lowers = self.lower.root
+        root.stack_path = b""
+        if self.upper is not None:
+            root.upper = True
+            marks = self.lower.read_marks(self.upper.layer.proc_path(b""))
+            root.impure, root.xwhiteouts, root.nested = marks.impure, marks.xwhiteouts, marks.nested
+        return root
+
+    # -- where things are -------------------------------------------------------------------------------------
+
+    def upper_dir_fd(self, directory: Inode) -> int:
+        """An O_PATH descriptor of the upper directory of ``directory``; owned by the cache, use it at once."""
+        assert self.upper is not None
+        if directory.ino == ROOT_INO:
+            return self.upper.layer.fd
+        if directory.orphan:
+            raise enoent(directory.name)
+        fd = self._cache.get(directory)
+        if fd is None:
+            assert directory.parent is not None
+            parent_fd = self.upper_dir_fd(directory.parent)
+            fd = self._cache.put(directory, os.open(directory.name, _DIR_FLAGS, dir_fd=parent_fd))
+        return fd
+
+    def forget_upper_dir(self, directory: Inode) -> None:
+        """Close the cached descriptor of a directory that goes away or is replaced."""
+        self._cache.discard(directory)
+
+    def upper_at(self, inode: Inode) -> tuple[int, bytes]:
+        """Descriptor and name of the upper object of ``inode``, for ``*at`` calls. Not for orphans."""
+        assert self.upper is not None
+        if inode.ino == ROOT_INO:
+            return self.upper.layer.fd, b"."
+        if inode.hold is not None:
+            return self.upper.work_fd, inode.hold
+        if inode.parent is None:
+            raise enoent(inode.name)
+        return self.upper_dir_fd(inode.parent), inode.name
+
+    def real_at(self, inode: Inode) -> tuple[int, bytes]:
+        """Descriptor and name of the object that ``inode`` is at present, in whichever layer. Not for upper orphans."""
+        if inode.upper:
+            return self.upper_at(inode)
+        if inode.lower is not None:
+            layer, path = inode.lower
+            return layer.locate(path)
+        entry = inode.lowers[0]
+        return entry.layer.locate(entry.path)
+
+    def proc_path(self, inode: Inode) -> tuple[bytes, bool]:
+        """A path to the real object for calls that take no descriptor, and whether its last component is followed."""
+        if inode.orphan_fd >= 0:
+            return b"/proc/self/fd/%d" % inode.orphan_fd, True
+        return b"/proc/self/fd/%d/%s" % self.real_at(inode), False
+
+    def real_stat(self, inode: Inode) -> os.stat_result:
+        """lstat(2) of the real object."""
+        if inode.orphan_fd >= 0:
+            return os.stat(inode.orphan_fd)
+        dir_fd, name = self.real_at(inode)
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+    # -- lookup -----------------------------------------------------------------------------------------------
+
+    def lookup(self, directory: Inode, name: bytes) -> Inode:
+        """The object called ``name`` in ``directory``; FileNotFoundError if the merged tree has none."""
+        inode = self.find(directory, name)
+        if inode is None:
+            raise enoent(name)
+        return inode
+
+    def find(self, directory: Inode, name: bytes) -> Inode | None:
+        """As :meth:`lookup`, None instead of an exception. No caller holds a cached descriptor across this."""
+        found = self.find_with_stat(directory, name)
+        return None if found is None else found[0]
+
+    def find_with_stat(self, directory: Inode, name: bytes) -> tuple[Inode, os.stat_result | None] | None:
+        """As :meth:`find`; beside the inode lstat(2) of its real object, if that had to be asked for just now."""
+        self._cache.trim()
+        if directory.children is not None:
+            child = directory.children.get(name)
+            if child is not None:
+                return child, None
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
+        if name.startswith(MARK) or directory.orphan:
+            return None
+        hides_lower = False
+        if directory.upper:
+            st, hides_lower = self.upper_state(directory, name)
+            if st is not None:
+                if stat.S_ISDIR(st.st_mode):
+                    return self._adopt_upper_dir(directory, name, st, merge=not hides_lower), st
+                return self._adopt_upper_file(directory, name, st), st
+        if hides_lower or not directory.lowers:
+            return None
+        hit = self.lower_hit(directory, name)
+        if hit is None:
+            return None
+        inode = self._adopt_lower(directory, name, hit)
+        # A further name of a file that was copied up under another one: what was found is not what it is now.
+        return inode, None if inode.upper else hit.st
+
+    def upper_state(self, directory: Inode, name: bytes) -> tuple[os.stat_result | None, bool]:
+        """What the upper layer says of ``name``: lstat of an object (None without one), and whether it hides lowers."""
+        dir_fd = self.upper_dir_fd(directory)
+        try:
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None, bool(directory.lowers) and name in self.upper_marks(directory)
+        if is_whiteout(st):
+            return None, True
+        if directory.xwhiteouts and self.lower.is_xattr_whiteout(b"/proc/self/fd/%d/%s" % (dir_fd, name), st):
+            return None, True
+        if not stat.S_ISDIR(st.st_mode):
+            return st, True
+        return st, bool(directory.lowers) and name in self.upper_marks(directory)
+
+    def upper_marks(self, directory: Inode) -> set[bytes]:
+        """The names that ``.wh.`` marks in the upper directory hide. Reads that directory once."""
+        marks = directory.marks
+        if marks is None:
+            marks = directory.marks = set()
+            for item in scan(self.upper_dir_fd(directory)):
+                if item.name.startswith(MARK):
+                    if item.name == OPAQUE_MARK:
+                        directory.lowers = ()
+                        directory.index = None
+                    else:
+                        marks.add(item.name[len(MARK) :])
+        return marks
+
+    def lower_hit(self, directory: Inode, name: bytes) -> LowerHit | None:
+        """What the lower layers alone show as ``name`` in ``directory``."""
+        if directory.upper:
+            self.upper_marks(directory)  # may find an opaque mark
+        lowers = directory.lowers
+        if not lowers:
+            return None
+        if len(lowers) == 1:
+            return self.lower.lookup(lowers, name)
+        if directory.index is None:
+            directory.index = self.lower.index(lowers)
+        return self.lower.lookup_indexed(lowers, directory.index, name)
+
+    def _adopt_lower(self, directory: Inode, name: bytes, hit: LowerHit) -> Inode:
+        st = hit.st
+        real = (st.st_dev, st.st_ino)
+        kind = stat.S_IFMT(st.st_mode)
+        if kind == stat.S_IFDIR:
+            inode = self.inodes.new(kind, self.inodes.numbers.of(real))
+            inode.lowers = hit.dirs
+            inode.stack_path = self._stack_join(directory, name)
+        else:
+            if st.st_nlink > 1:
+                known = self.inodes.linked(real)
+                if known is not None:
+                    if known.hold is not None and self.link_held is not None:
+                        self.link_held(known, directory, name)
+                    known.add_place(directory, name)
+                    return known
+            inode = self.inodes.new(kind, self.inodes.numbers.of(real))
+            inode.lower = (hit.layer, hit.path)
+            below = self.lower.layers[hit.layer.index + 1 :]
+            if (below or self.lower.data_layers) and self._may_be_metacopy(st):
+                path = hit.layer.proc_path(hit.path)
+                if self.lower.is_metacopy(path):
+                    inode.metacopy = True
+                    rest = directory.lowers[hit.position + 1 :]
+                    inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], below)
+            if any(entry.nested for entry in directory.lowers):
+                self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
+            if st.st_nlink > 1:
+                self.inodes.remember_links(inode, real)
+        inode.add_place(directory, name)
+        return inode
+
+    def _show_nested_whiteout(self, inode: Inode, path: bytes, st: os.stat_result) -> None:
+        if self.lower.is_nested_whiteout(path, st):
+            inode.nested = True
+            inode.kind = stat.S_IFCHR
+
+    def _adopt_upper_dir(self, directory: Inode, name: bytes, st: os.stat_result, *, merge: bool) -> Inode:
+        path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
+        marks = self.lower.read_marks(path)
+        lowers: tuple[LowerDir, ...] = ()
+        stack_path = None
+        if marks.redirect is not None:
+            siblings = directory.lowers
+            hit = self.lower.resolve_redirect(marks.redirect, siblings)
+            lowers = hit.dirs if hit is not None else ()
+            relative = not marks.redirect.startswith(b"/")
+            stack_path = self._stack_join(directory, marks.redirect) if relative else marks.redirect.strip(b"/")
+        elif merge and not marks.opaque and directory.lowers:
+            hit = self.lower_hit(directory, name)
+            lowers = hit.dirs if hit is not None else ()
+            stack_path = self._stack_join(directory, name)
+        real = (st.st_dev, st.st_ino)
+        if lowers:
+            # As in the kernel, a merged directory has the number of its topmost lower one: copy-up does not change it.
+            below = lowers[0].layer.stat(lowers[0].path)
+            real = (below.st_dev, below.st_ino)
+        inode = self.inodes.new(stat.S_IFDIR, self.inodes.numbers.of(real))
+        inode.upper = True
+        inode.lowers = lowers
+        inode.stack_path = stack_path
+        inode.redirect = marks.redirect
+        inode.has_origin = bool(lowers)
+        inode.impure, inode.xwhiteouts, inode.nested = marks.impure, marks.xwhiteouts, marks.nested
+        inode.add_place(directory, name)
+        return inode
+
+    def _adopt_upper_file(self, directory: Inode, name: bytes, st: os.stat_result) -> Inode:
+        real = (st.st_dev, st.st_ino)
+        kind = stat.S_IFMT(st.st_mode)
+        if st.st_nlink > 1:
+            known = self.inodes.linked(real)
+            if known is not None:
+                known.add_place(directory, name)
+                return known
+        path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
+        origin = self._origin(path) if directory.impure else None
+        inode = self.inodes.new(kind, self.inodes.numbers.of(origin or real))
+        inode.upper = True
+        inode.has_origin = origin is not None  # a directory that it comes to later has to be marked too
+        if directory.nested:
+            self._show_nested_whiteout(inode, path, st)
+        if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
+            inode.metacopy = True
+            inode.data = self.lower.data_below(path, directory.lowers, name, self.lower.layers)
+        if st.st_nlink > 1:
+            self.inodes.remember_links(inode, real)
+        inode.add_place(directory, name)
+        return inode
+
+    def adopt_new(self, directory: Inode, name: bytes, st: os.stat_result) -> Inode:
+        """The inode of an object just made in the upper layer."""
+        inode = self.inodes.new(stat.S_IFMT(st.st_mode), self.inodes.numbers.of((st.st_dev, st.st_ino)))
+        inode.upper = inode.bare = True
+        inode.add_place(directory, name)
+        return inode
+
+    @staticmethod
+    def _stack_join(directory: Inode, name: bytes) -> bytes | None:
+        if directory.stack_path is None:
+            return None
+        return directory.stack_path + b"/" + name if directory.stack_path else name
+
+    def _may_be_metacopy(self, st: os.stat_result) -> bool:
+        # A metacopy has a size but no data; a block or two may hold its attributes.
+        if not stat.S_ISREG(st.st_mode) or st.st_size == 0:
+            return False
+        return st.st_blocks <= 16 or st.st_blocks * 512 < st.st_size or not self.trusts_blocks
+
+    def _origin(self, path: bytes) -> tuple[int, int] | None:
+        """Device and inode number of the lower file that an upper one was copied up from, if still there."""
+        try:
+            decoded = decode_origin(os.getxattr(path, self.xattrs.origin, follow_symlinks=False))
+        except OSError:
+            return None
+        if decoded is None:
+            return None
+        handle, uuid = decoded
+        for layer in self.lower.layers:
+            if layer.filesystem_uuid != uuid:
+                continue
+            if self._can_open_handles:
+                try:
+                    fd = open_handle(layer.readable_fd, handle)
+                except PermissionError:
+                    self._can_open_handles = False
+                except OSError:
+                    return None
+                else:
+                    try:
+                        st = os.stat(fd)
+                    finally:
+                        os.close(fd)
+                    return st.st_dev, st.st_ino
+            ino = inode_in_handle(handle)
+            return None if ino is None else (layer.device, ino)
+        return None
+
+    # -- attributes -------------------------------------------------------------------------------------------
+
+    def attributes(self, inode: Inode) -> Attributes:
+        """What stat(2) shows of ``inode``."""
+        return self.present(inode, self.real_stat(inode))
+
+    def attributes_of_new(self, inode: Inode) -> Attributes:
+        """As :meth:`attributes`, for the answer to the request that made ``inode``."""
+        st, inode.fresh = inode.fresh, None
+        return self.present(inode, self.real_stat(inode) if st is None else st)
+
+    def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
+        """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
+        found = self.find_with_stat(directory, name)
+        if found is None:
+            return None
+        inode, st = found
+        return inode, self.present(inode, self.real_stat(inode) if st is None else st)
+
+    def present(self, inode: Inode, st: os.stat_result) -> Attributes:
+        """The attributes to show for ``inode``, given those of its real object."""
+        uid, gid, mode, rdev = st.st_uid, st.st_gid, st.st_mode, st.st_rdev
+        if not self.ownership.plain:
+            if self.ownership.overrides:
+                path, _ = self.proc_path(inode)
+                override = self.ownership.read_override(path, stat.S_IFMT(mode))
+                if override is not None:
+                    uid, gid = override.uid, override.gid
+                    rdev = override.rdev
+                    mode = override.mode if stat.S_IFMT(override.mode) else override.mode | stat.S_IFMT(mode)
+                    inode.kind = stat.S_IFMT(mode)
+            uid, gid = self.ownership.shown(uid, gid)
+        blocks = st.st_blocks
+        if inode.kind == stat.S_IFDIR:
+            merged = len(inode.lowers) > 1 or (inode.upper and inode.lowers)
+            nlink = 1 if merged or self.options.static_nlink else st.st_nlink
+            if inode.orphan:
+                nlink = 0
+        else:
+            nlink = st.st_nlink if inode.nlink is None else inode.nlink
+            if inode.nested:
+                mode, rdev = stat.S_IFCHR | stat.S_IMODE(mode), WHITEOUT_DEVICE
+            if inode.parent is None and not inode.upper:
+                nlink = inode.nlink or 0
+            if inode.metacopy and inode.data is not None:
+                blocks = inode.data[0].stat(inode.data[1]).st_blocks
+        ino = inode.ino
+        if ino == ROOT_INO:
+            ino = self.inodes.numbers.of((st.st_dev, st.st_ino))
+        return Attributes(
+            ino,
+            mode,
+            nlink,
+            uid,
+            gid,
+            rdev,
+            st.st_size,
+            blocks,
+            st.st_blksize,
+            st.st_atime_ns,
+            st.st_mtime_ns,
+            st.st_ctime_ns,
+        )
+
+    def data_source(self, inode: Inode) -> tuple[LayerDir, bytes]:
+        """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""
+        source = inode.data if inode.metacopy else inode.lower
+        if source is None:
+            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+        return source
+
+    def readlink(self, inode: Inode) -> bytes:
+        """The target of a symbolic link."""
+        if inode.orphan_fd >= 0:
+            return os.fsencode(os.readlink(b"", dir_fd=inode.orphan_fd))
+        dir_fd, name = self.real_at(inode)
+        return os.fsencode(os.readlink(name, dir_fd=dir_fd))
+
+    # -- listing ----------------------------------------------------------------------------------------------
+
+    def names(self, directory: Inode) -> Iterator[bytes]:
+        """The names in ``directory``, each once, without ``.`` and ``..``."""
+        if directory.orphan:
+            return
+        if not directory.upper:
+            yield from self._lower_names(directory)
+            return
+        hidden: set[bytes] | None = None
+        if directory.lowers:
+            hidden = set(self.upper_marks(directory))
+        dir_fd = self.upper_dir_fd(directory)
+        for item in scan(dir_fd):
+            name = item.name
+            if name.startswith(MARK):
+                continue
+            if not directory.lowers:
+                # Also where nothing lies below: a whiteout can outlive what it hid.
+                if not self._is_upper_whiteout(directory, dir_fd, item):
+                    yield name
+                continue
+            assert hidden is not None
+            hidden.add(name)
+            if not self._is_upper_whiteout(directory, dir_fd, item):
+                yield name
+        if directory.lowers:
+            assert hidden is not None
+            for name in self._lower_names(directory):
+                if name not in hidden:
+                    yield name
+
+    def _is_upper_whiteout(self, directory: Inode, dir_fd: int, item: os.DirEntry[bytes]) -> bool:
+        if item.is_dir(follow_symlinks=False) or item.is_symlink():
+            return False
+        if item.is_file(follow_symlinks=False):
+            if not directory.xwhiteouts:
+                return False
+            st = os.stat(item.name, dir_fd=dir_fd, follow_symlinks=False)
+            return self.lower.is_xattr_whiteout(b"/proc/self/fd/%d/%s" % (dir_fd, item.name), st)
+        return is_whiteout(os.stat(item.name, dir_fd=dir_fd, follow_symlinks=False))
+
+    def _lower_names(self, directory: Inode) -> list[bytes]:
+        lowers = directory.lowers
+        if not lowers:
+            return []
+        if directory.index is not None:
+            return list(directory.index.names)
+        index = self.lower.index(lowers)
+        if len(lowers) > 1:  # of a single directory, lookups ask the disk: there is nothing to merge
+            directory.index = index
+        return list(index.names)
+
+    def is_empty(self, directory: Inode) -> bool:
+        return next(self.names(directory), None) is None

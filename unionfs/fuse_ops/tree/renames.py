@@ -1,0 +1,177 @@
+"""Renaming in the merged tree, with redirects for directories that the lower layers have."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from unionfs.fuse_ops.copy_up.copy_up import NO_ROOM_FOR_PATH, CopyUp
+from unionfs.fuse_ops.options import RedirectMode
+from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges, check_new_name
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
+from unionfs.fuse_ops.tree.need import METADATA
+from unionfs.host.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
+from unionfs.overlay.format import WHITEOUT_DEVICE
+
+
+class Renames:
+    """Moves objects; directories keep what the lower layers have in them, without copying it."""
+
+    def __init__(self, view: MergedView, copy_up: CopyUp, changes: NamespaceChanges) -> None:
+        self._view = view
+        self._copy_up = copy_up
+        self._changes = changes
+
+    def rename(
+        self,
+        old_dir: Inode,
+        old_name: bytes,
+        new_dir: Inode,
+        new_name: bytes,
+        flags: int = 0,
+        caller: Caller | None = None,
+    ) -> None:
+        """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT.
+
+        The last leaves a device 0:0 for ``caller``, which an overlay stacked on this mount needs. Raises EINVAL for
+        other flags, and EXDEV for a directory of a lower layer when redirects are off.
+        """
+        known = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
+        if flags & ~known or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._copy_up.require_writable()
+        source = self._view.lookup(old_dir, old_name)
+        target = self._view.find(new_dir, new_name)
+        if flags & RENAME_EXCHANGE:
+            if target is None:
+                raise enoent(new_name)
+            if source is not target:
+                self._exchange(source, old_dir, old_name, target, new_dir, new_name)
+            return
+        if target is not None and flags & RENAME_NOREPLACE:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
+        if target is source:
+            return  # two names of one file: POSIX says that nothing happens
+        check_new_name(new_name)
+        if new_dir.orphan:
+            raise enoent(new_name)
+        if target is not None:
+            self._check_replaceable(source, target)
+        self._move(source, old_dir, old_name, target, new_dir, new_name)
+        if flags & RENAME_WHITEOUT:
+            assert caller is not None
+            self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
+
+    def _check_replaceable(self, source: Inode, target: Inode) -> None:
+        source_is_dir = source.kind == stat.S_IFDIR
+        if target.kind == stat.S_IFDIR:
+            if not source_is_dir:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not self._view.is_empty(target):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        elif source_is_dir:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def _ready(self, inode: Inode, old_dir: Inode, new_dir: Inode) -> None:
+        """Copy up what is to be moved, and make a directory independent of the name it has."""
+        is_dir = inode.kind == stat.S_IFDIR
+        if is_dir and inode.lowers and self._view.options.redirect_dir is not RedirectMode.ON:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        self._copy_up.ensure(inode, METADATA)
+        self._copy_up.ensure_directory(new_dir)
+        if not is_dir:
+            self._copy_up.detach(inode)
+            return
+        upper = self._copy_up.require_writable()
+        path, _ = self._view.proc_path(inode)
+        if inode.lowers:
+            self._set_redirect(inode, path, same_directory=old_dir is new_dir)
+        elif new_dir.lowers:
+            upper.set_opaque(path)
+
+    def _set_redirect(self, inode: Inode, path: bytes, *, same_directory: bool) -> None:
+        """Record where the lower layers have a directory: by its name there, or by the path from the top."""
+        if inode.redirect is not None and (same_directory or inode.redirect.startswith(b"/")):
+            return
+        if inode.stack_path is None:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        redirect = inode.stack_path.rpartition(b"/")[2] if same_directory else b"/" + inode.stack_path
+        try:
+            os.setxattr(path, self._view.xattrs.redirect, redirect, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in NO_ROOM_FOR_PATH:
+                # Let the program copy, as it does between file systems.
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from None
+            raise
+        inode.redirect = redirect
+
+    def _move(
+        self,
+        source: Inode,
+        old_dir: Inode,
+        old_name: bytes,
+        target: Inode | None,
+        new_dir: Inode,
+        new_name: bytes,
+    ) -> None:
+        view, changes = self._view, self._changes
+        upper = self._copy_up.require_writable()
+        self._copy_up.ensure_directory(old_dir)
+        self._ready(source, old_dir, new_dir)
+        is_dir = source.kind == stat.S_IFDIR
+        leave_whiteout = changes.hides_lower(old_dir, old_name)
+        new_fd = self._dir_fd(new_dir)
+        if target is not None:
+            changes.keep_for_users(target)
+            if target.kind == stat.S_IFDIR and target.upper:
+                view.forget_upper_dir(target)
+                if os.listdir(b"/proc/self/fd/%d/%s" % (new_fd, new_name)):
+                    upper.clear_directory(new_fd, new_name)
+        over_whiteout = False
+        if target is None or not target.upper:
+            try:
+                st = os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
+                over_whiteout = not stat.S_ISDIR(st.st_mode)
+            except FileNotFoundError:
+                pass
+        upper.move(
+            (self._dir_fd(old_dir), old_name),
+            (self._dir_fd(new_dir), new_name),
+            leave_whiteout=leave_whiteout,
+            over_whiteout=over_whiteout,
+            directory=is_dir,
+        )
+        if leave_whiteout:
+            changes.note_whiteout(old_dir, old_name)
+        if target is not None:
+            changes.removed(target, new_dir, new_name)
+        source.remove_place(old_dir, old_name)
+        source.add_place(new_dir, new_name)
+        self._after_move(source, new_dir)
+        view.inodes.drop_if_unneeded(old_dir)
+
+    def _exchange(
+        self, first: Inode, first_dir: Inode, first_name: bytes, second: Inode, second_dir: Inode, second_name: bytes
+    ) -> None:
+        self._copy_up.ensure_directory(first_dir)
+        self._copy_up.ensure_directory(second_dir)
+        self._ready(first, first_dir, second_dir)
+        self._ready(second, second_dir, first_dir)
+        renameat2(self._dir_fd(first_dir), first_name, self._dir_fd(second_dir), second_name, RENAME_EXCHANGE)
+        first.remove_place(first_dir, first_name)
+        second.remove_place(second_dir, second_name)
+        first.add_place(second_dir, second_name)
+        second.add_place(first_dir, first_name)
+        self._after_move(first, second_dir)
+        self._after_move(second, first_dir)
+
+    def _dir_fd(self, directory: Inode) -> int:
+        # Asked anew for each use: opening one directory may close another's descriptor.
+        return self._view.upper_dir_fd(directory)
+
+    def _after_move(self, inode: Inode, directory: Inode) -> None:
+        if inode.has_origin:
+            self._copy_up.origins.mark_impure(directory)
+        self._changes.note_nested(inode, directory)

@@ -1,0 +1,1 @@
+"""Linux, nothing of overlays: system calls, mounts, processes."""
