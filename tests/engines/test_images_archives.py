@@ -151,6 +151,21 @@ def test_an_image_without_layers(images: ImageStore, tmp_path: Path) -> None:
     assert import_images(images, tmp_path / "out.tar")[0].image_id == made.image_id
 
 
+def test_a_layer_of_no_bytes(images: ImageStore, tmp_path: Path) -> None:
+    made = Made([files(a="1"), b"", files(a="2"), b""])
+    (image,) = import_images(images, archive_of(to_tar(made.old_docker())))
+    for kind in Format:
+        for compression in LayerCompression:
+            out = tmp_path / f"{kind.value}-{compression.value}"
+            export_to(images, image, str(out), ExportOptions(kind, [parse_reference("app:v1")], compression))
+    images.remove("app:v1")
+    for out in sorted(tmp_path.glob("*-*")):
+        (image,) = import_images(images, out)
+        assert list(image.diff_ids) == made.diff_ids
+        images.remove("app:v1")
+    assert nothing_is_left(images)
+
+
 def several() -> tuple[Made, Made, Members]:
     """Two images in one Docker archive."""
     one, two = Made([files(a="1")]), Made([files(a="2")])

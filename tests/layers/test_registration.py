@@ -51,6 +51,17 @@ def test_any_stream_will_do(vfs_shop: Workshop, wrap: Callable[[bytes], Any]) ->
     vfs_shop.assert_nothing_leaked()
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_layer_of_no_bytes(shop: Workshop, pack: Callable[[bytes], bytes]) -> None:
+    base = shop.store.register(stream(BASE))
+    layer = shop.store.register(stream(pack(b"")), base.chain_id)
+    assert (layer.diff_id, layer.diff_size) == (diff_id_of(b""), 0)
+    assert layer.verify() == 0
+    shop.reopen()
+    with shop.store.get(layer.chain_id) as again, again.tar_stream() as out:
+        assert out.read() == b""
+
+
 def test_a_stream_is_read_from_where_it_stands(vfs_shop: Workshop) -> None:
     tar = archive([member("a", "first"), member("a", "second")])
     file = io.BytesIO(b"something before" + tar)

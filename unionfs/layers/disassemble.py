@@ -60,6 +60,7 @@ def disassemble(
     segment.flush()
     reader.drain()
     segment.flush()
+    entries.end()
     return Disassembled(index + 1, frozenset(tracker.late))
 
 

@@ -92,6 +92,11 @@ class EntryWriter:
         middle = b',"size":%d,"payload":"%s"' % (size, _base64(checksum)) if size else b',"payload":null'
         self._line(b'{"type":1%s%s%s' % (b"," if shown else b"", shown, middle))
 
+    def end(self) -> None:
+        """End the record. Of a stream without a single byte tar-split records one segment without any."""
+        if not self._position:
+            self._line(b'{"type":2,"payload":""')
+
     def _line(self, start: bytes) -> None:
         self._write(b'%s,"position":%d}\n' % (start, self._position))
         self._position += 1
@@ -120,8 +125,6 @@ def read_entries(stream: Readable, where: str) -> Iterator[SplitEntry]:
             raise _damaged(where, f"entry {position} has the number {number}")
         position += 1
         yield entry
-    if not position:
-        raise _damaged(where, "it is empty")
 
 
 def _decode(line: bytes, where: str) -> tuple[SplitEntry, int]:
@@ -143,6 +146,8 @@ def _decode(line: bytes, where: str) -> tuple[SplitEntry, int]:
 
 def _unzipped(stream: Readable, where: str) -> Iterator[bytes]:
     first = stream.read(_PIECE_BYTES) or b""
+    if not first:
+        raise _damaged(where, "it is empty")
     if not first.startswith(b"\x1f\x8b"):
         while first:
             yield first
