@@ -18,7 +18,7 @@ import unionfs.fuse_ops.tree.union_tree
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unionfs"
 
-# Each layer may import those below it; archive and fuse_ops lie side by side (DESIGN.md, "The house").
+# Each layer may import those below it; archive and fuse_ops lie side by side (docs/design/architecture.md).
 LAYERS = [{"cli"}, {"engines"}, {"layers"}, {"drivers"}, {"archive", "fuse_ops"}, {"overlay"}, {"host"}]
 # Modules that anything may import, and that import nothing of ours.
 FOUNDATION = {"errors"}
@@ -95,7 +95,7 @@ def test_the_import_rule_is_applied(tmp_path: Path, where: str, statement: str, 
 def test_every_package_has_its_place() -> None:
     known = set().union(*LAYERS)
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert packages <= known, "add the new package to LAYERS, where DESIGN.md puts it"
+    assert packages <= known, "add the new package to LAYERS, where it belongs, and to docs/design/architecture.md"
 
 
 def python_files() -> list[Path]:

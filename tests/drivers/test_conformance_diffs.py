@@ -1,4 +1,4 @@
-"""Changes, archives and file contents, beyond moby's own tests: one suite for all drivers (spec rows 44-82)."""
+"""Changes, archives and file contents, beyond moby's own tests: one suite for all drivers (contract rows 44-82)."""
 
 from __future__ import annotations
 

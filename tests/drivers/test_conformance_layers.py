@@ -1,4 +1,4 @@
-"""Making, mounting and removing layers, beyond moby's own tests: one suite for all drivers (spec rows 12-43)."""
+"""Making, mounting and removing layers, beyond moby's own tests: one suite for all drivers (contract rows 12-43)."""
 
 from __future__ import annotations
 

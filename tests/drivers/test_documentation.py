@@ -1,4 +1,4 @@
-"""docs/drivers.md: the tests it names exist, and every row of the specification has one."""
+"""docs/drivers.md: the tests it names exist, and every row of docs/design/contract.md for drivers has one."""
 
 from __future__ import annotations
 

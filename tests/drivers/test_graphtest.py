@@ -1,4 +1,4 @@
-"""moby's ``graphtest``, test by test, for every driver (spec section 4.1; the table is in docs/drivers.md)."""
+"""moby's ``graphtest``, test by test, for every driver (the table is in docs/drivers.md)."""
 
 from __future__ import annotations
 

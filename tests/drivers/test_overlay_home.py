@@ -1,4 +1,4 @@
-"""The home is overlay2's to the byte, heals itself, and either layered driver opens the other's (spec section 1.4)."""
+"""The home is overlay2's to the byte, heals itself, and either layered driver opens the other's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin client: finding, calling, repeating, and what it understands (spec section 3; moby's plugins tests)."""
+"""The plugin client: finding, calling, repeating, and what it understands (moby's plugins tests)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing a driver (spec section 1.2, rows 1-10)."""
+"""Choosing a driver (contract rows 1-10)."""
 
 from __future__ import annotations
 

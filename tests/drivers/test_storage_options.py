@@ -1,4 +1,4 @@
-"""Options and sizes as Docker writes them (spec sections 1.2 and 1.12)."""
+"""Options and sizes as Docker writes them."""
 
 from __future__ import annotations
 

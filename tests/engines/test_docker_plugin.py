@@ -115,7 +115,7 @@ def connected(directory: Path, home: str = "home") -> PluginDriver:
 
 
 class Wire:
-    """One kept connection, spoken on as dockerd 20.10 does (engines.md, section 3)."""
+    """One kept connection, spoken on as dockerd 20.10 does."""
 
     def __init__(self, directory: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)

@@ -1,4 +1,4 @@
-"""The records on disk: Docker's bytes, in an order that outlives a crash. Rows 106, 107, 109 of the specification."""
+"""The records on disk: Docker's bytes, in an order that outlives a crash. Contract rows 106, 107, 109."""
 
 from __future__ import annotations
 

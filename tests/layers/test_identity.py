@@ -1,4 +1,4 @@
-"""DiffID and ChainID against the vectors of the specification, and the random ids."""
+"""DiffID and ChainID against the vectors of the OCI image specification, and the random ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams of a layer: rows 101 to 105 of the specification, and a missing record."""
+"""The streams of a layer: contract rows 101 to 105, and a missing record."""
 
 from __future__ import annotations
 

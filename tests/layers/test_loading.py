@@ -1,4 +1,4 @@
-"""What a start finds, damaged or not: rows 108 to 112 and 116 of the specification."""
+"""What a start finds, damaged or not: contract rows 108 to 112 and 116."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_tar_stream_stability(shop: Workshop) -> None:
 
 
 def test_register_existing_layer(shop: Workshop) -> None:
-    """TestRegisterExistingLayer; rows 87 and 89."""
+    """TestRegisterExistingLayer; contract rows 87 and 89."""
     base = shop.layer("", write("etc/profile", "# Base configuration"))
     tar = archive([member("root/"), member("root/.bashrc", "# Root configuration")])
     one = shop.store.register(io.BytesIO(tar), base.chain_id)
@@ -150,7 +150,7 @@ def test_layer_size(shop: Workshop) -> None:
 
 
 def test_mount_init(shop: Workshop) -> None:
-    """TestMountInit; row 95."""
+    """TestMountInit; contract row 95."""
     base = shop.layer("", write("testfile.txt", "base data!"))
     rw = shop.store.create_rw_layer("fun-mount", base.chain_id, init=write("testfile.txt", "init data!", 0o777))
     with rw.mounted() as path:
@@ -283,7 +283,7 @@ def test_graph_driver_home_gone(shop: Workshop) -> None:
 
 @pytest.mark.parametrize("with_record", [True, False])
 def test_layer_migration(shop: Workshop, with_record: bool, tmp_path: Path) -> None:
-    """TestLayerMigration, TestLayerMigrationNoTarsplit; row 120: trees that a driver has become layers."""
+    """TestLayerMigration, TestLayerMigrationNoTarsplit; contract row 120: trees that a driver has become layers."""
     tars = [
         archive([member("root/"), member("root/.bashrc", "# Boring configuration")]),
         archive([member("root/"), member("root/.bashrc", "# Updated configuration")]),
@@ -337,7 +337,7 @@ def test_an_adoption_that_fails_leaves_the_tree(shop: Workshop) -> None:
 
 
 def test_mount_migration(shop: Workshop) -> None:
-    """TestMountMigration; row 120: a container's tree that a driver has becomes a read-write layer."""
+    """TestMountMigration; contract row 120: a container's tree that a driver has becomes a read-write layer."""
     base = shop.store.register(
         io.BytesIO(archive([member("etc/"), member("root/"), member("root/.bashrc", "# Boring")]))
     )

@@ -1,4 +1,4 @@
-"""Which store is opened, and by whom: row 117 of the specification."""
+"""Which store is opened, and by whom: contract row 117."""
 
 from __future__ import annotations
 

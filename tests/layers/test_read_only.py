@@ -1,4 +1,4 @@
-"""Handles on read-only layers, and their counts: rows 89 to 93 of the specification."""
+"""Handles on read-only layers, and their counts: contract rows 89 to 93."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read-write layers come and go: rows 96 to 99 of the specification."""
+"""Read-write layers come and go: contract rows 96 to 99."""
 
 from __future__ import annotations
 

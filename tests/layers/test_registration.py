@@ -1,4 +1,4 @@
-"""Layers come in: any stream, nothing of one that fails, and each only once. Rows 84 to 88 of the specification."""
+"""Layers come in: any stream, nothing of one that fails, and each only once. Contract rows 84 to 88."""
 
 from __future__ import annotations
 

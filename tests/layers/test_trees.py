@@ -1,4 +1,4 @@
-"""What is half done is finished, what is under way is left alone: rows 86, 113, 114 and 118 of the specification."""
+"""What is half done is finished, what is under way is left alone: contract rows 86, 113, 114 and 118."""
 
 from __future__ import annotations
 

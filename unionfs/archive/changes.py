@@ -122,7 +122,7 @@ def changes_of_trees(new: str | bytes, old: str | bytes | None, *, all_xattrs: b
 
 
 def size_of(changes: Iterable[Change]) -> int:
-    """Bytes that the added and modified entries hold: lengths, not disk blocks (spec section 1.11).
+    """Bytes that the added and modified entries hold: lengths, not disk blocks.
 
     Directories and deletions count nothing; a file with several names counts once.
     """

@@ -27,7 +27,7 @@ _COMPARED_NAMESPACES = ("user.", "trusted.", "system.posix_acl_")
 
 
 def naive_same(all_xattrs: bool) -> Same:
-    """The comparison for two complete trees (moby's ``ChangesDirs``; spec section 1.8).
+    """The comparison for two complete trees (moby's ``ChangesDirs``).
 
     Two mtimes count as equal when they are, or when they are in the same second and one of them has no
     fraction: an archive carries whole seconds. Differs from moby in one point: symlinks that agree in

@@ -1,6 +1,6 @@
 """Owner ids in archives (a container's) and on disk (the host's), converted both ways.
 
-The rules are Docker's ``IdentityMapping`` (spec section 1.13): an empty mapping changes nothing; an id that no
+The rules are Docker's ``IdentityMapping``: an empty mapping changes nothing; an id that no
 range covers is an error, since guessing an owner would hand files to the wrong user.
 """
 

@@ -2,7 +2,7 @@
 
 The output is a function of the tree alone: sorted names, no clock, no host names; two runs give the same bytes.
 Contents pass through in pieces, so memory does not grow with the tree, except for one small record per file that
-has several names. The details are Docker's (spec section 1.9); where its stream would change from run to run
+has several names. The details are Docker's; where its stream would change from run to run
 (the time of a deletion) ours is fixed.
 """
 

@@ -16,7 +16,7 @@ _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 def tree_size(root: str | bytes) -> int:
     """Bytes in the files beneath ``root``: lengths, not disk blocks, a file with several names once.
 
-    What Docker's overlay2 reports for a layer after applying it (spec section 1.11). Directories count nothing,
+    What Docker's overlay2 reports for a layer after applying it. Directories count nothing,
     and entries that go away meanwhile are left out.
 
     Args:

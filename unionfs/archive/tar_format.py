@@ -3,7 +3,7 @@
 Headers are written as Go's ``archive/tar`` writes them for Docker, so that an archive of the same tree has the
 same digest whoever made it: plain ustar where everything fits, else one PAX extended header whose records are
 sorted by key. Source of the layout: POSIX.1-2017 pax, "ustar Interchange Format" and "pax Extended Header"; of
-the choices: spec section 1.9, and the behaviour of Go's writer.
+the choices: the behaviour of Go's writer.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ and ``RESOLVE_IN_ROOT``, so that symlinks met on the way (which the archive itse
 process may swap in) lead to places in the target only, as they would in a container; the entry itself is made
 by a call on that descriptor which never follows a link. What is in an entry's way is removed, never written into.
 
-The rules for whiteouts, duplicates, owners and times are Docker's (spec section 1.10).
+The rules for whiteouts, duplicates, owners and times are Docker's.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A driver keeps file trees under opaque ids. A tree is made over a parent, which it shows until something is changed
 in it; the changes can be listed, exported as a tar stream, and applied to another tree. The names, the meaning of the
-calls and the ``diff`` stream are those of Docker's ``graphdriver`` package (spec section 1), so that a driver here can
+calls and the ``diff`` stream are those of Docker's ``graphdriver`` package, so that a driver here can
 stand behind a Docker plugin, and a Docker plugin behind a driver here.
 
 A worked example, three layers and a container::
@@ -217,7 +217,7 @@ class CapabilityDriver(Protocol):
 
 @runtime_checkable
 class ListingDriver(Protocol):
-    """A driver that can tell what it holds, so that a store finds trees nobody knows of (spec row 115)."""
+    """A driver that can tell what it holds, so that a store finds trees nobody knows of (contract row 115)."""
 
     def layer_ids(self) -> list[str]:
         """The ids of all trees, sorted."""
@@ -225,7 +225,7 @@ class ListingDriver(Protocol):
 
 @runtime_checkable
 class SyncingDriver(Protocol):
-    """A driver that can bring a tree to stable storage, which a store asks before it records it (spec row 107)."""
+    """A driver that can bring a tree to stable storage, which a store asks before it records it (contract row 107)."""
 
     def sync(self, layer_id: str) -> None:
         """Return when everything written to the tree so far survives a loss of power.

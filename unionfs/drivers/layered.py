@@ -2,7 +2,7 @@
 
 A :class:`Mounter` mounts a :class:`Stack`; the rest (layout, counts, differences) is the same for a file system of
 ours and for the kernel's. Differences come from a layer's own directory, so they cost what changed and not what the
-image holds, and they are exact (spec rows 44-54, 79).
+image holds, and they are exact (contract rows 44-54, 79).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Differences for drivers that have none of their own: two mounted trees are compared entry by entry.
 
-The semantics are those of Docker's ``NaiveDiffDriver`` (spec section 1.8). Two things are better: nanosecond times are
+The semantics are those of Docker's ``NaiveDiffDriver``. Two things are better: nanosecond times are
 compared, so a stream need not wait for the next second when it is closed; and all xattrs, not the capability only.
 An edit that keeps size, mode, owner and mtime is not seen: drivers with an upper directory do better.
 """

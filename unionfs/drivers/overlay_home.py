@@ -1,4 +1,4 @@
-"""The home of the layered drivers, laid out as Docker's ``overlay2`` does, byte for byte (spec section 1.4).
+"""The home of the layered drivers, laid out as Docker's ``overlay2`` does, byte for byte.
 
 ::
 

@@ -1,4 +1,4 @@
-"""A driver in another process, driven over Docker's graph driver plugin protocol (spec section 3)."""
+"""A driver in another process, driven over Docker's graph driver plugin protocol."""
 
 from __future__ import annotations
 

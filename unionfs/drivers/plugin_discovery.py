@@ -1,4 +1,4 @@
-"""Finding a Docker plugin by its name: sockets and address files in well-known directories (spec section 3.1)."""
+"""Finding a Docker plugin by its name: sockets and address files in well-known directories."""
 
 from __future__ import annotations
 

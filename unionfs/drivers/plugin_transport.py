@@ -1,4 +1,4 @@
-"""Calls to a Docker plugin over HTTP: how they are written, repeated and refused (spec section 3.2).
+"""Calls to a Docker plugin over HTTP: how they are written, repeated and refused.
 
 httpx is used because it speaks HTTP over unix sockets and streams bodies both ways without anything beside it.
 """

@@ -1,7 +1,7 @@
 """Size limits of layers by XFS project quota.
 
 A directory gets a project id that everything made in it inherits, and the file system limits what the project holds.
-The ids are chosen as Docker does (spec section 1.12): the home's own plus one is for trying, and one more than the
+The ids are chosen as Docker does: the home's own plus one is for trying, and one more than the
 largest found is the next; those that anybody else uses are left out.
 
 Sources: ioctl_xfs_fsgetxattr(2), quotactl(2), linux/fs.h, linux/dqblk_xfs.h.

@@ -1,6 +1,6 @@
 """Counts of how often a path was asked to be mounted, which survive a restart of the process while mounts live on.
 
-The rules are moby's ``RefCounter`` (spec section 1.3): on the first touch of a path the mount table is asked, and a
+The rules are moby's ``RefCounter``: on the first touch of a path the mount table is asked, and a
 path that is mounted starts at 1; an entry that falls to 0 is forgotten, so that the next touch asks again.
 """
 

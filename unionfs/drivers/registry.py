@@ -1,6 +1,6 @@
 """Which drivers there are, and which of them a root directory is used with.
 
-The rules are moby's (spec section 1.2), except that several earlier drivers are found before one of them is
+The rules are moby's, except that several earlier drivers are found before one of them is
 started, and that all their names are told in order.
 """
 

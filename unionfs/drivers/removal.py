@@ -20,7 +20,7 @@ from unionfs.host.mount_holders import Holder, holders, mounts_inside
 
 _log = logging.getLogger(__name__)
 
-# moby's bound (spec section 1.3): 50 times 100 ms.
+# moby's bound: 50 times 100 ms.
 _TRIES = 50
 _PAUSE_S = 0.1
 

@@ -1,6 +1,6 @@
 """Options of drivers, as ``key=value`` texts for a whole driver and as mappings for one layer.
 
-The syntax is Docker's ``--storage-opt`` (spec sections 1.2 and 1.12).
+The syntax is Docker's ``--storage-opt``.
 """
 
 from __future__ import annotations

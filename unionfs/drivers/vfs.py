@@ -1,7 +1,7 @@
 """The ``vfs`` driver: every layer is a complete copy of its parent.
 
 It needs nothing of the host and is what the other drivers are compared with. Layout and options are those of
-Docker's driver of that name (spec section 1.14): trees in ``HOME/dir/ID``, mode 0755.
+Docker's driver of that name: trees in ``HOME/dir/ID``, mode 0755.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The metadata store in files, byte for byte Docker's ``layerdb`` (spec section 2.10).
+"""The metadata store in files, byte for byte Docker's ``layerdb``.
 
 ::
 

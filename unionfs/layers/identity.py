@@ -1,7 +1,7 @@
 """How layers are named by what they contain: DiffID and ChainID.
 
 A DiffID is the sha256 of a layer's uncompressed tar stream, every byte of it. A ChainID names a layer together with all
-layers below it. Source: OCI image specification, config.md, "Layer ChainID" and "Layer DiffID"; spec section 2.1.
+layers below it. Source: OCI image specification, config.md, "Layer ChainID" and "Layer DiffID".
 """
 
 from __future__ import annotations

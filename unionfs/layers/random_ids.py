@@ -1,6 +1,6 @@
 """Random names of storage: cache-id, mount-id, init-id.
 
-Docker's form (spec section 2.1): 64 lower-case hexadecimal digits, and never twelve decimal digits in front, because
+Docker's form: 64 lower-case hexadecimal digits, and never twelve decimal digits in front, because
 the first twelve characters are shown as a short name and end up as host names, where a number is taken for an address.
 """
 

@@ -1,6 +1,6 @@
 """The layer store: which layers there are, who needs them, and how they come and go.
 
-The semantics of the calls, of handles and of the counts are those of Docker's ``layer`` package (spec section 2); what
+The semantics of the calls, of handles and of the counts are those of Docker's ``layer`` package; what
 is different is said where it is. The parts are base classes, not attributes, so that a call is documented once, in its
 part, and yet found on :class:`LayerStore`. :mod:`unionfs.layers.trees` says in which order locks are taken.
 """

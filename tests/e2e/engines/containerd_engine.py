@@ -23,7 +23,7 @@ from tests.e2e.engines.scenario import Fault, Part
 OURS = "unionfs"
 STOCK = "overlayfs"
 MERGED: tuple[Fault, ...] = (("*", "whiteout/dir/old"), ("*", "whiteout/moved/old"), ("diff", "? whiteout/moved/old"))
-"""A directory that a layer hides and makes again is merged with the hidden one (engines.md, [whsame]). That is how
+"""A directory that a layer hides and makes again is merged with the hidden one. That is how
 containerd's applier writes whiteouts for an overlay, on its own storage and where it unpacks into ours directly."""
 FAULTS: tuple[Fault, ...] = (
     *MERGED,

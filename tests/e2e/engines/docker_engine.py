@@ -18,7 +18,7 @@ from tests.e2e.engines.scenario import EVERYTHING, Fault, Part
 PLUGIN = "ufs"
 """The plugin's name; another one than that of a driver, so that neither can be taken for the other."""
 FAULTS: tuple[Fault, ...] = (
-    # A directory that a layer hides and makes again is merged with the hidden one: engines.md, [whsame].
+    # A directory that a layer hides and makes again is merged with the hidden one.
     ("*", "*whiteout/dir/old"),
     ("*", "*whiteout/moved/old"),
     # Who writes to one name of an image's file parts it from the other names.

@@ -269,7 +269,7 @@ class Fixed:
     seen: str
 
 
-# engines.md, section 2. The change is made in one live mount, the look is taken in it and in a container of the commit.
+# The change is made in one live mount, the look is taken in it and in a container of the commit.
 FIXED = {
     "live-opaque": Fixed(
         "rm -r d3; mkdir d3; touch d3/new; stat d3/sub 2>&1 || true",
