@@ -135,29 +135,6 @@ class TestWithoutPrivilege:
         beside.close()
         assert not any(thread.name == "unionfs-beside" for thread in threading.enumerate())
 
-    def test_who_syncs_often_is_tried_in_both(
-        self, beside: BesideClient, client: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        clock = Clock(beside, monkeypatch, 2e-3, 1e-3)
-        by: list[threading.Thread] = []
-
-        def serve() -> bool:
-            by.append(threading.current_thread())
-            beside.before_sync(client, IN_A_ROW + len(by))
-            clock.synced()
-            return True
-
-        beside.consider(client, IN_A_ROW)
-        while len(by) < 500:
-            if beside.in_other_thread:
-                beside.run(serve)
-            else:
-                serve()
-        main = [thread is threading.main_thread() for thread in by]
-        assert not any(main[:8])
-        assert 20 < main.count(False) < 30
-        assert all(main[50:])
-
     def test_others_that_run_end_it(self, beside: BesideClient, client: int, quiet: list[bool]) -> None:
         beside.consider(client, IN_A_ROW)
         quiet[0] = False
@@ -263,107 +240,6 @@ def test_who_runs_for_a_moment_does_not_end_it(beside: BesideClient, client: int
     quiet[0] = False
     beside.consider(client, IN_A_ROW + 10)
     assert not beside.in_doubt, "it is looked at before its time"
-
-
-class Clock:
-    """A client that syncs takes some time for it, here and elsewhere."""
-
-    def __init__(self, beside: BesideClient, monkeypatch: pytest.MonkeyPatch, here: float, elsewhere: float) -> None:
-        self.now = 1000.0
-        self._beside, self._here, self._elsewhere = beside, here, elsewhere
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-
-    def synced(self) -> bool:
-        """Whether that was done beside the client."""
-        self.now += self._here if self._beside.active else self._elsewhere
-        return self._beside.active
-
-
-@pytest.mark.parametrize("requests", [1, 8])  # from sync to sync, as when a log is written, and with SQLite
-def test_who_syncs_often_is_served_where_that_is_slow_only_while_it_is_tried(
-    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch, requests: int
-) -> None:
-    clock = Clock(beside, monkeypatch, 2e-3, 1e-3)
-    number = IN_A_ROW
-    beside.consider(client, number)
-    here = []
-    for _ in range(500):
-        beside.before_sync(client, number)
-        here.append(clock.synced())
-        for _ in range(requests):
-            number += 1
-            beside.consider(client, number)
-    assert here[:8] == [True] * 8, "it was one who syncs often at once"
-    assert 20 < sum(here) < 30
-    assert not any(here[50:])
-    assert not beside.active
-    assert_ordinary()
-    assert beside.syncs_often(number + 1)
-    assert not beside.syncs_often(number + 17)
-    assert not beside.syncs_often(0), "another client came, who is not known yet"
-    beside.consider(client, (number // IN_A_ROW + 2) * IN_A_ROW)  # the client does something else
-    assert_beside(client)
-
-
-def test_who_syncs_often_is_served_here_where_that_is_fast(
-    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(beside, monkeypatch, 1e-3, 2e-3)
-    here: list[bool] = []
-    beside.consider(client, IN_A_ROW)
-    for number in range(IN_A_ROW, IN_A_ROW + 500):
-        quiet[0] = not 200 <= len(here) < 250
-        beside.before_sync(client, number)
-        here.append(clock.synced())
-        beside.consider(client, number + 1)
-    assert 10 < here[:50].count(False) < 20
-    assert all(here[50:200])
-    assert not any(here[210:250]), "others run"
-    assert all(here[260:])
-    assert_beside(client)
-
-
-def test_what_the_client_does_between_is_not_timed(
-    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(beside, monkeypatch, 2e-3, 1e-3)
-    number = IN_A_ROW
-    beside.consider(client, number)
-    for _ in range(100):
-        for _ in range(17):  # those that are timed are never enough
-            beside.before_sync(client, number)
-            clock.synced()
-            number += 1
-        number += IN_A_ROW
-        beside.consider(client, number - number % IN_A_ROW)
-        assert_beside(client)
-        clock.now += 1
-    for _ in range(100):
-        beside.before_sync(client, number)
-        clock.synced()
-        number += 1
-    assert_ordinary()
-
-
-def test_others_that_run_end_it_for_who_syncs_too(
-    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(beside, monkeypatch, 1e-3, 2e-3)
-    beside.consider(client, IN_A_ROW)
-    quiet[0] = False
-    for number in range(IN_A_ROW + 1, IN_A_ROW + 1000):
-        beside.consider(client, number)
-        beside.before_sync(client, number)
-        here = clock.synced()
-        assert number <= IN_A_ROW + 8 or not here
-
-
-def test_who_syncs_now_and_then_is_not_tried(beside: BesideClient, client: int, quiet: list[bool]) -> None:
-    beside.consider(client, IN_A_ROW)
-    for number in range(IN_A_ROW, 200 * IN_A_ROW, 17):
-        beside.before_sync(client, number)
-        assert not beside.syncs_often(number)
-        assert_beside(client)
 
 
 def test_a_client_that_moves_is_followed(

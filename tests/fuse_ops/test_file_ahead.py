@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -11,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sandbox import Sandbox, needs_root
+from tests.support.sandbox import needs_root
 from tests.support.syscalls import cached_pages
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.expected_opens import ExpectedOpens
 from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
-from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -149,104 +146,3 @@ def test_few_listings_are_kept(tree: UnionTree, layer: Path) -> None:
     drop(layer)
     open_in(tree, ahead, 0)
     assert in_memory(layer) == []
-
-
-def test_a_file_that_is_looked_up_by_who_opens_such(tree: UnionTree, layer: Path) -> None:
-    ahead = cold_reader(tree)
-    directory = tree.lookup(tree.root, b"d")
-    drop(layer)
-    for number in range(4):
-        ahead.looked_up(tree.lookup(directory, NAMES[number]))
-        ahead.expected.opened(tree.lookup(directory, NAMES[number]))
-    assert in_memory(layer) == []  # not known until now
-    ahead.looked_up(tree.lookup(directory, NAMES[20]))
-    soon_in_memory(layer, [20])
-    ahead.looked_up(directory)
-    ahead.expected.opened(tree.lookup(directory, NAMES[20]))
-    ahead.looked_up(tree.lookup(directory, NAMES[30]))
-    soon_in_memory(layer, [20, 30])
-
-
-def test_a_file_that_cannot_be_read_ahead_is_looked_up_all_the_same(
-    tree: UnionTree, layer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ahead = cold_reader(tree)
-    directory = tree.lookup(tree.root, b"d")
-    for number in range(4):
-        ahead.looked_up(tree.lookup(directory, NAMES[number]))
-        ahead.expected.opened(tree.lookup(directory, NAMES[number]))
-    asked: list[int] = []
-
-    def refuse(fd: int, offset: int, length: int, advice: int) -> None:
-        asked.append(fd)
-        raise OSError(errno.EINVAL, "not on this file system")
-
-    monkeypatch.setattr(os, "posix_fadvise", refuse)
-    ahead.looked_up(tree.lookup(directory, NAMES[20]))
-    (fd,) = asked
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)  # closed
-
-
-def test_no_file_that_is_looked_up_while_files_come_from_memory(tree: UnionTree, layer: Path) -> None:
-    ahead = cold_reader(tree)
-    directory = tree.lookup(tree.root, b"d")
-    for number in range(10):
-        ahead.looked_up(tree.lookup(directory, NAMES[number]))
-        ahead.expected.opened(tree.lookup(directory, NAMES[number]))
-        for _ in range(10):
-            ahead.took(10e-6)
-    drop(layer)
-    ahead.looked_up(tree.lookup(directory, NAMES[20]))
-    assert in_memory(layer) == []
-
-
-def test_who_only_asks_for_attributes_is_told_from_who_opens(tree: UnionTree) -> None:
-    files = [tree.inodes.new(stat.S_IFREG, 1000 + number) for number in range(100)]
-    expected = ExpectedOpens()
-    assert not any(expected.looked_up(file) for file in files)
-    for file in files:
-        expected.looked_up(file)
-        expected.opened(file)
-    assert expected.looked_up(files[0])
-    assert expected.looked_up(files[0])  # the same once more says nothing
-    assert expected.looked_up(files[1])
-    assert expected.looked_up(files[2])
-    assert not expected.looked_up(files[3])
-    expected.opened(files[1])  # not the last one
-    assert not expected.looked_up(files[4])
-
-
-def test_kinds_of_files_are_told_apart(tree: UnionTree) -> None:
-    """As Python imports modules: it looks at the source, and opens what was made of it."""
-
-    def file(number: int, name: bytes) -> Inode:
-        inode = tree.inodes.new(stat.S_IFREG, 1000 + number)
-        inode.add_place(tree.root, name)
-        return inode
-
-    expected = ExpectedOpens()
-    for number in range(10):
-        likely = number >= 4
-        assert not expected.looked_up(file(number, b"module-%d.py" % number))
-        compiled = file(number, b"module-%d.pyc" % number)
-        assert expected.looked_up(compiled) is likely, number
-        expected.opened(compiled)
-    assert not expected.looked_up(file(99, b"other.txt"))  # nothing is known of such, and not all are opened
-    for number in range(300):  # of names that nobody will see again
-        expected.looked_up(file(number, b"temporary.%d" % number))
-    assert len(expected._kinds) <= 256
-
-
-def test_a_mount_reads_what_is_looked_up_by_who_opens_such(direct_box: Sandbox) -> None:
-    box = direct_box
-    layer = box.lower()
-    for name in NAMES:
-        layer.file(name.decode(), b"x" * 5000)
-    with box.mount():
-        drop(Path(box.lowers[0]))
-        for number in range(12):
-            with open(box.at(NAMES[number].decode()), "rb") as file:
-                assert len(file.read()) == 5000
-        assert os.stat(box.at(NAMES[30].decode())).st_size == 5000
-        soon_in_memory(Path(box.lowers[0]), [*range(12), 30])

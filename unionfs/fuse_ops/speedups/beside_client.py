@@ -8,9 +8,6 @@ The scheduler would move the program away from a processor that is in use. It do
 SCHED_IDLE uses it, so the server becomes one. Such a task gets next to nothing beside others that want to run,
 which is why it is one only while nothing else runs on the machine, and looks again all the time. To go back takes a
 privilege; a server without it has a second thread serve the client, one that is never anything else.
-
-Who syncs again and again, as a log is written or a database commits, may be served sooner elsewhere, where the disk's
-interrupts arrive: that is tried out (sync_trial).
 """
 
 from __future__ import annotations
@@ -18,12 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import time
 from collections.abc import Callable
 from typing import Final
 
 from unionfs.fuse_ops.speedups.idle_thread import IdleThread
-from unionfs.fuse_ops.speedups.sync_trial import SyncTrial
 
 LOOK_EVERY: Final = 8
 """Requests, from one look to the next."""
@@ -31,8 +26,6 @@ LOOK_EVERY: Final = 8
 _CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
-_SYNCS: Final = 8  # one soon after the other, until a client is one who syncs again and again
-_SYNC_GAP: Final = 12  # requests from one sync to the next, when that comes soon after it
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
@@ -58,9 +51,6 @@ class BesideClient:
         self._processor = -1
         self._before: set[int] = set()
         self._misses = 0
-        self._syncs = 0
-        self._last_sync = 0
-        self._trial = SyncTrial()
 
     def consider(self, client: int, before: int) -> None:
         """A request came from the thread ``client``, and ``before`` it others that no other program's came between.
@@ -74,8 +64,7 @@ class BesideClient:
             return
         if not self.in_doubt and before % (LOOK_EVERY if self.active else _LOOK_AFTER):
             return
-        if self._trial.beside or not self.syncs_often(before):
-            self._look(client)
+        self._look(client)
 
     def _look(self, client: int) -> None:
         if not self._asked:
@@ -107,27 +96,6 @@ class BesideClient:
     def slept(self) -> None:
         """The client did not send anything at once, as one on this processor does: it may be on another one by now."""
         self._misses += 1
-
-    def before_sync(self, client: int, before: int) -> None:
-        """What is to be done now for ``client``, after ``before`` other requests of it, brings something to the disk.
-
-        Call it before that is done, here and not in a thread.
-        """
-        self._syncs = self._syncs + 1 if 0 < before - self._last_sync <= _SYNC_GAP else 1
-        self._last_sync = before
-        if self._syncs <= _SYNCS:
-            self._trial.interrupt()
-            return
-        was_beside = self._trial.beside
-        self._trial.sync(time.perf_counter())
-        if not self._trial.beside:
-            self.leave()
-        elif not was_beside:
-            self._look(client)
-
-    def syncs_often(self, before: int) -> bool:
-        """Whether the client, after ``before`` other requests of its, is one who syncs again and again."""
-        return self._syncs > _SYNCS and 0 <= before - self._last_sync <= _SYNC_GAP
 
     def leave(self) -> None:
         """Run wherever the scheduler likes, as any other task."""

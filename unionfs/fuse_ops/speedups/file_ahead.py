@@ -2,8 +2,7 @@
 
 The kernel reads ahead within a file only; each small file from the disk costs a wait, one after the other. Who opens
 the files of a directory in the order of their listing (tar, cp, grep) has the next ones read while he is busy with
-this one. Who opens what he looks up has it read from the lookup on: the disk works while the answer goes to the
-program and its open comes back.
+this one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import suppress
 from typing import Final
 
 from unionfs.fuse_ops.speedups.coldness import Coldness
-from unionfs.fuse_ops.speedups.expected_opens import ExpectedOpens
 from unionfs.fuse_ops.tree.inodes import Inode
 
 _WARM_S: Final = 40e-6  # for a small file that is in memory
@@ -43,7 +41,6 @@ class FileReadAhead:
 
     def __init__(self) -> None:
         self._coldness = Coldness()
-        self.expected = ExpectedOpens()
         self._walks: OrderedDict[Inode, _Walk] = OrderedDict()
         self._busy_until = 0.0
 
@@ -62,11 +59,6 @@ class FileReadAhead:
     def took(self, seconds: float) -> None:
         """Reading a small file took ``seconds``."""
         self._coldness.took(seconds, _WARM_S)
-
-    def looked_up(self, inode: Inode) -> None:
-        """A name was looked up: read the file, if it will be opened."""
-        if inode.kind == stat.S_IFREG and self.expected.looked_up(inode) and self._coldness.is_cold:
-            _begin_to_read(inode)
 
     def opened(self, inode: Inode) -> None:
         """A lower file is opened to be read: read those ahead that come after it, if it is their turn."""

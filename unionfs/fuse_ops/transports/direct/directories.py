@@ -64,7 +64,6 @@ class DirectoryAnswers(Answers):
         patience = self._mount.patience
         if not patience.may_wait():
             return self._connection.answer_in_thread(request, Opcode.FSYNCDIR, call)
-        self._connection.beside.before_sync(request.pid, patience.in_a_row)
         start = time.perf_counter()
         answer = call()
         patience.waited_since(start)

@@ -75,7 +75,6 @@ class FileAnswers(Answers):
             file = self._tree.open(inode, flags)
             if not reads_only:
                 return self._open_reply(request, file, kill=kill)
-            self._mount.files_ahead.expected.opened(inode)
             handle, opened, backing = self._opened(file)
             if self._mount.keep_cache and opened & Open.KEEP_CACHE:
                 self._give_pages(file, flags)
@@ -203,7 +202,6 @@ class FileAnswers(Answers):
             return self.empty(request)
 
         if self._mount.patience.may_wait() and grown <= _SHORT_SYNC:
-            self._connection.beside.before_sync(request.pid, self._mount.patience.in_a_row)
             start = time.perf_counter()
             answer = call()
             self._mount.patience.waited_since(start)

@@ -44,7 +44,6 @@ class NameAnswers(Answers):
         if found is None:  # a miss for the kernel to remember
             reply = p.ENTRY_REPLY.pack(ENTRY_SIZE, 0, request.unique, 0, 0, self._valid_s, 0, self._valid_ns, 0)
             return reply + _NO_ATTRIBUTES
-        self._mount.files_ahead.looked_up(found[0])
         return self._entry_with(request, *found)
 
     def _forget(self, request: Request) -> bytes:

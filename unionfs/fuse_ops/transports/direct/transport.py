@@ -109,9 +109,6 @@ class DirectTransport:
             if not size:
                 if self._stays_beside():
                     continue
-                # Whoever waits for the disk time and again has gone to sleep too; this is a short way to do so.
-                if not self._waiting and beside.syncs_often(self._patience.in_a_row) and self._ready.poll(_STAY_MS):
-                    continue
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > _LOOK_AGAIN_S:
                     await trio.lowlevel.wait_readable(fd)
