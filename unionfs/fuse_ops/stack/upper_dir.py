@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.host import syscalls
-from unionfs.overlay.format import MARK, NAME_MAX, OPAQUE_MARK, WHITEOUT_DEVICE, OverlayXattrs, is_whiteout
+from unionfs.host.files import make_accessible, remove_tree
+from unionfs.overlay.format import MARK, NAME_MAX, OPAQUE_MARK, WHITEOUT_DEVICE, OverlayXattrs
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class UpperDir:
             try:
                 syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
             except PermissionError:
-                make_writable(dir_fd, name)
+                make_accessible(dir_fd, name)
                 syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
             self.discard(temp)
         else:
@@ -241,7 +242,7 @@ class UpperDir:
         try:
             os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
         except PermissionError:
-            make_writable(dir_fd, name)
+            make_accessible(dir_fd, name)
             os.rename(name, temp, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd)
 
     def install(self, staging_fd: int, temp: bytes, dir_fd: int, name: bytes, *, directory: bool) -> None:
@@ -319,47 +320,3 @@ class UpperDir:
             self._whiteout_link = None
         os.close(self.work_fd)
         self.layer.close()
-
-
-def make_writable(dir_fd: int, name: bytes) -> None:
-    """Let a server without privilege move the directory ``name``, which is to be removed, and remove what is in it."""
-    fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        os.chmod(b"/proc/self/fd/%d" % fd, stat.S_IRWXU)
-    finally:
-        os.close(fd)
-
-
-def remove_tree(dir_fd: int, name: bytes) -> None:
-    """Remove ``name`` and everything in it, without following links; missing is fine."""
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-        return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
-            raise
-    try:
-        fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
-    except PermissionError:
-        make_writable(dir_fd, name)
-        fd = os.open(name, _DIR_FLAGS, dir_fd=dir_fd)
-    try:
-        children = os.listdir(fd)
-        if children and os.fstat(fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
-            make_writable(dir_fd, name)
-        for child in children:
-            remove_tree(fd, os.fsencode(child))
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=dir_fd)
-
-
-def upper_entry(dir_fd: int, name: bytes) -> tuple[os.stat_result | None, bool]:
-    """lstat(2) of an upper object (None if there is none), and whether it is a whiteout device."""
-    try:
-        st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return None, False
-    return st, is_whiteout(st)

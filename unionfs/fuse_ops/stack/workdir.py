@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
-from unionfs.fuse_ops.stack.upper_dir import remove_tree
 from unionfs.host import syscalls
+from unionfs.host.files import remove_tree
 from unionfs.overlay.format import OverlayXattrs
 
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -1,0 +1,1 @@
+"""Tests of what is Linux and nothing of overlays."""
