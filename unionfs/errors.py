@@ -173,6 +173,10 @@ class ImageFormatError(ImageError):
     """An image, or an archive or directory of images, that cannot be understood or contradicts itself."""
 
 
+class NotAnImageError(ImageFormatError):
+    """A manifest of something that is no image, such as a chart, a signature or an attestation."""
+
+
 class ImageNotFoundError(ImageError, LookupError):
     """A name or an id that no image has."""
 

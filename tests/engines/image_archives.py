@@ -13,6 +13,9 @@ from typing import Any
 
 from tests.layers.archives import files
 
+Members = dict[str, bytes | str]
+"""Files by their names; texts are targets of symlinks."""
+
 
 def sha256(contents: bytes) -> str:
     """Its digest."""
@@ -108,6 +111,16 @@ class Made:
             }
         )
         return members
+
+
+def index_of(*entries: tuple[Members, dict[str, Any]]) -> Members:
+    """One layout of several, each with what goes into its entry."""
+    merged: Members = {}
+    manifests = []
+    for members, more in entries:
+        merged.update(members)
+        manifests.append({**json.loads(members["index.json"])["manifests"][0], **more})
+    return {**merged, "index.json": to_json({"schemaVersion": 2, "manifests": manifests})}
 
 
 def to_tar(members: dict[str, bytes | str]) -> bytes:

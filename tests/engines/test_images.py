@@ -143,9 +143,30 @@ def test_platforms() -> None:
     assert not Platform.parse("linux/arm/v6").runs(Platform(os="linux", architecture="arm", variant="v7"))
     assert not Platform.parse("linux/amd64").runs(Platform(os="windows", architecture="amd64"))
     assert Platform.of_this_machine().architecture
-    for text in ("linux", "a/b/c/d", "/amd64", ""):
+    for text in ("x", "windows", "a/b/c/d", "/amd64", ""):
         with pytest.raises(ImageFormatError, match="is no platform"):
             Platform.parse(text)
+
+
+HASWELL = "sse2 ssse3 cx16 sse4_1 sse4_2 movbe popcnt xsave avx f16c abm bmi1 avx2 bmi2 fma lahf_lm avx512f avx512cd"
+
+
+def test_the_level_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each level needs all of those below it. Source of the names: x86-64 psABI."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    flags = set(HASWELL.split())
+    for found, expected in (
+        (flags | {"avx512bw", "avx512dq", "avx512vl"}, "v4"),
+        (flags, "v3"),
+        (flags - {"movbe"}, "v2"),
+        (flags - {"popcnt"}, "v1"),
+        (set(), "v1"),
+    ):
+        monkeypatch.setattr("unionfs.engines.images.model._cpu_flags", lambda found=found: frozenset(found))
+        assert str(Platform.of_this_machine()) == f"linux/amd64/{expected}"
+    for machine, name in (("armv7l", "arm/v7"), ("armv6l", "arm/v6"), ("aarch64", "arm64/v8"), ("riscv64", "riscv64")):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert str(Platform.of_this_machine()) == f"linux/{name}"
 
 
 class Shelf:

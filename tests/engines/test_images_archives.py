@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 import zstandard
 
-from tests.engines.image_archives import Made, sha256, to_directory, to_json, to_tar
+from tests.engines.image_archives import Made, Members, index_of, sha256, to_directory, to_json, to_tar
 from tests.layers.archives import files
 from unionfs.cli.main import main
 from unionfs.engines.images import (
@@ -31,7 +31,14 @@ from unionfs.engines.images import (
     import_images,
     parse_reference,
 )
-from unionfs.errors import ArchiveError, DigestMismatchError, ImageError, ImageFormatError, UnionfsError
+from unionfs.errors import (
+    ArchiveError,
+    DigestMismatchError,
+    ImageError,
+    ImageFormatError,
+    NotAnImageError,
+    UnionfsError,
+)
 from unionfs.layers import LayerStore, collect, open_store
 
 
@@ -41,9 +48,6 @@ def archive_of(contents: bytes) -> BinaryIO:
     file.write(contents)
     file.seek(0)
     return file
-
-
-Members = dict[str, bytes | str]
 
 
 @pytest.fixture
@@ -191,16 +195,6 @@ def test_several_images(images: ImageStore) -> None:
     assert [image.image_id for image in import_images(images, archive_of(archive))] == [one.image_id, two.image_id]
 
 
-def index_of(*entries: tuple[Members, dict[str, Any]]) -> Members:
-    """One layout of several, each with what goes into its entry."""
-    merged: Members = {}
-    manifests = []
-    for members, more in entries:
-        merged.update(members)
-        manifests.append({**json.loads(members["index.json"])["manifests"][0], **more})
-    return {**merged, "index.json": to_json({"schemaVersion": 2, "manifests": manifests})}
-
-
 def test_platforms(images: ImageStore) -> None:
     arm = Made([files(a="arm")], {"architecture": "arm64"})
     amd = Made([files(a="amd")])
@@ -224,6 +218,79 @@ def test_platforms(images: ImageStore) -> None:
             import_images(images, archive_of(to_tar(members)), platform=Platform.parse("linux/s390x"))
     with pytest.raises(ImageFormatError, match="is for linux/arm64, not for linux/amd64"):
         import_images(images, archive_of(to_tar(arm.old_docker())), platform=Platform.parse("linux/amd64"))
+
+
+def cosign_layout(image: Made) -> Members:
+    """What cosign save writes: an image, and its signature as if it were a second one."""
+    text = b'{"critical": {}}'
+    kind = "application/vnd.dev.cosign.simplesigning.v1+json"
+    signature = Made([text]).oci(layers=[{"mediaType": kind, "digest": sha256(text), "size": len(text)}])
+    key = "dev.cosignproject.cosign"
+    name = {f"{key}/imageRef": "ghcr.io/owner/app:v1"}
+    return index_of(
+        (image.oci(), {"annotations": {"kind": f"{key}/image", **name}}),
+        (signature, {"annotations": {"kind": f"{key}/sigs", **name}}),
+    )
+
+
+def test_a_signature_beside_an_image(images: ImageStore, tmp_path: Path) -> None:
+    made = Made()
+    members = cosign_layout(made)
+    (image,) = import_images(images, to_directory(members, tmp_path / "layout"))
+    assert (image.image_id, image.names) == (made.image_id, ("ghcr.io/owner/app:v1",))
+    images.remove(image.image_id)
+    (image,) = import_images(images, archive_of(to_tar(members)), only="ghcr.io/owner/app:v1")
+    assert image.image_id == made.image_id
+    images.remove(image.image_id)
+    index = json.loads(members["index.json"])
+    del index["manifests"][0]
+    with pytest.raises(NotAnImageError, match="simplesigning"):
+        import_images(images, archive_of(to_tar({**members, "index.json": to_json(index)})))
+    assert nothing_is_left(images)
+
+
+def test_platforms_of_several_images(images: ImageStore) -> None:
+    """One of each name, in whatever order they come."""
+    made = {
+        (tag, machine): Made([files(a=tag + machine)], {"architecture": machine})
+        for tag in "xy"
+        for machine in ("arm64", "amd64")
+    }
+    layout = index_of(
+        *(
+            (one.oci(f"{tag}:v1"), {"platform": {"os": "linux", "architecture": machine}})
+            for (tag, machine), one in made.items()
+        )
+    )
+    archive: Members = {}
+    entries = []
+    for number, ((tag, _), one) in enumerate(made.items()):
+        members = one.old_docker(f"{tag}:v1")
+        archive |= {f"{number}.json": one.config_bytes, f"{number}.tar": members["0/layer.tar"]}
+        entries.append({"Config": f"{number}.json", "RepoTags": [f"{tag}:v1"], "Layers": [f"{number}.tar"]})
+    archive["manifest.json"] = to_json(entries)
+    for members in (layout, archive):
+        for machine in ("amd64", "arm64"):
+            found = import_images(images, archive_of(to_tar(members)), platform=Platform.parse(machine))
+            assert [one.image_id for one in found] == [made[tag, machine].image_id for tag in "xy"]
+        with pytest.raises(ImageFormatError, match="linux/s390x"):
+            import_images(images, archive_of(to_tar(members)), platform=Platform.parse("s390x"))
+
+
+def test_a_docker_archive_with_more_in_its_index(images: ImageStore) -> None:
+    """docker save of an image for several machines: manifest.json has only the best for the machine that wrote it."""
+    amd, arm = Made([files(a="amd")]), Made([files(a="arm")], {"architecture": "arm64"})
+    members = index_of(
+        (arm.oci(), {"platform": {"os": "linux", "architecture": "arm64"}}),
+        (amd.oci(compress=False), {"platform": {"os": "linux", "architecture": "amd64"}}),
+    )
+    layer, config = (f"blobs/sha256/{digest[7:]}" for digest in (amd.diff_ids[0], amd.image_id))
+    members["manifest.json"] = to_json([{"Config": config, "RepoTags": ["app:v1"], "Layers": [layer]}])
+    for machine, one in (("arm64", arm), ("amd64", amd)):
+        (image,) = import_images(images, archive_of(to_tar(members)), platform=Platform.parse(machine))
+        assert (image.image_id, image.names) == (one.image_id, ("app:v1",))
+    with pytest.raises(ImageFormatError, match="nothing for linux/s390x"):
+        import_images(images, archive_of(to_tar(members)), platform=Platform.parse("s390x"))
 
 
 def test_a_tag_in_a_layout(images: ImageStore) -> None:

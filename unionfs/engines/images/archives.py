@@ -69,27 +69,45 @@ def _found(
             files = TarFiles(plain)
         except ArchiveError as error:
             raise ImageFormatError(f"not an archive of images: {error}") from error
-        if MANIFEST in files:
-            yield _wanted(read_docker_archive(files), platform, only)
-        elif INDEX in files:
-            yield read_layout(files, platform, only)
-        else:
-            raise ImageFormatError(f"the archive has no {MANIFEST} and no {INDEX}, so it is none of images")
+        yield _in_archive(files, platform, only)
+
+
+def _in_archive(files: TarFiles, platform: Platform | None, only: str) -> list[FoundImage]:
+    if MANIFEST in files:
+        try:
+            return _wanted(read_docker_archive(files), platform, only)
+        except _OtherPlatformError:
+            # docker save writes there only the best of an image's platforms for its own machine.
+            if INDEX not in files:
+                raise
+    if INDEX in files:
+        return read_layout(files, platform, only)
+    raise ImageFormatError(f"the archive has no {MANIFEST} and no {INDEX}, so it is none of images")
+
+
+class _OtherPlatformError(ImageFormatError):
+    """An image for another machine than the one that was asked for."""
 
 
 def _wanted(found: list[FoundImage], platform: Platform | None, only: str) -> list[FoundImage]:
-    """Those of a Docker archive that are meant."""
+    """Those of a Docker archive that are meant; of several with the same names, which are for several machines, one."""
+    images = [(one, parse_image(one.config_bytes)) for one in found]
     if only:
         digits = only.removeprefix("sha256:")
-        found = [one for one in found if _has_name(one, only) or parse_image(one.config_bytes).image_id[7:] == digits]
-        if not found:
+        images = [(one, image) for one, image in images if _has_name(one, only) or image.image_id[7:] == digits]
+        if not images:
             raise ImageFormatError(f"there is no image {only[:100]!r} in the archive")
-    if platform is not None:
-        for one in found:
-            mine = parse_image(one.config_bytes).platform
-            if not platform.runs(mine):
-                raise ImageFormatError(f"the image is for {mine}, not for {platform}")
-    return found
+    groups: dict[object, list[tuple[FoundImage, Image]]] = {}
+    for number, (one, image) in enumerate(images):
+        groups.setdefault(one.names or number, []).append((one, image))
+    chosen = []
+    for group in groups.values():
+        ranks = [(platform or Platform.of_this_machine()).rank(image.platform) for _, image in group]
+        fitting = [(rank, number) for number, rank in enumerate(ranks) if rank is not None]
+        if platform is not None and not fitting:
+            raise _OtherPlatformError(f"the image is for {group[0][1].platform}, not for {platform}")
+        chosen.append(group[min(fitting)[1] if fitting else 0][0])
+    return chosen
 
 
 def _has_name(found: FoundImage, text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from unionfs.engines.images.model import Platform, first_problem
-from unionfs.errors import ImageFormatError, InvalidDigestError
+from unionfs.errors import ImageFormatError, InvalidDigestError, NotAnImageError
 from unionfs.layers import MAX_DEPTH
 from unionfs.layers.identity import parse_digest
 
@@ -29,12 +29,12 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 
 MANIFEST_TYPES = (OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST)
 
-_LAYER_TYPES = (
-    OCI_LAYER,
-    DOCKER_LAYER,
-    "application/vnd.oci.image.layer.nondistributable.v1.tar",
-    "application/vnd.docker.image.rootfs.foreign.diff.tar",
-)
+# What registries and builders that do not know better say of everything; moby takes these for configurations.
+_GENERIC_TYPES = ("", "application/octet-stream", "application/json", "text/html", "text/plain")
+_CONFIG_TYPES = ("application/vnd.oci.image.", "application/vnd.docker.container.image.")
+# A type that is not known is no error (image specification, manifest.md), and the diff ids say what a layer must be.
+# But it must not say that it is something else than a plain or compressed archive.
+_LAYER_ENDINGS = ("tar", "gzip", "zstd", "xz", "bzip2", "tgz", "octet-stream")
 _MAX_MANIFESTS = 1000
 _NOBODY = "unknown"  # the platform of BuildKit's attestations, which are no images
 
@@ -52,6 +52,8 @@ class BlobDescriptor(BaseModel):
         size: in bytes.
         platform: what machine it is for, where that is told.
         annotations: free keys and values.
+        artifact_type: what the manifest is of, if that is no image.
+        urls: where else the blob is.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -61,6 +63,8 @@ class BlobDescriptor(BaseModel):
     size: int = Field(ge=0, lt=1 << 63)
     platform: Platform | None = None
     annotations: Annotated[dict[str, str], BeforeValidator(_nothing)] = Field(default_factory=dict)
+    artifact_type: str = Field("", alias="artifactType")
+    urls: Annotated[tuple[str, ...], BeforeValidator(lambda value: value or ())] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Several images, or indexes, to choose from."""
+    """Several images, or indexes, to choose from; what is something else is left out."""
 
     manifests: tuple[BlobDescriptor, ...] = field(default=())
 
@@ -104,7 +108,8 @@ def parse_manifest(contents: bytes, media_type: str = "") -> Manifest | Index:
         media_type: what the source says it is; ``""`` when it does not say.
 
     Raises:
-        ImageFormatError: it is neither, contradicts itself, or is of something that is no image.
+        ImageFormatError: it is neither, or contradicts itself.
+        NotAnImageError: it is of something that is no image.
     """
     if len(contents) > MAX_MANIFEST_BYTES:
         raise ImageFormatError(f"the manifest has more than {MAX_MANIFEST_BYTES} bytes; it is none")
@@ -116,24 +121,45 @@ def parse_manifest(contents: bytes, media_type: str = "") -> Manifest | Index:
         raise ImageFormatError("the manifest is of the old schema 1; push the image again with a program of today")
     if file.manifests is not None and (file.layers is not None or file.config is not None):
         raise ImageFormatError("the manifest is an index and an image at the same time; somebody is cheating")
-    for said in {media_type.partition(";")[0].strip(), file.media_type} & set(MANIFEST_TYPES):
+    for said in {_plain(media_type), _plain(file.media_type)} & set(MANIFEST_TYPES):
         if (said in (OCI_INDEX, DOCKER_LIST)) != (file.manifests is not None):
             raise ImageFormatError(f"the manifest is said to be {said}, which it is not")
     if file.manifests is not None:
-        return Index(tuple(_checked(one) for one in file.manifests[:_MAX_MANIFESTS]))
+        return Index(tuple(_checked(one) for one in file.manifests[:_MAX_MANIFESTS] if _may_be_image(one)))
     if file.config is None or file.layers is None:
         raise ImageFormatError("the manifest has no config or no layers, so it is of no image")
-    if file.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG):
-        raise ImageFormatError(f"it is no image, but an artifact of type {file.config.media_type[:100]!r}")
+    if not _is_config(file.config.media_type):
+        raise NotAnImageError(f"it is no image, but an artifact of type {file.config.media_type[:100]!r}")
     if len(file.layers) > MAX_DEPTH:
         raise ImageFormatError(
             f"the image has {len(file.layers)} layers; {MAX_DEPTH} are the most a container can have"
         )
     for layer in file.layers:
-        kind, _, compression = layer.media_type.replace(".gzip", "+gzip").replace(".zstd", "+zstd").partition("+")
-        if kind not in _LAYER_TYPES or compression not in ("", "gzip", "zstd"):
-            raise ImageFormatError(f"a layer of type {layer.media_type[:100]!r} cannot be stored")
+        if layer.media_type and not _plain(layer.media_type).endswith(_LAYER_ENDINGS):
+            raise NotAnImageError(f"a layer of type {layer.media_type[:100]!r} cannot be stored")
     return Manifest(_checked(file.config), tuple(_checked(one) for one in file.layers))
+
+
+def _plain(media_type: str) -> str:
+    """A media type without parameters, in lower case."""
+    return media_type.partition(";")[0].strip().lower()
+
+
+def _is_config(media_type: str) -> bool:
+    plain = _plain(media_type)
+    return plain in _GENERIC_TYPES or plain.startswith(_CONFIG_TYPES)
+
+
+def _may_be_image(entry: BlobDescriptor) -> bool:
+    """Whether an entry of an index can be an image: attestations, signatures and types not known here are passed over.
+
+    Sources: image-index.md for types that are not known; BuildKit's "Image Attestation Storage" for the platform.
+    """
+    return (
+        _plain(entry.media_type) in (*MANIFEST_TYPES, *_GENERIC_TYPES)
+        and _is_config(entry.artifact_type)
+        and (entry.platform is None or entry.platform.os != _NOBODY)
+    )
 
 
 def _checked(descriptor: BlobDescriptor) -> BlobDescriptor:
@@ -145,7 +171,7 @@ def _checked(descriptor: BlobDescriptor) -> BlobDescriptor:
 
 
 def choose(index: Index, wanted: Platform | None, what: str) -> BlobDescriptor:
-    """The entry for a machine.
+    """The entry for a machine; the first of several that serve it equally well.
 
     Args:
         index: has entries for one or several platforms.
@@ -155,13 +181,17 @@ def choose(index: Index, wanted: Platform | None, what: str) -> BlobDescriptor:
     Raises:
         ImageFormatError: there is none for that machine.
     """
-    images = [one for one in index.manifests if one.platform is None or one.platform.os != _NOBODY]
     platform = wanted or Platform.of_this_machine()
-    fitting = [one for one in images if one.platform is not None and platform.runs(one.platform)]
-    exact = [one for one in fitting if one.platform is not None and one.platform.variant == platform.variant]
+    fitting = [
+        (rank, number)
+        for number, one in enumerate(index.manifests)
+        if one.platform is not None and (rank := platform.rank(one.platform)) is not None
+    ]
     if fitting:
-        return (exact or fitting)[0]
-    if len(images) == 1 and (wanted is None or images[0].platform is None):
-        return images[0]
-    there = ", ".join(sorted({str(one.platform) for one in images if one.platform is not None}))
+        return index.manifests[min(fitting)[1]]
+    # As Docker: an image that does not say what it is for comes last.
+    silent = [one for one in index.manifests if one.platform is None]
+    if silent or (len(index.manifests) == 1 and wanted is None):
+        return (silent or index.manifests)[0]
+    there = ", ".join(sorted({str(one.platform) for one in index.manifests}))
     raise ImageFormatError(f"{what} has nothing for {platform}; choose with --platform among: {there or 'none'}")

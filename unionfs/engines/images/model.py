@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import platform as host
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -102,48 +104,111 @@ class Platform(_Model):
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """From ``os/architecture[/variant]``.
+        """From ``os/architecture[/variant]``; ``architecture[/variant]`` is of Linux, ``linux`` is this machine.
 
         Raises:
             ImageFormatError: it is written differently.
         """
-        parts = text.split("/")
+        parts = text.lower().split("/")
+        if parts == ["linux"]:
+            return cls.of_this_machine()
+        if parts[0] in _ARCHITECTURES:
+            parts.insert(0, "linux")
         if not 2 <= len(parts) <= 3 or not all(parts):
             raise ImageFormatError(
                 f"{text[:100]!r} is no platform; write OS/ARCHITECTURE[/VARIANT], such as linux/arm64"
             )
-        os, architecture, *rest = (part.lower() for part in parts)
-        return cls(os=os, architecture=_GO_NAMES.get(architecture, architecture), variant=rest[0] if rest else "")
+        architecture, variant = _ARCHITECTURES.get(parts[1], (parts[1], ""))
+        given = parts[2] if len(parts) == 3 else ""
+        return cls(
+            os=parts[0], architecture=architecture, variant=f"v{given}" if given.isdecimal() else given or variant
+        )
 
     @classmethod
     def of_this_machine(cls) -> Platform:
-        """Where this program runs."""
+        """Where this program runs, with the most that its processor can do."""
         machine = host.machine().lower()
-        return cls(os="linux", architecture=_GO_NAMES.get(machine, machine), variant=_VARIANTS.get(machine, ""))
+        architecture, variant = _ARCHITECTURES.get(machine, (machine, ""))
+        if architecture == "amd64":
+            variant = _amd64_level(_cpu_flags())
+        return cls(os="linux", architecture=architecture, variant=variant or {"arm64": "v8"}.get(architecture, ""))
 
     def runs(self, other: Platform) -> bool:
-        """Whether images for ``other`` are what is meant by this platform; a variant counts only where both have one.
+        """Whether images for ``other`` are what is meant by this platform."""
+        return self.rank(other) is not None
 
-        ``arm64`` is always ``v8``, so neither says more than the other.
+    def rank(self, other: Platform) -> tuple[int, ...] | None:
+        """How well an image for ``other`` serves this platform: the lower the better; None: not at all.
+
+        A processor runs what is made for older variants of its architecture, and the newest of those serves it best.
+        As in containerd, ``arm`` alone is ``v7``, ``amd64`` is ``v1`` and ``arm64`` is ``v8``. Who asks for ``amd64``
+        or ``arm64`` without a variant may mean any machine, and so gets what demands least.
         """
         if (self.os, self.architecture) != (other.os, other.architecture):
-            return False
-        return not self.variant or not other.variant or self.variant == other.variant
+            return None
+        usual = _USUAL_VARIANTS.get(self.architecture, "")
+        wanted = _level(self.variant or (usual if self.architecture == "arm" else ""))
+        its = _level(other.variant or usual)
+        if not self.variant and not wanted:
+            return its or (0,)
+        if wanted and its:
+            if its <= wanted:
+                return tuple(-part for part in its)
+            # An image that is only said to be for arm may be for an older one than usual.
+            return None if other.variant else (0,)
+        if not other.variant:
+            return (0,)
+        return (-1,) if self.variant == other.variant else None
 
 
-# uname(2)'s machine, and what people write, to Go's GOARCH.
-_GO_NAMES = {
-    "x86_64": "amd64",
-    "x86-64": "amd64",
-    "aarch64": "arm64",
-    "armhf": "arm",
-    "armv7l": "arm",
-    "armv6l": "arm",
-    "i386": "386",
-    "i686": "386",
-    "loongarch64": "loong64",
+# uname(2)'s machine, and what people write, to Go's GOARCH and the variant.
+_ARCHITECTURES = {
+    **{name: (name, "") for name in ("386", "amd64", "arm", "arm64", "loong64", "ppc64le", "riscv64", "s390x")},
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "armel": ("arm", "v6"),
+    "armhf": ("arm", "v7"),
+    "armv5tel": ("arm", "v5"),
+    "armv6l": ("arm", "v6"),
+    "armv7l": ("arm", "v7"),
+    "armv8l": ("arm", "v8"),
+    "i386": ("386", ""),
+    "i686": ("386", ""),
+    "loongarch64": ("loong64", ""),
 }
-_VARIANTS = {"armv7l": "v7", "armv6l": "v6", "aarch64": "v8"}
+_USUAL_VARIANTS = {"amd64": "v1", "arm": "v7", "arm64": "v8"}
+_LEVEL = re.compile(r"v?([0-9]+)(?:\.([0-9]+))?")
+# x86-64 psABI, "Micro-Architecture Levels", with the names of /proc/cpuinfo (abm has lzcnt).
+_AMD64_LEVELS = {
+    "v2": frozenset(("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3")),
+    "v3": frozenset(("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave")),
+    "v4": frozenset(("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")),
+}
+
+
+def _level(variant: str) -> tuple[int, ...]:
+    """A number for ``v8`` or ``v8.2``; none for other variants, which have no order."""
+    found = _LEVEL.fullmatch(variant)
+    return (int(found[1]), int(found[2] or 0)) if found else ()
+
+
+def _cpu_flags() -> frozenset[str]:
+    with suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        for line in file:
+            name, _, flags = line.partition(":")
+            if name.strip() == "flags":
+                return frozenset(flags.split())
+    return frozenset()
+
+
+def _amd64_level(flags: frozenset[str]) -> str:
+    level = "v1"
+    for name, needed in _AMD64_LEVELS.items():
+        if not needed <= flags:
+            break
+        level = name
+    return level
 
 
 class _RootFilesystem(_Model):

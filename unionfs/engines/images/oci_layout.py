@@ -2,7 +2,7 @@
 
 ``oci-layout`` says that it is one, ``index.json`` names what is in it, ``blobs/sha256/<digest>`` are the contents.
 Source: OCI image specification, image-layout.md. Which name an image has is told in annotations: containerd writes it
-in full, others only the tag.
+in full, others only the tag; ``cosign save`` has a word of its own.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from unionfs.engines.images.manifest import (
 from unionfs.engines.images.model import MAX_CONFIG_BYTES, Platform, digest_of
 from unionfs.engines.images.reference import Reference, parse_reference
 from unionfs.engines.images.tar_files import read_limited
-from unionfs.errors import ImageError, ImageFormatError
+from unionfs.errors import ImageError, ImageFormatError, NotAnImageError
 from unionfs.layers.identity import ALGORITHM, digits_of
 
 LAYOUT = "oci-layout"
 INDEX = "index.json"
 REF_NAME = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME = "io.containerd.image.name"
+_COSIGN_NAME = "dev.cosignproject.cosign/imageRef"
 
 _MAX_NESTING = 4  # an index in an index is rare, more is nonsense
 
@@ -88,7 +89,7 @@ class DirectoryFiles:
 
 
 def read_layout(files: Files, platform: Platform | None = None, only: str = "") -> list[FoundImage]:
-    """The images in the layout, one for each entry of its index.
+    """The images in the layout, one for each entry of its index that is none for another machine only.
 
     Args:
         files: of the layout.
@@ -98,6 +99,7 @@ def read_layout(files: Files, platform: Platform | None = None, only: str = "") 
     Raises:
         ImageFormatError: something is missing, too large, or another thing than its name says; or there is no such
             entry, or none for the platform.
+        NotAnImageError: there is something else only.
     """
     index = parse_manifest(files.read(INDEX, MAX_MANIFEST_BYTES))
     if not isinstance(index, Index):
@@ -108,22 +110,33 @@ def read_layout(files: Files, platform: Platform | None = None, only: str = "") 
         raise ImageFormatError(
             f"there is no image {only[:100]!r} in it; it has: {known or f'{len(index.manifests)} without a name'}"
         )
-    if len(chosen) > 1 and all(one.platform is not None for one in chosen) and len({_label(o) for o in chosen}) == 1:
-        # One image for several machines, without an index of its own.
-        chosen = [choose(Index(tuple(chosen)), platform, only or "the layout")]
-    return list(_images(files, chosen, platform))
-
-
-def _images(files: Files, chosen: list[BlobDescriptor], platform: Platform | None) -> Iterator[FoundImage]:
+    groups: dict[str, list[BlobDescriptor]] = {}
     for one in chosen:
-        manifest = _manifest(files, one, platform)
-        config = _blob(files, manifest.config, MAX_CONFIG_BYTES)
-        layers = []
-        for layer in manifest.layers:
-            name = _path(layer)
-            _check_size(files, layer)
-            layers.append(LayerBlob(partial(files.open, name), layer.digest, layer.size))
-        yield FoundImage(config, layers, _names(one))
+        groups.setdefault(_label(one), []).append(one)
+    found: list[FoundImage] = []
+    other: NotAnImageError | None = None
+    for label, entries in groups.items():
+        if len(entries) > 1 and all(one.platform is not None for one in entries):
+            # One image for several machines, without an index of its own.
+            entries = [choose(Index(tuple(entries)), platform, label or only or "the layout")]  # noqa: PLW2901
+        for one in entries:
+            try:
+                found.append(_image(files, one, platform))
+            except NotAnImageError as error:
+                other = error  # such as the signatures that cosign save puts beside an image
+    if other is not None and not found:
+        raise other
+    return found
+
+
+def _image(files: Files, entry: BlobDescriptor, platform: Platform | None) -> FoundImage:
+    manifest = _manifest(files, entry, platform)
+    config = _blob(files, manifest.config, MAX_CONFIG_BYTES)
+    layers = []
+    for layer in manifest.layers:
+        _check_size(files, layer)
+        layers.append(LayerBlob(partial(files.open, _path(layer)), layer.digest, layer.size))
+    return FoundImage(config, layers, _names(entry))
 
 
 def _manifest(files: Files, descriptor: BlobDescriptor, platform: Platform | None) -> Manifest:
@@ -156,11 +169,18 @@ def _blob(files: Files, descriptor: BlobDescriptor, limit: int) -> bytes:
 
 
 def _label(descriptor: BlobDescriptor) -> str:
-    return descriptor.annotations.get(CONTAINERD_NAME) or descriptor.annotations.get(REF_NAME, "")
+    return next(_labels(descriptor), "")
+
+
+def _labels(descriptor: BlobDescriptor) -> Iterator[str]:
+    """What the annotations call the entry, the fullest name first."""
+    for key in (CONTAINERD_NAME, REF_NAME, _COSIGN_NAME):
+        if text := descriptor.annotations.get(key):
+            yield text
 
 
 def _is_meant(descriptor: BlobDescriptor, text: str) -> bool:
-    if text in (descriptor.digest, descriptor.annotations.get(REF_NAME), descriptor.annotations.get(CONTAINERD_NAME)):
+    if text in (descriptor.digest, *_labels(descriptor)):
         return True
     with suppress(ImageError):
         return parse_reference(text).with_default_tag() in _names(descriptor)
@@ -169,7 +189,7 @@ def _is_meant(descriptor: BlobDescriptor, text: str) -> bool:
 
 def _names(descriptor: BlobDescriptor) -> tuple[Reference, ...]:
     """What the entry's annotations call it; a tag alone is no name."""
-    for text in (descriptor.annotations.get(CONTAINERD_NAME, ""), descriptor.annotations.get(REF_NAME, "")):
+    for text in _labels(descriptor):
         if "/" in text or ":" in text:
             with suppress(ImageError):
                 return (parse_reference(text).with_default_tag(),)
