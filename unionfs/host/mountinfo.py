@@ -30,6 +30,11 @@ class Mount(NamedTuple):
     """Whether the kernel shows other owners through it than those on disk (mount_setattr(2), MOUNT_ATTR_IDMAP)."""
 
     @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor number of the mounted file system, one for all of its mounts."""
+        return self.major, self.minor
+
+    @property
     def is_union(self) -> bool:
         """Whether it is one of ours."""
         return self.fs_type in _OUR_TYPES

@@ -38,6 +38,11 @@ _FS_IOC_GETFSUUID: Final = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid
 
 _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 
+# linux/stat.h: Linux 5.8
+_STATX_MNT_ID: Final = 0x1000
+_STATX_MNT_ID_AT: Final = 144  # of stx_mnt_id in struct statx
+_STATX_SIZE: Final = 256
+
 _MAX_HANDLE_BYTES: Final = 128  # linux/fcntl.h: MAX_HANDLE_SZ
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -171,9 +176,9 @@ def syncfs(fd: int) -> None:
 
 
 def mount_id(fd: int) -> int:
-    """The id of the mount that ``fd`` was opened through, from /proc (statx has no wrapper either)."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
-        for line in info:
-            if line.startswith(b"mnt_id:"):
-                return int(line.split()[1])
-    return -1
+    """The id, as in mountinfo, of the mount that ``fd`` was opened through; -1 where the kernel does not say."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    check(_libc.statx(ctypes.c_int(fd), b"", ctypes.c_int(AT_EMPTY_PATH), ctypes.c_uint(_STATX_MNT_ID), buffer))
+    (mask,) = struct.unpack_from("=I", buffer)
+    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_AT)
+    return int(number) if mask & _STATX_MNT_ID else -1

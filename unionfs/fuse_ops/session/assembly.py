@@ -11,6 +11,7 @@ from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
+from unionfs.fuse_ops.stack.overlap import check_separate
 from unionfs.fuse_ops.stack.raw_ids import unmapped_path
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import prepare_workdir, supports_xattrs
@@ -38,6 +39,8 @@ def open_tree(options: MountOptions) -> UnionTree:
     opened: list[LayerDir] = []
     try:
         paths = [*options.lowerdirs, *options.datadirs]
+        if options.upperdir is not None and options.workdir is not None and not options.read_only:
+            check_separate(paths, options.upperdir, options.workdir)
         if options.uid_map or options.gid_map:
             paths = [unmapped_path(path) for path in paths]
         layers = [_track(opened, open_lower(path, i, cache)) for i, path in enumerate(paths)]

@@ -33,7 +33,7 @@ def unmapped_path(path: str) -> str:
         wanted = os.stat(fd)
         inside = os.path.normpath(os.path.join(here.root, os.path.relpath(shown, here.mount_point)))
         for mount in mounts.values():
-            if (mount.major, mount.minor) == (here.major, here.minor) and not mount.id_mapped:
+            if mount.device == here.device and not mount.id_mapped:
                 candidate = _path_in(mount, inside)
                 if candidate is not None and _is(candidate, wanted, mount):
                     return candidate

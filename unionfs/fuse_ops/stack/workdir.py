@@ -69,9 +69,6 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool) -> WorkDir:
 
 
 def _check_placement(workdir: str, fd: int, upperdir: str) -> None:
-    upper, work = os.path.realpath(upperdir), os.path.realpath(workdir)
-    if upper == work or work.startswith(upper + "/") or upper.startswith(work + "/"):
-        raise LayerError(f"workdir {workdir} and upperdir {upperdir} lie inside each other; use separate directories")
     upper_fd = os.open(upperdir, _DIR_FLAGS)
     try:
         # Files are renamed from one to the other, which needs one mount, not only one file system.
