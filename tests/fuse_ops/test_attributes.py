@@ -14,7 +14,7 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.tree.attributes import Override, Ownership, format_override, parse_override
 from unionfs.overlay.idmap import OVERFLOW_ID, IdMap, IdRange
 
-CONTAINER = IdMap([IdRange(disk=0, shown=200_000, length=1000), IdRange(disk=5000, shown=5000, length=10)])
+CONTAINER = IdMap([IdRange(container=0, host=200_000, count=1000), IdRange(container=5000, host=5000, count=10)])
 
 
 def test_ids_are_mapped_both_ways() -> None:

@@ -137,12 +137,12 @@ def test_every_field_can_be_set_by_text() -> None:
 
 def test_map_is_container_id_then_host_id() -> None:
     options = with_lower("uidmapping=0:200000:65536,gidmapping=:0:1:1001:1001:0:1:1002:1002:64535")
-    assert options.uid_map.ranges == (IdRange(disk=0, shown=200000, length=65536),)
+    assert options.uid_map.ranges == (IdRange(container=0, host=200000, count=65536),)
     assert options.uid_map.to_shown(5) == 200005
     assert options.gid_map.ranges == (
-        IdRange(disk=0, shown=1, length=1001),
-        IdRange(disk=1001, shown=0, length=1),
-        IdRange(disk=1002, shown=1002, length=64535),
+        IdRange(container=0, host=1, count=1001),
+        IdRange(container=1001, host=0, count=1),
+        IdRange(container=1002, host=1002, count=64535),
     )
 
 

@@ -323,7 +323,7 @@ class _Words:
             disk = _number(key, value, fields[at], 0, _MAX_ID)
             shown = _number(key, value, fields[at + 1], 0, _MAX_ID)
             length = _number(key, value, fields[at + 2], 1, _MAX_ID + 1 - max(disk, shown))
-            ranges.append(IdRange(disk=disk, shown=shown, length=length))
+            ranges.append(IdRange(container=disk, host=shown, count=length))
         return IdMap(ranges)
 
     def seconds(self, key: str, default: float) -> float:

@@ -15,7 +15,10 @@ from unionfs.host.syscalls import FileHandle
 
 WHITEOUT_DEVICE: Final = os.makedev(0, 0)
 MARK: Final = b".wh."
+META_MARK: Final = b".wh..wh."  # what aufs keeps for itself: no names are hidden by it
 OPAQUE_MARK: Final = b".wh..wh..opq"
+FUSE_OVERLAYFS_PREFIX: Final = b"user.fuseoverlayfs."
+FUSE_OVERLAYFS_OPAQUE: Final = b"user.fuseoverlayfs.opaque"
 NAME_MAX: Final = 255
 UNSYNCED: Final = b"\0\4\0\0"
 """The value of ``overlay.metacopy`` on a copy that has its data, which may not be on the disk yet.
@@ -87,6 +90,10 @@ class OverlayXattrs:
         if stored.startswith(self.escape):
             return self.prefix + stored[len(self.escape) :]
         return stored
+
+
+TRUSTED: Final = OverlayXattrs(user=False)
+USER: Final = OverlayXattrs(user=True)
 
 
 def encode_origin(handle: FileHandle, filesystem_uuid: bytes) -> bytes:

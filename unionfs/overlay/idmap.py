@@ -1,7 +1,11 @@
-"""Mapping between the owner ids stored on disk and those that the mount presents."""
+"""Mapping between the owner ids of a container and those of the host: ranges, and what a mount makes of them.
+
+A range is the triple that engines hand on: a container's id, the host's, and how many.
+"""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,57 +14,85 @@ OVERFLOW_ID = 65534  # /proc/sys/kernel/overflowuid; the kernel's default on eve
 
 @dataclass(frozen=True, slots=True)
 class IdRange:
-    """``length`` ids starting at ``disk`` on disk are shown as those starting at ``shown``."""
+    """``count`` ids starting at ``container`` in the container are those starting at ``host`` outside."""
 
-    disk: int
-    shown: int
-    length: int
+    container: int
+    host: int
+    count: int
+
+
+class IdTable:
+    """A set of ranges, looked up in both directions."""
+
+    __slots__ = ("_by_container", "_by_host", "ranges")
+
+    def __init__(self, ranges: Sequence[IdRange] = ()) -> None:
+        self.ranges = tuple(ranges)
+        self._by_container = sorted((r.container, r.host, r.count) for r in ranges)
+        self._by_host = sorted((r.host, r.container, r.count) for r in ranges)
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges)
+
+    def to_host(self, number: int) -> int | None:
+        """The host's id for the container's ``number``; None where no range covers it."""
+        return _convert(self._by_container, number)
+
+    def to_container(self, number: int) -> int | None:
+        """The container's id for the host's ``number``; None where no range covers it."""
+        return _convert(self._by_host, number)
+
+
+def _convert(table: list[tuple[int, int, int]], number: int) -> int | None:
+    at = bisect.bisect_right(table, (number, 1 << 64, 0)) - 1
+    if at >= 0:
+        start, target, count = table[at]
+        if number < start + count:
+            return target + number - start
+    return None
 
 
 class IdMap:
-    """A set of id ranges, looked up in both directions; an empty map changes nothing.
+    """What a mount makes of ids: layers hold a container's, and the mount shows the host's. Empty: as they are.
 
     An id that no range covers is shown as the overflow id. In the other direction it is stored unchanged:
     the container engine creates files through the mount as an id outside of the map, and storing the overflow
     id for it locks the container out of them.
     """
 
-    __slots__ = ("_to_disk", "_to_shown", "ranges")
+    __slots__ = ("_table", "_to_disk", "_to_shown")
 
     def __init__(self, ranges: Sequence[IdRange] = ()) -> None:
-        self.ranges = tuple(ranges)
+        self._table = IdTable(ranges)
         # Owners repeat over and over in a root file system, so each answer is computed once. Bounded by the
         # number of distinct ids in use.
         self._to_shown: dict[int, int] = {}
         self._to_disk: dict[int, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.ranges)
+        return bool(self._table)
+
+    @property
+    def ranges(self) -> tuple[IdRange, ...]:
+        """The ranges, as they were given."""
+        return self._table.ranges
 
     def to_shown(self, disk_id: int) -> int:
         """The id that the mount shows for ``disk_id``."""
-        if not self.ranges:
+        if not self._table:
             return disk_id
         shown = self._to_shown.get(disk_id)
         if shown is None:
-            shown = OVERFLOW_ID
-            for r in self.ranges:
-                if r.disk <= disk_id < r.disk + r.length:
-                    shown = r.shown + disk_id - r.disk
-                    break
-            self._to_shown[disk_id] = shown
+            mapped = self._table.to_host(disk_id)
+            shown = self._to_shown[disk_id] = OVERFLOW_ID if mapped is None else mapped
         return shown
 
     def to_disk(self, shown_id: int) -> int:
         """The id to store for a caller or owner known as ``shown_id`` on the mount."""
-        if not self.ranges:
+        if not self._table:
             return shown_id
         disk = self._to_disk.get(shown_id)
         if disk is None:
-            disk = shown_id
-            for r in self.ranges:
-                if r.shown <= shown_id < r.shown + r.length:
-                    disk = r.disk + shown_id - r.shown
-                    break
-            self._to_disk[shown_id] = disk
+            mapped = self._table.to_container(shown_id)
+            disk = self._to_disk[shown_id] = shown_id if mapped is None else mapped
         return disk

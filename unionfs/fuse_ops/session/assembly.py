@@ -126,7 +126,6 @@ def _lower_stack(
         data,
         xattrs,
         follow_redirects=options.redirect_dir is not RedirectMode.NOFOLLOW,
-        read_xattrs=True,
     )
 
 

@@ -11,16 +11,20 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
-from unionfs.overlay.format import MARK, OPAQUE_MARK, OverlayXattrs, is_whiteout
+from unionfs.overlay import rules
+from unionfs.overlay.format import MARK, OPAQUE_MARK, OverlayXattrs
+from unionfs.overlay.rules import WHITEOUT, DirMarks
+
+if TYPE_CHECKING:
+    from os import _ScandirIterator as ScandirIterator
 
 _MANY = 8  # directories to merge, for which it pays to have them read in the background
-_FUSE_OVERLAYFS_OPAQUE = b"user.fuseoverlayfs.opaque"
 
 
 class LowerDir(NamedTuple):
@@ -38,6 +42,11 @@ class LowerDir(NamedTuple):
     def join(self, name: bytes) -> bytes:
         return self.path + b"/" + name if self.path else name
 
+    @property
+    def fd(self) -> int:
+        """A descriptor of it, which belongs to its layer's cache."""
+        return self.layer.dir_fd(self.path)
+
 
 class LowerHit(NamedTuple):
     """What a stack shows under a name: a stack of directories, or one file of any other type."""
@@ -49,19 +58,6 @@ class LowerHit(NamedTuple):
     position: int  # in the stack that was searched
 
 
-class DirMarks(NamedTuple):
-    """What the attributes of a directory in a layer say of the layers below it."""
-
-    opaque: bool
-    xwhiteouts: bool
-    redirect: bytes | None
-    impure: bool
-    nested: bool
-
-
-_NO_MARKS = DirMarks(False, False, None, False, False)
-
-
 @dataclass(slots=True)
 class DirIndex:
     """The names of a stack: for each the positions in the stack that contribute to it, top first."""
@@ -71,10 +67,13 @@ class DirIndex:
 
 
 class LowerStack:
-    """Lookups in the lower layers of one mount.
+    """Lookups in the lower layers of one mount, by the rules of :mod:`unionfs.overlay.rules`.
 
     ``layers`` and ``data_layers`` are top first. ``follow_redirects`` false makes a redirect an EPERM, as the
     kernel does with ``redirect_dir=nofollow``.
+
+    A stack may hold directories below one that a mark ``.wh..wh..opq`` makes opaque: whoever goes down in a stack looks
+    for that mark (:meth:`below`), so that nobody reads a directory from the disk just to be told of it.
     """
 
     def __init__(
@@ -84,62 +83,38 @@ class LowerStack:
         xattrs: OverlayXattrs,
         *,
         follow_redirects: bool = True,
-        read_xattrs: bool = True,
     ) -> None:
         self.layers = tuple(layers)
         self.data_layers = tuple(data_layers)
-        self.xattrs = xattrs
-        self._follow = follow_redirects
-        self._read_xattrs = read_xattrs
+        self.spaces = (xattrs,)
+        self.follows_redirects = follow_redirects
         self.ahead = DirectoryReadAhead()
-        self.root = tuple(self._root_dirs(self.layers))
+        self.root = tuple(self._root_dirs())
 
-    def _root_dirs(self, layers: Sequence[LayerDir]) -> Iterator[LowerDir]:
-        for layer in layers:
+    def _root_dirs(self) -> list[LowerDir]:
+        found = []
+        for layer in self.layers:
+            # The kernel ignores an opaque attribute at the top of a layer; the mark counts there, too.
             marks = self.read_marks(layer.proc_path(b""))
-            # The kernel ignores an opaque attribute at the top of a layer.
-            yield LowerDir(layer, b"", marks.xwhiteouts, marks.nested)
+            found.append(LowerDir(layer, b"", marks.xwhiteouts, marks.nested))
+            if rules.is_marked_opaque(layer.fd):
+                break
+        return found
 
-    # -- attributes of a directory ----------------------------------------------------------------------------
+    def root_below(self, layer: LayerDir) -> tuple[LowerDir, ...]:
+        """The top directories of the layers below ``layer``: where its absolute redirects start."""
+        return tuple(entry for entry in self.root if entry.layer.index > layer.index)
+
+    def below(self, stack: Sequence[LowerDir], position: int) -> Sequence[LowerDir]:
+        """What of ``stack`` comes after ``position`` and is not hidden by a mark in the directory there."""
+        rest = stack[position + 1 :]
+        if rest and rules.is_marked_opaque(stack[position].fd):
+            return ()
+        return rest
 
     def read_marks(self, path: bytes) -> DirMarks:
         """The overlay attributes of the directory at ``path`` (a /proc path, its last component not followed)."""
-        if not self._read_xattrs:
-            return _NO_MARKS
-        try:
-            names = os.listxattr(path, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM):
-                return _NO_MARKS
-            raise
-        if not names:
-            return _NO_MARKS
-        opaque = xwhiteouts = impure = nested = False
-        redirect = None
-        x = self.xattrs
-        for text in names:
-            name = os.fsencode(text)
-            if name == x.opaque:
-                value = os.getxattr(path, name, follow_symlinks=False)
-                opaque = value[:1] == b"y"
-                xwhiteouts = value[:1] == b"x"
-            elif name == x.redirect:
-                redirect = os.getxattr(path, name, follow_symlinks=False)
-            elif name == x.impure:
-                impure = True
-            elif name == x.nested_opaque:
-                nested = os.getxattr(path, name, follow_symlinks=False)[:1] == b"x"
-            elif name == _FUSE_OVERLAYFS_OPAQUE:
-                opaque = opaque or os.getxattr(path, name, follow_symlinks=False)[:1] == b"y"
-        return DirMarks(opaque, xwhiteouts, redirect, impure, nested)
-
-    def is_xattr_whiteout(self, path: bytes, st: os.stat_result) -> bool:
-        """Whether a file in a directory marked ``opaque=x`` is a whiteout."""
-        return _is_empty_file(st) and _has_xattr(path, self.xattrs.whiteout)
-
-    def is_nested_whiteout(self, path: bytes, st: os.stat_result) -> bool:
-        """Whether a file in a directory marked for it is the whiteout of an overlay stacked on this mount."""
-        return _is_empty_file(st) and _has_xattr(path, self.xattrs.nested_whiteout)
+        return rules.read_marks(path, self.spaces)
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -147,8 +122,8 @@ class LowerStack:
         """What ``stack`` shows under ``name``; None if nothing. Raises EPERM at a redirect not to be followed."""
         if len(stack) == 1:
             entry = stack[0]
-            st = self._stat_unless_whiteout(entry, name)
-            if st is None or st is _HIDDEN:
+            st = rules.stat_entry(entry.fd, name, self.spaces, xwhiteouts=entry.xwhiteouts)
+            if st is None or st is WHITEOUT:
                 return None
             if not stat.S_ISDIR(st.st_mode):
                 return LowerHit(st, (), entry.layer, entry.join(name), 0)
@@ -161,7 +136,7 @@ class LowerStack:
         if positions is None:
             return None
         top = stack[positions[0]]
-        st = os.stat(name, dir_fd=top.layer.dir_fd(top.path), follow_symlinks=False)
+        st = os.stat(name, dir_fd=top.fd, follow_symlinks=False)
         if stat.S_ISDIR(st.st_mode):
             return self._merge(stack, positions, name, st)
         return LowerHit(st, (), top.layer, top.join(name), positions[0])  # the index has no whiteouts
@@ -171,12 +146,12 @@ class LowerStack:
         dirs: list[LowerDir] = []
         for position in positions:
             entry = stack[position]
-            marks = self.read_marks(b"/proc/self/fd/%d/%s" % (entry.layer.dir_fd(entry.path), name))
+            marks = self.read_marks(rules.entry_path(entry.fd, name))
             dirs.append(LowerDir(entry.layer, entry.join(name), marks.xwhiteouts, marks.nested))
-            if marks.redirect is not None:
-                dirs.extend(self._behind_redirect(stack[position + 1 :], entry.layer, marks))
-                break
             if marks.opaque:
+                break
+            if marks.redirect is not None and not self._is_last(stack, position):
+                dirs.extend(self._behind_redirect(stack, position, marks.redirect))
                 break
         return LowerHit(st, tuple(dirs), dirs[0].layer, dirs[0].path, positions[0])
 
@@ -184,75 +159,59 @@ class LowerStack:
         top: tuple[os.stat_result, int] | None = None
         dirs: list[LowerDir] = []
         for position, entry in enumerate(stack):
-            layer = entry.layer
-            path = entry.join(name)
-            st = self._stat_unless_whiteout(entry, name)
-            if st is _HIDDEN:
-                break
-            if st is not None:
-                if not stat.S_ISDIR(st.st_mode):
+            found = rules.probe(
+                entry.fd, name, self.spaces, xwhiteouts=entry.xwhiteouts, last=self._is_last(stack, position)
+            )
+            if found.st is not None:
+                if not stat.S_ISDIR(found.st.st_mode):
                     if top is None:
-                        return LowerHit(st, (), layer, path, position)
+                        return LowerHit(found.st, (), entry.layer, entry.join(name), position)
                     break
-                marks = self.read_marks(layer.proc_path(path))
                 if top is None:
-                    top = (st, position)
-                dirs.append(LowerDir(layer, path, marks.xwhiteouts, marks.nested))
-                if marks.redirect is not None:
-                    dirs.extend(self._behind_redirect(stack[position + 1 :], layer, marks))
+                    top = (found.st, position)
+                dirs.append(LowerDir(entry.layer, entry.join(name), found.marks.xwhiteouts, found.marks.nested))
+                if found.redirect is not None:
+                    dirs.extend(self._behind_redirect(stack, position, found.redirect))
                     break
-                if marks.opaque:
-                    break
-            # `.wh.name` beside the name hides the layers below, not the name itself: OCI layer rules.
-            if position + 1 < len(stack) and self._has_mark(entry, name):
+            if found.hides or not self.below(stack, position):
                 break
         if top is None:
             return None
         return LowerHit(top[0], tuple(dirs), dirs[0].layer, dirs[0].path, top[1])
 
-    def _stat_unless_whiteout(self, entry: LowerDir, name: bytes) -> os.stat_result | None:
-        try:
-            st = os.stat(name, dir_fd=entry.layer.dir_fd(entry.path), follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        if is_whiteout(st):
-            return _HIDDEN
-        if entry.xwhiteouts and self.is_xattr_whiteout(entry.layer.proc_path(entry.join(name)), st):
-            return _HIDDEN
-        return st
-
-    def _has_mark(self, entry: LowerDir, name: bytes) -> bool:
-        if len(name) > 251:
+    def _is_last(self, stack: Sequence[LowerDir], position: int) -> bool:
+        """Whether nothing can be merged with what is at ``position``, neither of this stack nor by a redirect."""
+        if position + 1 < len(stack):
             return False
-        try:
-            os.stat(MARK + name, dir_fd=entry.layer.dir_fd(entry.path), follow_symlinks=False)
-        except OSError:
-            return False
-        return True
+        return not self.follows_redirects or stack[position].layer.index >= self.root[-1].layer.index
 
-    def _behind_redirect(self, rest: Sequence[LowerDir], layer: LayerDir, marks: DirMarks) -> tuple[LowerDir, ...]:
-        assert marks.redirect is not None
-        hit = self.resolve_redirect(marks.redirect, rest, [d for d in self.layers if d.index > layer.index])
+    def may_have_data_below(self, layer: LayerDir) -> bool:
+        """Whether there are layers that may have the data of a metacopy in ``layer``."""
+        return layer.index < self.root[-1].layer.index or bool(self.data_layers)
+
+    def _behind_redirect(self, stack: Sequence[LowerDir], position: int, redirect: bytes) -> tuple[LowerDir, ...]:
+        below = self.root_below(stack[position].layer)
+        hit = self.resolve_redirect(redirect, self.below(stack, position), below)
         return hit.dirs if hit else ()
 
     def resolve_redirect(
-        self, redirect: bytes, siblings: Sequence[LowerDir], layers: Sequence[LayerDir] | None = None
+        self, redirect: bytes, siblings: Sequence[LowerDir], root: Sequence[LowerDir]
     ) -> LowerHit | None:
         """What lies behind the value of a redirect attribute.
 
-        A relative one names a sibling, looked up in the stack ``siblings``; an absolute one starts at the top of
-        ``layers`` (default: all lower layers).
+        A relative one names a sibling, looked up in the stack ``siblings``; an absolute one starts at ``root``. Raises
+        OSError for one that is invalid, or is not to be followed.
         """
-        if not self._follow:
+        if not self.follows_redirects:
             raise PermissionError(errno.EPERM, "redirect found, and redirect_dir=nofollow", os.fsdecode(redirect))
+        redirect = rules.check_redirect(redirect)
         if not redirect.startswith(b"/"):
             return self.lookup(siblings, redirect)
-        stack = self.root if layers is None else tuple(self._root_dirs(layers))
-        return self.walk(redirect.strip(b"/"), stack)
+        return self.walk(redirect[1:], root)
 
-    def walk(self, path: bytes, stack: Sequence[LowerDir] | None = None) -> LowerHit | None:
-        """What the merged lower layers show at ``path``, a path of one or more components without a leading slash."""
-        dirs: Sequence[LowerDir] = self.root if stack is None else stack
+    def walk(self, path: bytes, stack: Sequence[LowerDir]) -> LowerHit | None:
+        """What ``stack`` shows at ``path``, a path of one or more components without a leading slash."""
+        dirs = stack
         hit: LowerHit | None = None
         for name in path.split(b"/"):
             if hit is not None:
@@ -285,67 +244,58 @@ class LowerStack:
             marks: list[bytes] = []
             last = position + 1 == depth
             opaque = False
-            for item in scan(entry.layer.dir_fd(entry.path)):
-                name = item.name
-                if name.startswith(MARK):
-                    if name == OPAQUE_MARK:
-                        opaque = True
-                    else:
-                        marks.append(name[len(MARK) :])
-                    continue
-                if name in closed:
-                    continue
-                above = names.get(name)
-                if item.is_dir(follow_symlinks=False):
-                    names[name] = (*above, position) if above else (position,)
-                    continue
-                if not last:
-                    closed.add(name)
-                if above is None and not self._hidden(entry, item):
-                    names[name] = (position,)
+            with scan(entry.fd) as items:
+                for item in items:
+                    name = item.name
+                    if rules.is_mark(name):
+                        if name == OPAQUE_MARK:
+                            opaque = True
+                        else:
+                            marks.append(name[len(MARK) :])
+                        continue
+                    if name in closed:
+                        continue
+                    above = names.get(name)
+                    if item.is_dir(follow_symlinks=False):
+                        names[name] = (*above, position) if above else (position,)
+                        continue
+                    if not last:
+                        closed.add(name)
+                    if above is None and not rules.is_whiteout_entry(entry.fd, item, self.spaces, entry.xwhiteouts):
+                        names[name] = (position,)
             if opaque:
                 depth = position + 1
                 break
             closed.update(marks)
         return DirIndex(names, depth)
 
-    def _hidden(self, entry: LowerDir, item: os.DirEntry[bytes]) -> bool:
-        if item.is_symlink():
-            return False
-        if item.is_file(follow_symlinks=False):
-            return entry.xwhiteouts and self._stat_unless_whiteout(entry, item.name) is _HIDDEN
-        return self._stat_unless_whiteout(entry, item.name) is _HIDDEN
-
     # -- data -------------------------------------------------------------------------------------------------
 
     def is_metacopy(self, path: bytes) -> bool:
         """Whether the file at ``path`` (a /proc path) carries only metadata."""
-        return self._read_xattrs and _has_xattr(path, self.xattrs.metacopy)
+        return rules.is_metacopy(path, self.spaces)
 
     def data_below(
-        self, proc_path: bytes, rest: Sequence[LowerDir], name: bytes, below: Sequence[LayerDir]
+        self, path: bytes, rest: Sequence[LowerDir], name: bytes, root: Sequence[LowerDir]
     ) -> tuple[LayerDir, bytes] | None:
-        """Where the contents of the metacopy at ``proc_path`` are; None if they are missing.
+        """Where the contents of the metacopy at ``path`` (a /proc path) are; None if they are missing.
 
-        ``rest`` is what remains, below the file, of the stack that it was found in as ``name``; ``below`` are the
-        layers below it, where an absolute redirect starts.
+        ``rest`` is what remains, below the file, of the stack that it was found in as ``name``; ``root`` are the tops
+        of the layers below it, where an absolute redirect starts. Raises OSError as :meth:`resolve_redirect`.
         """
-        stack: Sequence[LowerDir] = rest
+        stack = rest
         target = b""
-        try:
-            redirect = os.getxattr(proc_path, self.xattrs.redirect, follow_symlinks=False)
-        except OSError:
-            pass
-        else:
+        redirect = rules.read_redirect(path, self.spaces)
+        if redirect is not None:
+            if not self.follows_redirects:
+                raise PermissionError(errno.EPERM, "redirect found, and redirect_dir=nofollow", os.fsdecode(redirect))
+            redirect = rules.check_redirect(redirect)
+            head, _, name = redirect.rpartition(b"/")
             if redirect.startswith(b"/"):
-                target = redirect.strip(b"/")
-                head, _, name = target.rpartition(b"/")
-                top = tuple(self._root_dirs(below))
-                parent = self.walk(head, top) if head else None
-                stack = (parent.dirs if parent is not None else ()) if head else top
-            else:
-                name = redirect
-        hit = self.lookup(stack, name)
+                target = redirect[1:]
+                parent = self.walk(head[1:], root) if head else None
+                stack = root if not head else () if parent is None else parent.dirs
+        hit = self.lookup(stack, name) if stack else None
         if hit is None:
             return self._in_data_layers(target) if target else None
         if not stat.S_ISREG(hit.st.st_mode):
@@ -353,8 +303,7 @@ class LowerStack:
         path = hit.layer.proc_path(hit.path)
         if not self.is_metacopy(path):
             return hit.layer, hit.path
-        lower = [layer for layer in self.layers if layer.index > hit.layer.index]
-        return self.data_below(path, stack[hit.position + 1 :], name, lower)
+        return self.data_below(path, self.below(stack, hit.position), name, self.root_below(hit.layer))
 
     def _in_data_layers(self, path: bytes) -> tuple[LayerDir, bytes] | None:
         for layer in self.data_layers:
@@ -366,22 +315,6 @@ class LowerStack:
         return None
 
 
-def _is_empty_file(st: os.stat_result) -> bool:
-    return st.st_size == 0 and stat.S_ISREG(st.st_mode)
-
-
-def _has_xattr(path: bytes, name: bytes) -> bool:
-    try:
-        os.getxattr(path, name, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
-def scan(dir_fd: int) -> Iterator[os.DirEntry[bytes]]:
-    """The entries of a directory, names as bytes."""
-    with os.scandir(b"/proc/self/fd/%d" % dir_fd) as entries:
-        yield from entries
-
-
-_HIDDEN: os.stat_result = os.stat_result((0,) * 10)
+def scan(dir_fd: int) -> ScandirIterator[bytes]:
+    """The entries of a directory, names as bytes; to be used in a ``with``."""
+    return os.scandir(b"/proc/self/fd/%d" % dir_fd)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir
@@ -14,16 +15,9 @@ from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
 from unionfs.host.syscalls import open_handle
-from unionfs.overlay.format import (
-    MARK,
-    NAME_MAX,
-    OPAQUE_MARK,
-    WHITEOUT_DEVICE,
-    OverlayXattrs,
-    decode_origin,
-    inode_in_handle,
-    is_whiteout,
-)
+from unionfs.overlay import rules
+from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE, OverlayXattrs, decode_origin, inode_in_handle
+from unionfs.overlay.rules import WHITEOUT
 
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -67,6 +61,8 @@ class MergedView:
         root.stack_path = b""
         if self.upper is not None:
             root.upper = True
+            if rules.is_marked_opaque(self.upper.layer.fd):
+                root.lowers = ()
             marks = self.lower.read_marks(self.upper.layer.proc_path(b""))
             root.impure, root.xwhiteouts, root.nested = marks.impure, marks.xwhiteouts, marks.nested
         return root
@@ -148,7 +144,7 @@ class MergedView:
                 return child, None
         if len(name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
-        if name.startswith(MARK) or directory.orphan:
+        if rules.is_mark(name) or directory.orphan:
             return None
         hides_lower = False
         if directory.upper:
@@ -169,13 +165,10 @@ class MergedView:
     def upper_state(self, directory: Inode, name: bytes) -> tuple[os.stat_result | None, bool]:
         """What the upper layer says of ``name``: lstat of an object (None without one), and whether it hides lowers."""
         dir_fd = self.upper_dir_fd(directory)
-        try:
-            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        except FileNotFoundError:
+        st = rules.stat_entry(dir_fd, name, self.lower.spaces, xwhiteouts=directory.xwhiteouts)
+        if st is None:
             return None, bool(directory.lowers) and name in self.upper_marks(directory)
-        if is_whiteout(st):
-            return None, True
-        if directory.xwhiteouts and self.lower.is_xattr_whiteout(b"/proc/self/fd/%d/%s" % (dir_fd, name), st):
+        if st is WHITEOUT:
             return None, True
         if not stat.S_ISDIR(st.st_mode):
             return st, True
@@ -186,19 +179,14 @@ class MergedView:
         marks = directory.marks
         if marks is None:
             marks = directory.marks = set()
-            for item in scan(self.upper_dir_fd(directory)):
-                if item.name.startswith(MARK):
-                    if item.name == OPAQUE_MARK:
-                        directory.lowers = ()
-                        directory.index = None
-                    else:
+            with scan(self.upper_dir_fd(directory)) as items:
+                for item in items:
+                    if rules.is_mark(item.name):
                         marks.add(item.name[len(MARK) :])
         return marks
 
     def lower_hit(self, directory: Inode, name: bytes) -> LowerHit | None:
         """What the lower layers alone show as ``name`` in ``directory``."""
-        if directory.upper:
-            self.upper_marks(directory)  # may find an opaque mark
         lowers = directory.lowers
         if not lowers:
             return None
@@ -226,13 +214,13 @@ class MergedView:
                     return known
             inode = self.inodes.new(kind, self.inodes.numbers.of(real))
             inode.lower = (hit.layer, hit.path)
-            below = self.lower.layers[hit.layer.index + 1 :]
-            if (below or self.lower.data_layers) and self._may_be_metacopy(st):
+            if self.lower.may_have_data_below(hit.layer) and self._may_be_metacopy(st):
                 path = hit.layer.proc_path(hit.path)
                 if self.lower.is_metacopy(path):
                     inode.metacopy = True
-                    rest = directory.lowers[hit.position + 1 :]
-                    inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], below)
+                    rest = self.lower.below(directory.lowers, hit.position)
+                    root = self.lower.root_below(hit.layer)
+                    inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], root)
             if any(entry.nested for entry in directory.lowers):
                 self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
             if st.st_nlink > 1:
@@ -241,25 +229,29 @@ class MergedView:
         return inode
 
     def _show_nested_whiteout(self, inode: Inode, path: bytes, st: os.stat_result) -> None:
-        if self.lower.is_nested_whiteout(path, st):
+        if rules.is_nested_whiteout(path, st, self.lower.spaces):
             inode.nested = True
             inode.kind = stat.S_IFCHR
 
     def _adopt_upper_dir(self, directory: Inode, name: bytes, st: os.stat_result, *, merge: bool) -> Inode:
-        path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
+        path = rules.entry_path(self.upper_dir_fd(directory), name)
         marks = self.lower.read_marks(path)
         lowers: tuple[LowerDir, ...] = ()
         stack_path = None
-        if marks.redirect is not None:
-            siblings = directory.lowers
-            hit = self.lower.resolve_redirect(marks.redirect, siblings)
+        redirect = marks.redirect
+        if marks.opaque:
+            pass
+        elif redirect is not None and (directory.lowers or self.lower.follows_redirects):
+            redirect = rules.check_redirect(redirect)
+            hit = self.lower.resolve_redirect(redirect, directory.lowers, self.root.lowers)
             lowers = hit.dirs if hit is not None else ()
-            relative = not marks.redirect.startswith(b"/")
-            stack_path = self._stack_join(directory, marks.redirect) if relative else marks.redirect.strip(b"/")
-        elif merge and not marks.opaque and directory.lowers:
+            stack_path = redirect[1:] if redirect.startswith(b"/") else self._stack_join(directory, redirect)
+        elif merge and directory.lowers:
             hit = self.lower_hit(directory, name)
             lowers = hit.dirs if hit is not None else ()
             stack_path = self._stack_join(directory, name)
+        if lowers and rules.is_marked_opaque(self.upper_dir_fd(directory), name):
+            lowers = ()
         real = (st.st_dev, st.st_ino)
         if lowers:
             # As in the kernel, a merged directory has the number of its topmost lower one: copy-up does not change it.
@@ -269,7 +261,7 @@ class MergedView:
         inode.upper = True
         inode.lowers = lowers
         inode.stack_path = stack_path
-        inode.redirect = marks.redirect
+        inode.redirect = redirect
         inode.has_origin = bool(lowers)
         inode.impure, inode.xwhiteouts, inode.nested = marks.impure, marks.xwhiteouts, marks.nested
         inode.add_place(directory, name)
@@ -292,7 +284,7 @@ class MergedView:
             self._show_nested_whiteout(inode, path, st)
         if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
             inode.metacopy = True
-            inode.data = self.lower.data_below(path, directory.lowers, name, self.lower.layers)
+            inode.data = self.lower.data_below(path, directory.lowers, name, self.root.lowers)
         if st.st_nlink > 1:
             self.inodes.remember_links(inode, real)
         inode.add_place(directory, name)
@@ -426,45 +418,34 @@ class MergedView:
 
     # -- listing ----------------------------------------------------------------------------------------------
 
-    def names(self, directory: Inode) -> Iterator[bytes]:
-        """The names in ``directory``, each once, without ``.`` and ``..``."""
+    def names(self, directory: Inode, limit: int = sys.maxsize) -> list[bytes]:
+        """The names in ``directory``, each once, without ``.`` and ``..``; at most ``limit`` of them."""
+        found: list[bytes] = []
         if directory.orphan:
-            return
-        if not directory.upper:
-            yield from self._lower_names(directory)
-            return
-        hidden: set[bytes] | None = None
-        if directory.lowers:
-            hidden = set(self.upper_marks(directory))
-        dir_fd = self.upper_dir_fd(directory)
-        for item in scan(dir_fd):
-            name = item.name
-            if name.startswith(MARK):
-                continue
-            if not directory.lowers:
-                # Also where nothing lies below: a whiteout can outlive what it hid.
-                if not self._is_upper_whiteout(directory, dir_fd, item):
-                    yield name
-                continue
-            assert hidden is not None
-            hidden.add(name)
-            if not self._is_upper_whiteout(directory, dir_fd, item):
-                yield name
-        if directory.lowers:
-            assert hidden is not None
-            for name in self._lower_names(directory):
-                if name not in hidden:
-                    yield name
-
-    def _is_upper_whiteout(self, directory: Inode, dir_fd: int, item: os.DirEntry[bytes]) -> bool:
-        if item.is_dir(follow_symlinks=False) or item.is_symlink():
-            return False
-        if item.is_file(follow_symlinks=False):
-            if not directory.xwhiteouts:
-                return False
-            st = os.stat(item.name, dir_fd=dir_fd, follow_symlinks=False)
-            return self.lower.is_xattr_whiteout(b"/proc/self/fd/%d/%s" % (dir_fd, item.name), st)
-        return is_whiteout(os.stat(item.name, dir_fd=dir_fd, follow_symlinks=False))
+            return found
+        hidden: set[bytes] = set()
+        if directory.upper:
+            if directory.lowers:
+                hidden |= self.upper_marks(directory)
+            dir_fd = self.upper_dir_fd(directory)
+            with scan(dir_fd) as items:
+                for item in items:
+                    name = item.name
+                    if rules.is_mark(name):
+                        continue
+                    if directory.lowers:
+                        hidden.add(name)
+                    # Also where nothing lies below: a whiteout can outlive what it hid.
+                    if not rules.is_whiteout_entry(dir_fd, item, self.lower.spaces, directory.xwhiteouts):
+                        found.append(name)
+                        if len(found) == limit:
+                            return found
+        for name in self._lower_names(directory):
+            if name not in hidden:
+                found.append(name)
+                if len(found) == limit:
+                    break
+        return found
 
     def _lower_names(self, directory: Inode) -> list[bytes]:
         lowers = directory.lowers
@@ -478,4 +459,5 @@ class MergedView:
         return list(index.names)
 
     def is_empty(self, directory: Inode) -> bool:
-        return next(self.names(directory), None) is None
+        """Whether there is nothing in ``directory``."""
+        return not self.names(directory, limit=1)

@@ -117,7 +117,7 @@ class UnionTree:
 
     def names(self, directory: Inode) -> list[bytes]:
         """The names in a directory, each once, without ``.`` and ``..``."""
-        return list(self.view.names(directory))
+        return self.view.names(directory)
 
     def open(self, inode: Inode, flags: int) -> OpenFile:
         """Open a regular file with a client's ``flags``; copies it up if they allow writing.

@@ -1,0 +1,1 @@
+"""Tests of the format on the disk and its rules."""
