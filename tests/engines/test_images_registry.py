@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import gzip
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from tests.e2e.engines.registry_tools import fetch, nothing_is_left
-from tests.engines.fake_registry import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, FakeRegistry, describe, fake_registry
+from tests.e2e.engines.registry_tools import fetch, give, large, nothing_is_left
+from tests.engines.fake_registry import (
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Answer,
+    FakeRegistry,
+    Request,
+    describe,
+    fake_registry,
+)
 from tests.engines.image_archives import Made, index_of, to_json, to_tar
 from tests.layers.archives import files
-from unionfs.engines.images import ImageStore, Platform, import_images
+from unionfs.engines.images import Image, ImageStore, Platform, import_images
+from unionfs.engines.images.registry import Credentials
 from unionfs.engines.images.registry.challenge import Challenge, parse_challenges
 from unionfs.engines.images.registry.connection import Access
 from unionfs.engines.images.registry.retry import retry_after
-from unionfs.errors import ImageFormatError
+from unionfs.errors import ImageFormatError, RegistryError
 from unionfs.layers import open_store
 
 
@@ -146,13 +160,6 @@ def test_layers_that_are_none(images: ImageStore, registry: FakeRegistry, layer_
     assert nothing_is_left(images)
 
 
-def entry_of(manifest: bytes, platform: str = "", media_type: str = OCI_MANIFEST, **more: object) -> dict[str, object]:
-    """An index's entry of a manifest, for ``os/architecture/variant``."""
-    os, architecture, variant = (*platform.split("/"), "", "")[:3]
-    where = {"os": os, "architecture": architecture, **({"variant": variant} if variant else {})}
-    return describe(manifest, media_type, **({"platform": where} if platform else {}), **more)
-
-
 def give_index(registry: FakeRegistry, *entries: dict[str, object]) -> None:
     index = to_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
     registry.tag("v1", index, OCI_INDEX)
@@ -195,38 +202,40 @@ MACHINE = "this machine"
     ],
 )
 def test_which_platform_is_taken(
-    images: ImageStore,
-    registry: FakeRegistry,
-    monkeypatch: pytest.MonkeyPatch,
-    there: str,
-    wanted: str,
-    expected: str | None,
+    images: ImageStore, monkeypatch: pytest.MonkeyPatch, there: str, wanted: str, expected: str | None
 ) -> None:
     """An older variant where it serves, never one that the processor cannot run."""
     v3 = Platform(os="linux", architecture="amd64", variant="v3")
     monkeypatch.setattr(Platform, "of_this_machine", lambda: v3)
-    entries, made = [], {}
-    for name in there.split():
-        architecture, _, variant = name.partition("/")
-        more = {"architecture": architecture, **({"variant": variant} if variant else {})}
-        made[name] = Made([files(a=name)], more)
-        entries.append(entry_of(registry.give(made[name], name), f"linux/{name}"))
-    give_index(registry, *entries)
-    layout = index_of(
-        *((made[name].oci(), {"platform": entry["platform"]}) for name, entry in zip(made, entries, strict=True))
-    )
-    where, platform = f"{registry.address}/app:v1", "" if wanted is MACHINE else wanted
-    chosen = Platform.parse(platform) if platform else None
+    layout = to_tar(index_of(*((made.oci(), {"platform": where}) for made, where in map(for_platform, there.split()))))
+    chosen = None if wanted is MACHINE else Platform.parse(wanted)
     if expected is None:
         with pytest.raises(ImageFormatError, match="has nothing for"):
-            fetch(images, where, platform)
-        with pytest.raises(ImageFormatError, match="has nothing for"):
-            import_images(images, io.BytesIO(to_tar(layout)), platform=chosen)
+            import_images(images, io.BytesIO(layout), platform=chosen)
         return
-    assert str(fetch(images, where, platform).platform) == f"linux/{expected}"
-    images.remove(where)
-    (image,) = import_images(images, io.BytesIO(to_tar(layout)), platform=chosen)
+    (image,) = import_images(images, io.BytesIO(layout), platform=chosen)
     assert str(image.platform) == f"linux/{expected}"
+
+
+def for_platform(name: str) -> tuple[Made, dict[str, str]]:
+    """An image for a platform of Linux, and how an index says so."""
+    architecture, _, variant = name.partition("/")
+    where = {"architecture": architecture, **({"variant": variant} if variant else {})}
+    return Made([files(a=name)], where), {"os": "linux", **where}
+
+
+def test_platforms_in_a_registry(images: ImageStore, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = []
+    for name in ("amd64/v4", "amd64/v3", "arm/v6"):
+        made, where = for_platform(name)
+        entries.append(describe(registry.give(made, name), OCI_MANIFEST, platform=where))
+    give_index(registry, *entries)
+    v3 = Platform(os="linux", architecture="amd64", variant="v3")
+    monkeypatch.setattr(Platform, "of_this_machine", lambda: v3)
+    for wanted, expected in (("", "amd64/v3"), ("amd64/v4", "amd64/v4"), ("arm", "arm/v6")):
+        assert str(fetch(images, f"{registry.address}/app:v1", wanted).platform) == f"linux/{expected}"
+    with pytest.raises(ImageFormatError, match="has nothing for linux/arm/v5"):
+        fetch(images, f"{registry.address}/app:v1", "linux/arm/v5")
 
 
 def test_entries_that_are_no_images(images: ImageStore, registry: FakeRegistry) -> None:
@@ -235,10 +244,231 @@ def test_entries_that_are_no_images(images: ImageStore, registry: FakeRegistry) 
     manifest, attestation = registry.give(made, "image"), registry.give(other, "other")
     give_index(
         registry,
-        entry_of(attestation, media_type="application/xml"),
-        entry_of(attestation, artifactType="application/vnd.example.sbom"),
-        entry_of(attestation, "unknown/unknown"),
-        entry_of(attestation, media_type="application/vnd.oci.artifact.manifest.v1+json"),
-        entry_of(manifest, artifactType=OCI_CONFIG),
+        describe(attestation, "application/xml"),
+        describe(attestation, OCI_MANIFEST, artifactType="application/vnd.example.sbom"),
+        describe(attestation, OCI_MANIFEST, platform={"os": "unknown", "architecture": "unknown"}),
+        describe(attestation, "application/vnd.oci.artifact.manifest.v1+json"),
+        describe(manifest, OCI_MANIFEST, artifactType=OCI_CONFIG),
     )
     assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+
+
+def stored(images: ImageStore, made: Made) -> Image:
+    """An image in the store."""
+    (image,) = import_images(images, io.BytesIO(to_tar(made.old_docker())))
+    return image
+
+
+BASIC = Credentials("me", "secret").basic()
+
+
+def asking(registry: FakeRegistry, request: Request) -> Answer | None:
+    """A refusal of who does not log in."""
+    if request.headers.get("authorization") == BASIC:
+        return None
+    return Answer(401, b"", {"WWW-Authenticate": 'Basic realm="x"'})
+
+
+@pytest.fixture
+def storage() -> Iterator[FakeRegistry]:
+    """Where a registry sends us; it must not see our login."""
+    with fake_registry() as running:
+        yield running
+        assert not [one for one in running.seen if "authorization" in one.headers]
+
+
+@pytest.mark.parametrize("status", [307, 308])
+@pytest.mark.parametrize(
+    ("redirected", "in_pieces"),
+    [("HEAD", False), ("POST", False), ("POST", True), ("PATCH", True), ("PUT", False), ("PUT", True), ("all", True)],
+)
+def test_a_push_that_is_redirected(
+    images: ImageStore, registry: FakeRegistry, storage: FakeRegistry, status: int, redirected: str, in_pieces: bool
+) -> None:
+    """The method and the body stay, and where it goes on is relative to who answered in the end."""
+    made = Made([large(size=10_000)])
+    image = stored(images, made)
+    storage.blobs, storage.manifests, storage._uploads = registry.blobs, registry.manifests, registry._uploads
+
+    def redirect(request: Request) -> Answer | None:
+        if redirected in (request.method, "all"):
+            return Answer(status, b"", {"Location": f"http://{storage.address}{request.path}"})
+        return asking(registry, request)
+
+    registry.hook = redirect
+    more = {"upload_bytes": 4000} if in_pieces else {}
+    digest = give(images, image, f"{registry.address}/app:v1", credentials=Credentials("me", "secret"), **more)
+    assert storage.requests("PUT" if redirected == "all" else redirected)
+    assert registry.manifests["v1"] == registry.manifests[digest]
+    images.remove(image.image_id)
+    registry.hook = lambda request: None
+    assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_push_that_would_become_a_question(
+    images: ImageStore, registry: FakeRegistry, storage: FakeRegistry, status: int, method: str
+) -> None:
+    """With these statuses a client may ask with GET instead, and take the answer for that to what it wanted."""
+    storage.hook = lambda request: Answer(200, b"", {"Location": "/x"})
+    image = stored(images, Made())
+
+    def redirect(request: Request) -> Answer | None:
+        if request.method == method:
+            return Answer(status, b"", {"Location": f"http://{storage.address}{request.path}"})
+        return None
+
+    registry.hook = redirect
+    with pytest.raises(RegistryError, match=rf"\({status}\); it sends us to 'http://{storage.address}"):
+        give(images, image, f"{registry.address}/app:v1")
+    assert not registry.manifests
+
+
+def test_redirects_that_do_not_end(images: ImageStore, registry: FakeRegistry) -> None:
+    image = stored(images, Made())
+    registry.hook = lambda request: Answer(307, b"", {"Location": request.path})
+    with pytest.raises(RegistryError, match="from one place to the next"):
+        give(images, image, f"{registry.address}/app:v1")
+    assert len(registry.requests("HEAD")) < 20
+
+
+@pytest.mark.parametrize("what", ["blobs", "manifests"])
+def test_a_pull_that_is_redirected(
+    images: ImageStore, registry: FakeRegistry, storage: FakeRegistry, what: str
+) -> None:
+    """From one path to the next, and on to somebody else; a part of a blob too."""
+    made = Made([large(size=200_000)])
+    registry.give(made)
+    storage.blobs, storage.manifests = registry.blobs, registry.manifests
+    cut = iter([100_000])
+
+    def redirect(request: Request) -> Answer | None:
+        if request.path.startswith("/moved"):
+            location = f"http://{storage.address}{request.path.removeprefix('/moved')}"
+            return asking(registry, request) or Answer(302, b"", {"Location": location})
+        if f"/{what}/" in request.path:
+            return Answer(301, b"", {"Location": f"/moved{request.path}"})
+        return asking(registry, request)
+
+    def cut_off(request: Request) -> Answer | None:
+        answer = storage.answer(request)
+        if len(answer.body) > 100_000:
+            answer.cut_after = next(cut, None)
+        return answer
+
+    registry.hook, storage.hook = redirect, cut_off
+    image = fetch(images, f"{registry.address}/app:v1", credentials=Credentials("me", "secret"))
+    assert image.image_id == made.image_id
+    if what == "blobs":
+        assert [one.headers["range"] for one in storage.requests("GET", "/blobs/") if "range" in one.headers]
+
+
+ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "zstd": zstandard.compress,
+    "deflate": zlib.compress,
+}
+
+
+def packed(answer: Answer, how: str = "gzip") -> Answer:
+    """As what stands before a registry changes it, though nobody asked for that."""
+    body = ENCODINGS[how](answer.body)
+    return replace(answer, body=body, headers={**answer.headers, "Content-Encoding": how})
+
+
+@pytest.mark.parametrize("how", ENCODINGS)
+def test_what_is_compressed_on_the_way(images: ImageStore, registry: FakeRegistry, how: str) -> None:
+    made = Made([large(size=100_000), files(a="two")])
+    registry.give(made)
+    registry.hook = lambda request: packed(registry.answer(request), how)
+    assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+
+
+def test_a_blob_that_is_said_to_be_compressed(images: ImageStore, registry: FakeRegistry) -> None:
+    """Some storage calls gzip an encoding when a layer is a gzip file itself: its bytes are those of the digest."""
+    made = Made([large(size=100_000), files(a="two")])
+    registry.give(made)
+
+    def mislabel(request: Request) -> Answer | None:
+        answer = registry.answer(request)
+        return (
+            replace(answer, headers={**answer.headers, "Content-Encoding": "gzip"})
+            if answer.body[:1] == b"\x1f"
+            else None
+        )
+
+    registry.hook = mislabel
+    assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_what_is_compressed_on_the_way_and_cut_off(images: ImageStore, registry: FakeRegistry, parts: bool) -> None:
+    """A part would be one of the compressed bytes, so all comes again."""
+    made = Made([large(size=300_000)])
+    registry.give(made)
+    cuts = iter([200_000, 100_000])
+
+    def pack(request: Request) -> Answer | None:
+        if "/blobs/" not in request.path:
+            return None
+        if not parts:
+            request.headers.pop("range", "")
+        answer = packed(registry.answer(request))
+        if len(answer.body) > 200_000:
+            answer.cut_after = next(cuts, None)
+        return answer
+
+    registry.hook = pack
+    assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+    assert next(cuts, None) is None
+    assert not [one for one in registry.seen if "range" in one.headers]
+
+
+def test_the_size_of_a_blob_that_is_compressed_on_the_way(images: ImageStore, registry: FakeRegistry) -> None:
+    """It is not the length that was told, and would make a wrong manifest."""
+    made = Made([files(a="x" * 5000)])
+    image = stored(images, made)
+    give(images, image, f"{registry.address}/app:v1")
+    before = registry.manifests["v1"]
+
+    def pack(request: Request) -> Answer | None:
+        if request.method != "HEAD":
+            return None
+        answer = registry.answer(request)
+        return packed(replace(answer, body=answer.body + b"more"))
+
+    registry.hook = pack
+    give(images, image, f"{registry.address}/app:v2")
+    assert registry.manifests["v2"] == before
+
+
+def test_a_flood_of_compressed_zeros(images: ImageStore, registry: FakeRegistry) -> None:
+    registry.give(Made())
+    registry.hook = lambda request: packed(Answer(200, bytes(50 << 20)))
+    with pytest.raises(RegistryError, match="too much"):
+        fetch(images, f"{registry.address}/app:v1")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_token_that_is_compressed_on_the_way(images: ImageStore, registry: FakeRegistry, method: str) -> None:
+    made = Made()
+    registry.give(made)
+
+    def ask(request: Request) -> Answer | None:
+        if request.path.startswith("/token"):
+            assert request.method == method
+            return packed(Answer(200, to_json({"token": "t"})))
+        if request.headers.get("authorization") == "Bearer t":
+            return None
+        return packed(Answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="http://{registry.address}/token"'}))
+
+    registry.hook = ask
+    known = Credentials("me", "secret") if method == "GET" else Credentials(identity_token="token")
+    assert fetch(images, f"{registry.address}/app:v1", credentials=known).image_id == made.image_id
+
+
+def test_reasons_that_are_compressed_on_the_way(images: ImageStore, registry: FakeRegistry) -> None:
+    registry.hook = lambda request: packed(Answer(400, to_json({"errors": [{"message": "because"}]})))
+    with pytest.raises(RegistryError, match="because"):
+        fetch(images, f"{registry.address}/app:v1")

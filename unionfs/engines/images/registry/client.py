@@ -11,7 +11,7 @@ from typing import BinaryIO
 import httpx
 
 from unionfs.engines.images.manifest import MANIFEST_TYPES, MAX_MANIFEST_BYTES
-from unionfs.engines.images.registry.connection import Access, Connection, read_limited
+from unionfs.engines.images.registry.connection import Access, Connection, is_encoded, read_limited
 from unionfs.engines.images.registry.download import download
 from unionfs.engines.images.registry.retry import TryAgainError
 from unionfs.engines.images.registry.upload import upload
@@ -125,7 +125,7 @@ class RegistryClient:
         await download(self._connection, digest, size, file, progress)
 
     async def blob_size(self, digest: str) -> int | None:
-        """The size in bytes of a blob that the repository has; None if it has not."""
+        """The size in bytes of a blob that the repository has; None if it has not, or does not tell."""
 
         async def head() -> int | None:
             async with self._connection.request("HEAD", self._connection.url("blobs", digest)) as response:
@@ -133,7 +133,7 @@ class RegistryClient:
                     return None
                 if response.status_code != 200:
                     raise await self._connection.refusal(response)
-                length = response.headers.get("Content-Length", "")
+                length = "" if is_encoded(response) else response.headers.get("Content-Length", "")
                 return int(length) if length.isdecimal() else None
 
         return await self._connection.keep_trying(head)

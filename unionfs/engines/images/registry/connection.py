@@ -27,10 +27,14 @@ _Result = TypeVar("_Result")
 
 _TIMEOUT = httpx.Timeout(60.0, connect=30.0, pool=None)
 _MAX_REDIRECTS = 5
+# Redirects after which a client may not ask with GET instead, which would store nothing (RFC 9110, 15.4).
+_SAME_METHOD = (307, 308)
 _MAX_ERROR_BYTES = 1 << 16
 _MAX_TOKEN_BYTES = 1 << 20
 # A smaller blob goes up in one request, a larger one in pieces of this size, each of which can be sent again.
 _UPLOAD_BYTES = 32 << 20
+# A blob that is compressed on the way can only be got as a whole.
+_NO_ENCODING = {"Accept-Encoding": "identity"}
 _CERTIFICATE_PLACES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 
 
@@ -87,8 +91,7 @@ class Connection:
         self._http = httpx.AsyncClient(
             verify=_certificates(registry, access.cert_dir),
             timeout=_TIMEOUT,
-            # A blob that is compressed on the way as well would have another digest and no known size.
-            headers={"User-Agent": f"unionfs/{__version__}", "Accept-Encoding": "identity"},
+            headers={"User-Agent": f"unionfs/{__version__}", **_NO_ENCODING},
         )
         scopes = [f"repository:{repository}:{actions}", *(f"repository:{other}:pull" for other in also_from)]
         self._authorization = Authorization(registry, access.credentials, scopes, self._ask, insecure=insecure)
@@ -163,7 +166,7 @@ class Connection:
                 answered = True
                 await response.aclose()
                 await self._authorization.answer(response.headers.get_list("WWW-Authenticate"), used)
-            elif response.is_redirect and method in ("GET", "HEAD"):
+            elif response.is_redirect and (method in ("GET", "HEAD") or response.status_code in _SAME_METHOD):
                 await response.aclose()
                 url = self.location(response)
             else:
@@ -180,6 +183,8 @@ class Connection:
             404: "check the name",
             413: "it does not take anything that large",
         }.get(response.status_code, "try again later, or ask who runs it")
+        if response.is_redirect:
+            advice = f"it sends us to {response.headers.get('Location', '')[:200]!r}; use the name it has there"
         what = f"{self.registry} refused {self.repository}"
         return RegistryError(f"{what}: {reason} ({response.status_code}); {advice}")
 
@@ -201,6 +206,14 @@ class Connection:
             await response.aclose()
 
 
+def is_encoded(response: httpx.Response) -> bool:
+    """Whether somebody on the way compressed the body, though :data:`_NO_ENCODING` asks not to.
+
+    Then its length and its parts are those of the compressed bytes.
+    """
+    return response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity")
+
+
 async def read_limited(response: httpx.Response, limit: int) -> bytes:
     """A body of at most ``limit`` bytes.
 
@@ -209,7 +222,7 @@ async def read_limited(response: httpx.Response, limit: int) -> bytes:
     """
     pieces: list[bytes] = []
     total = 0
-    async for piece in response.aiter_raw():
+    async for piece in response.aiter_bytes():
         total += len(piece)
         if total > limit:
             raise RegistryError(f"{response.request.url.host} gave more than {limit} bytes, which is too much for this")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import BinaryIO
 
-from unionfs.engines.images.registry.connection import Connection
+from unionfs.engines.images.registry.connection import Connection, is_encoded
 from unionfs.engines.images.registry.retry import TryAgainError
 from unionfs.errors import DigestMismatchError, RegistryError
 from unionfs.layers.identity import ALGORITHM, digits_of
@@ -16,10 +16,15 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
 class _Download:
-    """What there is of a blob."""
+    """What there is of a blob.
+
+    Attributes:
+        in_parts: it can be gone on with where it ended.
+    """
 
     def __init__(self, file: BinaryIO, size: int, progress: Callable[[int], None]) -> None:
         self.size = size
+        self.in_parts = True
         self._file = file
         self._progress = progress
         self.start_again()
@@ -66,7 +71,7 @@ class _Part:
 
     async def get(self) -> None:
         state = self._state
-        headers = {"Range": f"bytes={state.done}-"} if state.done else {}
+        headers = {"Range": f"bytes={state.done}-"} if state.done and state.in_parts else {}
         if state.size and state.done == state.size:
             return
         url = self._connection.url("blobs", self._digest)
@@ -81,7 +86,14 @@ class _Part:
             elif response.status_code != 206:
                 raise await self._connection.refusal(response)
             # As they come: pieces of one size would be kept back until they are full, and lost with the connection.
-            async for piece in response.aiter_raw():
+            pieces = response.aiter_raw()
+            if is_encoded(response) and response.headers.get("Content-Length") != str(state.size - state.done):
+                # Otherwise it is the blob itself, which some storage calls an encoding because it is a gzip file.
+                pieces = response.aiter_bytes()
+                state.in_parts = False
+                if state.done:
+                    raise TryAgainError("a part of a blob was compressed on the way")
+            async for piece in pieces:
                 state.write(piece)
         if state.done < state.size:
             raise TryAgainError(f"a blob ended after {state.done} of {state.size} bytes")
