@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -9,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from tests.support.mounts import KERNEL_OPTIONS
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import D_TYPES, kind_of, snapshot
 from tests.support.syscalls import getdents, list_directory
@@ -188,3 +190,27 @@ def test_names_of_any_bytes(box: Sandbox) -> None:
             os.chmod(box.at(name), 0o600)
         assert set(odd) < set(snapshot(box.target))
     box.assert_kernel_agrees()
+
+
+@pytest.mark.parametrize(
+    ("options", "redirect", "number"), [((), b"x//y", errno.EINVAL), (("redirect_dir=nofollow",), b"/x", errno.EPERM)]
+)
+def test_a_name_that_cannot_be_looked_up_does_not_hide_the_others(
+    box: Sandbox, options: tuple[str, ...], redirect: bytes, number: int
+) -> None:
+    top = box.lower()
+    for name in ("a", "bad", "c"):
+        top.dir(f"d/{name}")
+    box.lower().file("d/bad/file").file("d/e").dir("x")
+    os.setxattr(os.path.join(box.lowers[0], "d/bad"), "trusted.overlay.redirect", redirect)
+
+    def seen(top: str) -> tuple[list[str], int | None]:
+        with pytest.raises(OSError) as caught:
+            os.stat(os.path.join(top, "d/bad"))
+        return sorted(os.listdir(os.path.join(top, "d"))), caught.value.errno
+
+    with box.kernel(*(options or KERNEL_OPTIONS)) as mnt:
+        expected = seen(mnt)
+    assert expected == (["a", "bad", "c", "e"], number)
+    with box.mount(*options):
+        assert seen(box.target) == expected

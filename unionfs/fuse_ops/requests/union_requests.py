@@ -23,6 +23,7 @@ from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.changes import Caller, check_new_name
 from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.listing import has_gone
 from unionfs.fuse_ops.tree.metadata import AttributeChange
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, Need, for_attributes, for_name, for_writing
 from unionfs.fuse_ops.tree.open_files import OpenDir, OpenFile
@@ -361,7 +362,7 @@ class UnionRequests:
         try:
             return self.tree.view.child(directory, name)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE):
+            if has_gone(error):
                 return None
             raise
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from unionfs.fuse_ops.tree.open_files import OpenFile
 
 ROOT_INO: Final = 1  # FUSE_ROOT_ID
+UNKNOWN_INO: Final = 0xFFFF_FFFF
+"""The number of a name that is listed without attributes, as libfuse has it; no inode is given it."""
 _DEVICE_SHIFT: Final = 56
 _VIRTUAL: Final = 1 << 63
 
@@ -186,7 +188,12 @@ class InodeNumbers:
         """The number that the file with this device and inode number should have."""
         device, ino = real
         position = self._device_ids.setdefault(device, len(self._device_ids))
-        if ino <= ROOT_INO or ino >> _DEVICE_SHIFT or position > (0x7F if self._persistent else 0):
+        if (
+            ino <= ROOT_INO
+            or ino == UNKNOWN_INO
+            or ino >> _DEVICE_SHIFT
+            or position > (0x7F if self._persistent else 0)
+        ):
             return self.virtual()
         return position << _DEVICE_SHIFT | ino
 

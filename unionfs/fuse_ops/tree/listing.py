@@ -7,6 +7,7 @@ created and removed since. Kept listings only save time.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,21 @@ DOT, DOT_DOT = 1, 2  # the offsets after "." and ".."
 _FIRST: Final = 3
 _HASH_BITS: Final = 30  # an offset fits what 32 bit programs have for it
 _KEPT: Final = 16
+_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
+_NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def has_gone(error: OSError) -> bool:
+    """Whether a listed name that could not be looked up was removed since, and is to be left out."""
+    return error.errno in _GONE
+
+
+def is_listed_bare(error: OSError) -> bool:
+    """Whether a name that could not be looked up is still one of its directory's: the fault is its own.
+
+    So one damaged or forbidden entry, say with an invalid redirect, does not hide those beside it.
+    """
+    return error.errno not in _GONE and error.errno not in _NO_ROOM
 
 
 class Listing(NamedTuple):

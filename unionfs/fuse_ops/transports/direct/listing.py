@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import stat
 from typing import Final
 
@@ -10,13 +9,12 @@ from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
 from unionfs.fuse_ops.stack.lower_stack import LowerDir
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
-from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode
-from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode
+from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings, has_gone, is_listed_bare
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 _PLUS_SIZE: Final = p.ENTRY.size + p.ATTR.size
 _PADDING: Final = [bytes(-length % 8) for length in range(8)]
-_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
 class DirectListing:
@@ -45,8 +43,9 @@ class DirectListing:
     def answer(self, unique: int, directory: Inode, offset: int, size: int, *, plus: bool) -> bytes:
         """Entries of ``directory`` after ``offset``, at most ``size`` bytes of them, with the header of a reply.
 
-        With ``plus`` each has attributes, and the kernel takes it as looked up. Raises OSError where the first
-        entry cannot be told; an error of a later one ends the answer, and is met again by whoever goes on.
+        With ``plus`` each has attributes, and the kernel takes it as looked up; one that cannot be has its name only.
+        Raises OSError where we lack what we need for the first entry; if it is for a later one that ends the answer,
+        and is met again by whoever goes on.
         """
         answer = bytearray(p.OUT_HEADER.size)
         room = size + len(answer)
@@ -78,24 +77,31 @@ class DirectListing:
                 try:
                     child = self._child(directory, name)
                 except OSError as error:
-                    if error.errno in _GONE:
+                    if has_gone(error):
                         continue
-                    if len(answer) > p.OUT_HEADER.size:
-                        count = 0  # what was found so far has counted as looked up
-                        break
-                    raise
-                if child is not None:
+                    if not is_listed_bare(error):
+                        if len(answer) > p.OUT_HEADER.size:
+                            count = 0  # what was found so far has counted as looked up
+                            break
+                        raise
+                    number, kind = UNKNOWN_INO, 0
+                    if plus:
+                        answer += bytes(_PLUS_SIZE)
+                else:
+                    if child is None:
+                        continue
                     inode, attributes = child
+                    number, kind = inode.ino, inode.kind >> 12
                     if plus:
                         inode.lookups += 1
-                        answer += p.ENTRY.pack(inode.ino, *self._valid)
+                        answer += p.ENTRY.pack(number, *self._valid)
                         answer += attributes
-                    length = len(name)
-                    answer += p.DIRENT.pack(inode.ino, offsets[position], length, inode.kind >> 12)
-                    answer += name
-                    answer += _PADDING[length % 8]
                     if directories is not None:
                         directories += inode.lowers
+                length = len(name)
+                answer += p.DIRENT.pack(number, offsets[position], length, kind)
+                answer += name
+                answer += _PADDING[length % 8]
             position = end
         if directories:  # who is told of attributes walks on
             self._lower.want(directories)

@@ -17,7 +17,8 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups import early_pages
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode
+from unionfs.fuse_ops.tree.listing import is_listed_bare
 from unionfs.fuse_ops.tree.metadata import AttributeChange
 from unionfs.fuse_ops.tree.open_files import OpenFile
 from unionfs.fuse_ops.tree.union_tree import UnionTree
@@ -319,11 +320,22 @@ class UnionOperations(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(dot), entry, position + 1):
                     return
         for position in range(max(start_id - 2, 0), len(names)):
-            child = self._requests.child(directory, names[position])
+            name = pyfuse3.FileNameT(names[position])
+            try:
+                child = self._requests.child(directory, names[position])
+            except OSError as error:
+                if not is_listed_bare(error):
+                    raise
+                # pyfuse3 cannot say "without attributes", but with these no file could be: the kernel takes the name
+                # alone. It forgets the number, which no inode has.
+                bare = pyfuse3.EntryAttributes()
+                bare.st_ino, bare.st_mode = pyfuse3.InodeT(UNKNOWN_INO), pyfuse3.ModeT(0)
+                if not pyfuse3.readdir_reply(token, name, bare, position + 3):
+                    return
+                continue
             if child is None:
                 continue
             inode, attributes = child
-            name = pyfuse3.FileNameT(names[position])
             if not pyfuse3.readdir_reply(token, name, self._entry(attributes), position + 3):
                 return
             inode.lookups += 1
