@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.e2e.engines.registry_tools import fetch, give, large, nothing_is_left
 from tests.engines.fake_registry import (
     OCI_CONFIG,
     OCI_INDEX,
+    OCI_LAYER,
     OCI_MANIFEST,
     Answer,
     FakeRegistry,
@@ -25,9 +28,9 @@ from tests.engines.fake_registry import (
     describe,
     fake_registry,
 )
-from tests.engines.image_archives import Made, index_of, to_json, to_tar
+from tests.engines.image_archives import Made, index_of, sha256, to_directory, to_json, to_tar
 from tests.layers.archives import files
-from unionfs.engines.images import Image, ImageStore, Platform, import_images
+from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, import_images
 from unionfs.engines.images.registry import Credentials
 from unionfs.engines.images.registry.challenge import Challenge, parse_challenges
 from unionfs.engines.images.registry.connection import Access
@@ -296,8 +299,9 @@ def test_a_push_that_is_redirected(
         return asking(registry, request)
 
     registry.hook = redirect
-    more = {"upload_bytes": 4000} if in_pieces else {}
-    digest = give(images, image, f"{registry.address}/app:v1", credentials=Credentials("me", "secret"), **more)
+    known = Credentials("me", "secret")
+    upload_bytes = 4000 if in_pieces else 1 << 20
+    digest = give(images, image, f"{registry.address}/app:v1", credentials=known, upload_bytes=upload_bytes)
     assert storage.requests("PUT" if redirected == "all" else redirected)
     assert registry.manifests["v1"] == registry.manifests[digest]
     images.remove(image.image_id)
@@ -472,3 +476,84 @@ def test_reasons_that_are_compressed_on_the_way(images: ImageStore, registry: Fa
     registry.hook = lambda request: packed(Answer(400, to_json({"errors": [{"message": "because"}]})))
     with pytest.raises(RegistryError, match="because"):
         fetch(images, f"{registry.address}/app:v1")
+
+
+def docker_only(registry: FakeRegistry, status: int, request: Request) -> Answer | None:
+    """A registry that takes no OCI manifest."""
+    if request.method == "PUT" and "oci" in request.headers["content-type"]:
+        return Answer(status, to_json({"errors": [{"code": "MANIFEST_INVALID", "message": "manifest invalid"}]}))
+    return None
+
+
+@pytest.mark.parametrize("status", [400, 404, 415, 422])
+def test_a_registry_that_takes_only_dockers_manifests(images: ImageStore, registry: FakeRegistry, status: int) -> None:
+    made = Made([files(a="one"), b""])
+    image = stored(images, made)
+    registry.hook = lambda request: docker_only(registry, status, request)
+    digest = give(images, image, f"{registry.address}/app:v1")
+    contents, media_type = registry.manifests["v1"]
+    manifest = json.loads(contents)
+    assert media_type == manifest["mediaType"] == "application/vnd.docker.distribution.manifest.v2+json"
+    assert manifest["config"]["mediaType"] == "application/vnd.docker.container.image.v1+json"
+    assert [one["mediaType"] for one in manifest["layers"]] == ["application/vnd.docker.image.rootfs.diff.tar.gzip"] * 2
+    assert digest == sha256(contents)
+    images.remove(image.image_id)
+    assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
+
+
+def test_a_registry_that_takes_no_manifest(images: ImageStore, registry: FakeRegistry) -> None:
+    """The first reason is told. Docker's manifests have no layers in zstd, and who may not push may not at all."""
+    image = stored(images, Made())
+    registry.hook = lambda request: (
+        docker_only(registry, 415, request)
+        or (Answer(400, b"other") if request.method == "PUT" and "/manifests/" in request.path else None)
+    )
+    with pytest.raises(RegistryError, match=r"manifest invalid \(415\)"):
+        give(images, image, f"{registry.address}/app:v1")
+    assert len(registry.requests("PUT", "/manifests/")) == 2
+    for status, compression in ((415, LayerCompression.ZSTD), (403, LayerCompression.GZIP)):
+        registry.seen.clear()
+        registry.hook = partial(docker_only, registry, status)
+        with pytest.raises(RegistryError, match=str(status)):
+            give(images, image, f"{registry.address}/app:v1", compression)
+        assert len(registry.requests("PUT", "/manifests/")) == 1
+
+
+@pytest.mark.parametrize(
+    "layer_type",
+    [
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        OCI_LAYER,
+    ],
+)
+def test_a_layer_that_is_elsewhere(images: ImageStore, registry: FakeRegistry, tmp_path: Path, layer_type: str) -> None:
+    made = Made()
+    manifest = json.loads(registry.give(made, layer_type=layer_type))
+    manifest["layers"][1]["urls"] = ["http://127.0.0.1:9/layer\n"]
+    registry.tag("v1", to_json(manifest))
+    # Some registries have it all the same.
+    where = f"{registry.address}/app:v1"
+    assert fetch(images, where).image_id == made.image_id
+    images.remove(where)
+    del registry.blobs[manifest["layers"][1]["digest"]]
+    message = r"layer sha256:\w+ is only elsewhere \(at http://127.0.0.1:9/layer \), where it is not fetched from"
+    with pytest.raises(ImageFormatError, match=message):
+        fetch(images, where)
+    layout = to_directory(made.oci(layers=manifest["layers"]), tmp_path / "layout")
+    (layout / f"blobs/{manifest['layers'][1]['digest'].replace(':', '/')}").unlink()
+    with pytest.raises(ImageFormatError, match=message):
+        import_images(images, layout)
+    assert (images.all(), images.layers.map()) == ([], {})
+
+
+@pytest.mark.parametrize("what", ["config", "layer"])
+def test_a_blob_that_is_missing(images: ImageStore, registry: FakeRegistry, what: str) -> None:
+    made = Made()
+    manifest = json.loads(registry.give(made))
+    digest = manifest["config" if what == "config" else "layers"]
+    digest = digest["digest"] if what == "config" else digest[1]["digest"]
+    del registry.blobs[digest]
+    with pytest.raises(RegistryError, match=rf"{registry.address} has no blob {digest} of app; .* push it again"):
+        fetch(images, f"{registry.address}/app:v1")
+    assert nothing_is_left(images)

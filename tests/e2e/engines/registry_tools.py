@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.layers.archives import archive, member
-from unionfs.engines.images import Image, ImageStore, Platform, parse_reference
+from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, parse_reference
 from unionfs.engines.images.registry import Access, Patience, pull, push, run
 from unionfs.layers import collect
 
@@ -57,8 +57,11 @@ def fetch(images: ImageStore, name: str, platform: str = "", **access: Any) -> I
     return run(lambda: pull(images, parse_reference(name), platform=chosen, access=replace(IMPATIENT, **access)))
 
 
-def give(images: ImageStore, image: Image, name: str, **access: Any) -> str:
-    return run(lambda: push(images, image, parse_reference(name), access=replace(IMPATIENT, **access)))
+def give(
+    images: ImageStore, image: Image, name: str, how: LayerCompression = LayerCompression.GZIP, **access: Any
+) -> str:
+    reached = replace(IMPATIENT, **access)
+    return run(lambda: push(images, image, parse_reference(name), access=reached, compression=how))
 
 
 def nothing_is_left(images: ImageStore) -> bool:

@@ -18,7 +18,15 @@ from typing import BinaryIO
 from unionfs.engines.images.compress import LayerCompression, compressed
 from unionfs.engines.images.install import Report, no_report
 from unionfs.engines.images.layout_output import DirectoryOutput, Output, TarOutput, blob_name
-from unionfs.engines.images.manifest import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST
+from unionfs.engines.images.manifest import (
+    DOCKER_CONFIG,
+    DOCKER_LAYER,
+    DOCKER_MANIFEST,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_LAYER,
+    OCI_MANIFEST,
+)
 from unionfs.engines.images.model import Image, digest_of
 from unionfs.engines.images.oci_layout import CONTAINERD_NAME, INDEX, LAYOUT, REF_NAME
 from unionfs.engines.images.reference import Reference
@@ -94,22 +102,27 @@ def export_image(
     output.add(LAYOUT, _json({"imageLayoutVersion": "1.0.0"}))
 
 
-def image_manifest(image: Image, layers: Sequence[tuple[str, int]], how: LayerCompression) -> bytes:
+def image_manifest(
+    image: Image, layers: Sequence[tuple[str, int]], how: LayerCompression, media_type: str = OCI_MANIFEST
+) -> bytes:
     """The manifest of an image.
 
     Args:
         image: of which it is.
         layers: digest and size in bytes of each blob, the lowest first.
-        how: they are compressed.
+        how: they are compressed; not with zstd in Docker's manifest, which knows none.
+        media_type: :data:`OCI_MANIFEST` or :data:`DOCKER_MANIFEST`.
     """
+    if media_type == DOCKER_MANIFEST:
+        config_type, layer_type = DOCKER_CONFIG, DOCKER_LAYER + how.suffix.replace("+", ".")
+    else:
+        config_type, layer_type = OCI_CONFIG, OCI_LAYER + how.suffix
     return _json(
         {
             "schemaVersion": 2,
-            "mediaType": OCI_MANIFEST,
-            "config": {"mediaType": OCI_CONFIG, "digest": image.image_id, "size": len(image.config_bytes)},
-            "layers": [
-                {"mediaType": OCI_LAYER + how.suffix, "digest": digest, "size": size} for digest, size in layers
-            ],
+            "mediaType": media_type,
+            "config": {"mediaType": config_type, "digest": image.image_id, "size": len(image.config_bytes)},
+            "layers": [{"mediaType": layer_type, "digest": digest, "size": size} for digest, size in layers],
         }
     )
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from unionfs.engines.images.model import Platform, first_problem
-from unionfs.errors import ImageFormatError, InvalidDigestError, NotAnImageError
+from unionfs.errors import ImageError, ImageFormatError, InvalidDigestError, NotAnImageError
 from unionfs.layers import MAX_DEPTH
 from unionfs.layers.identity import parse_digest
 
@@ -168,6 +168,20 @@ def _checked(descriptor: BlobDescriptor) -> BlobDescriptor:
     except InvalidDigestError as error:
         raise ImageFormatError(f"the manifest has a digest that cannot be used: {error}") from error
     return descriptor
+
+
+def missing_layer(layer: BlobDescriptor, error: ImageError) -> ImageError:
+    """What to say of a layer that is not where its manifest is; ``error`` unless it is meant to be elsewhere.
+
+    Layers that must not be passed on ("foreign", "non-distributable") are named with URLs of their owner.
+    """
+    if not layer.urls:
+        return error
+    where = "".join(c if c.isprintable() else " " for c in layer.urls[0])[:200]
+    return ImageFormatError(
+        f"layer {layer.digest} is only elsewhere (at {where}), where it is not fetched from; use an image that has all "
+        "its layers"
+    )
 
 
 def choose(index: Index, wanted: Platform | None, what: str) -> BlobDescriptor:

@@ -22,6 +22,7 @@ from unionfs.engines.images.manifest import (
     Index,
     Manifest,
     choose,
+    missing_layer,
     parse_manifest,
 )
 from unionfs.engines.images.model import MAX_CONFIG_BYTES, Platform, digest_of
@@ -153,7 +154,10 @@ def _path(descriptor: BlobDescriptor) -> str:
 
 
 def _check_size(files: Files, descriptor: BlobDescriptor) -> None:
-    size = files.size(_path(descriptor))
+    try:
+        size = files.size(_path(descriptor))
+    except ImageFormatError as error:
+        raise missing_layer(descriptor, error) from error
     if size != descriptor.size:
         raise ImageFormatError(
             f"{_path(descriptor)}: has {size} bytes, but {descriptor.size} were promised; fetch or make it again"

@@ -21,6 +21,14 @@ from unionfs.layers.identity import ALGORITHM
 Progress = Callable[[int], None]
 
 
+# Of a manifest: not of who gives it, nor of what is too large.
+_REFUSED_AS_IT_IS = frozenset(range(400, 500)) - {401, 403, 413}
+
+
+class ManifestRefusedError(RegistryError):
+    """A manifest that a registry refuses as it is."""
+
+
 class RegistryClient:
     """A repository in a registry; an async context manager.
 
@@ -80,7 +88,11 @@ class RegistryClient:
         return contents, media_type
 
     async def put_manifest(self, reference: str, contents: bytes, media_type: str) -> None:
-        """Store a manifest, whose blobs are there, under a tag or its digest."""
+        """Store a manifest, whose blobs are there, under a tag or its digest.
+
+        Raises:
+            ManifestRefusedError: the registry does not take it; perhaps it takes another kind.
+        """
         digest = f"{ALGORITHM}:{hashlib.sha256(contents).hexdigest()}"
 
         async def put() -> None:
@@ -89,7 +101,10 @@ class RegistryClient:
             headers = {"Content-Type": media_type, "Content-Length": str(len(contents))}
             async with self._connection.request("PUT", url, headers, lambda: _all(contents)) as response:
                 if response.status_code not in (200, 201, 202):
-                    raise await self._connection.refusal(response)
+                    refusal = await self._connection.refusal(response)
+                    if response.status_code in _REFUSED_AS_IT_IS:
+                        raise ManifestRefusedError(str(refusal))
+                    raise refusal
                 stored = response.headers.get("Docker-Content-Digest", digest)
                 if stored != digest:
                     raise RegistryError(f"{self.registry} stored the manifest as {stored[:100]}, but it is {digest}")
@@ -104,7 +119,7 @@ class RegistryClient:
         async def get() -> bytes:
             async with self._connection.request("GET", self._connection.url("blobs", digest)) as response:
                 if response.status_code != 200:
-                    raise await self._connection.refusal(response)
+                    raise await self._connection.refusal(response, digest)
                 return await read_limited(response, size)
 
         contents = await self._connection.keep_trying(get)

@@ -67,6 +67,10 @@ class Access:
         return host in ("localhost", "::1") or host.startswith("127.")
 
 
+class BlobMissingError(RegistryError):
+    """A part of an image that the registry does not have."""
+
+
 class Connection:
     """Requests to a registry about one repository; an async context manager.
 
@@ -173,8 +177,17 @@ class Connection:
                 return response
         raise RegistryError(f"{self.registry} sends us from one place to the next; try again later")
 
-    async def refusal(self, response: httpx.Response) -> ImageError:
-        """What a status that was not expected means for the user."""
+    async def refusal(self, response: httpx.Response, blob: str = "") -> ImageError:
+        """What a status that was not expected means for the user.
+
+        Args:
+            response: the registry's.
+            blob: the digest of what was asked for.
+        """
+        if blob and response.status_code == 404:
+            return BlobMissingError(
+                f"{self.registry} has no blob {blob} of {self.repository}; the image is incomplete there, push it again"
+            )
         if response.status_code == 401:
             return self._authorization.refused()
         reason = _reason(await _start_of(response)) or response.reason_phrase or "no reason given"

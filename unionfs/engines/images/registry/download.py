@@ -84,7 +84,7 @@ class _Part:
             if response.status_code == 200:
                 state.start_again()  # it does not know about parts
             elif response.status_code != 206:
-                raise await self._connection.refusal(response)
+                raise await self._connection.refusal(response, self._digest)
             # As they come: pieces of one size would be kept back until they are full, and lost with the connection.
             pieces = response.aiter_raw()
             if is_encoded(response) and response.headers.get("Content-Length") != str(state.size - state.done):

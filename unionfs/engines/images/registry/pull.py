@@ -12,11 +12,11 @@ import trio
 
 from unionfs.engines.images.blob_sources import BlobSources
 from unionfs.engines.images.install import Installation, Report, no_report
-from unionfs.engines.images.manifest import BlobDescriptor, Index, Manifest, choose, parse_manifest
+from unionfs.engines.images.manifest import BlobDescriptor, Index, Manifest, choose, missing_layer, parse_manifest
 from unionfs.engines.images.model import MAX_CONFIG_BYTES, Image, Platform, digest_of
 from unionfs.engines.images.reference import Reference
 from unionfs.engines.images.registry.client import RegistryClient
-from unionfs.engines.images.registry.connection import Access
+from unionfs.engines.images.registry.connection import Access, BlobMissingError
 from unionfs.engines.images.registry.threads import in_thread
 from unionfs.engines.images.store import ImageStore
 from unionfs.engines.images.tar_files import Region
@@ -133,10 +133,13 @@ async def _fetch_layers(
 async def _fetch(client: RegistryClient, blob: _Blob, limit: trio.CapacityLimiter, report: Report) -> None:
     async with limit:
         size = blob.descriptor.size
-        await client.download(
-            blob.descriptor.digest,
-            size,
-            blob.file,
-            lambda done: report(blob.diff_id, "downloading", done, size),
-        )
+        try:
+            await client.download(
+                blob.descriptor.digest,
+                size,
+                blob.file,
+                lambda done: report(blob.diff_id, "downloading", done, size),
+            )
+        except BlobMissingError as error:
+            raise missing_layer(blob.descriptor, error) from None
     blob.arrived.set()

@@ -16,10 +16,10 @@ from unionfs.engines.images.blob_sources import BlobSources
 from unionfs.engines.images.compress import LayerCompression, compressed
 from unionfs.engines.images.export import image_manifest
 from unionfs.engines.images.install import Report, no_report
-from unionfs.engines.images.manifest import OCI_MANIFEST
+from unionfs.engines.images.manifest import DOCKER_MANIFEST, OCI_MANIFEST
 from unionfs.engines.images.model import Image, digest_of
 from unionfs.engines.images.reference import Reference
-from unionfs.engines.images.registry.client import RegistryClient
+from unionfs.engines.images.registry.client import ManifestRefusedError, RegistryClient
 from unionfs.engines.images.registry.connection import Access
 from unionfs.engines.images.registry.threads import in_thread
 from unionfs.engines.images.store import ImageStore
@@ -95,12 +95,26 @@ class _Push:
                     nursery.start_soon(self._layer, client, layer, limit)
             await self._config(client)
             blobs = [self._blobs[diff_id] for diff_id in self._image.diff_ids]
-            manifest = image_manifest(self._image, blobs, self._compression)
-            await client.put_manifest(where.tag, manifest, OCI_MANIFEST)
+            manifest = await self._manifest(client, blobs)
         if self._compression is LayerCompression.GZIP:
             for diff_id, (digest, _) in self._blobs.items():
                 self._sources.note(diff_id, digest, where)
         return digest_of(manifest)
+
+    async def _manifest(self, client: RegistryClient, blobs: list[tuple[str, int]]) -> bytes:
+        """Give the manifest, which some registries take only in Docker's form."""
+        refused: ManifestRefusedError | None = None
+        for media_type in (OCI_MANIFEST, DOCKER_MANIFEST):
+            manifest = image_manifest(self._image, blobs, self._compression, media_type)
+            try:
+                await client.put_manifest(self._reference.tag, manifest, media_type)
+                return manifest
+            except ManifestRefusedError as error:
+                refused = refused or error
+                if self._compression is LayerCompression.ZSTD:
+                    break
+        assert refused is not None
+        raise refused
 
     def _other_repositories(self) -> list[str]:
         """Of the same registry, that may have layers."""
