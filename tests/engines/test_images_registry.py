@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,8 +32,8 @@ from tests.engines.fake_registry import (
 )
 from tests.engines.image_archives import Made, index_of, sha256, to_directory, to_json, to_tar
 from tests.layers.archives import files
-from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, import_images
-from unionfs.engines.images.registry import Credentials
+from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, import_images, parse_reference
+from unionfs.engines.images.registry import Credentials, find_credentials
 from unionfs.engines.images.registry.challenge import Challenge, parse_challenges
 from unionfs.engines.images.registry.connection import Access
 from unionfs.engines.images.registry.retry import retry_after
@@ -557,3 +559,95 @@ def test_a_blob_that_is_missing(images: ImageStore, registry: FakeRegistry, what
     with pytest.raises(RegistryError, match=rf"{registry.address} has no blob {digest} of app; .* push it again"):
         fetch(images, f"{registry.address}/app:v1")
     assert nothing_is_left(images)
+
+
+def credential_helper(monkeypatch: pytest.MonkeyPatch, directory: Path, name: str, knows: str = "*") -> None:
+    """A helper program that gives what it is asked for as the password, if it knows that."""
+    directory.mkdir(exist_ok=True)
+    helper = directory / f"docker-credential-{name}"
+    answer = 'printf \'{"Username":"h","Secret":"%s"}\' "$url"'
+    helper.write_text(
+        f'#!/bin/sh\nread url\n[ "$1" = get ] || exit 1\ncase "$url" in {knows}) {answer};; *) exit 1;; esac\n'
+    )
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+
+
+def test_credentials_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def auth(text: str) -> str:
+        return base64.b64encode(text.encode()).decode()
+
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker/config.json").write_text(
+        json.dumps(
+            {
+                "auths": {
+                    "https://index.docker.io/v1/": {"auth": auth("hub:a:b")},
+                    "quay.io": {"auth": auth("general:x")},
+                    "quay.io/team": {"auth": auth("team:x")},
+                    "ghcr.io": {"identitytoken": "token"},
+                    "bad.io": {"auth": "???"},
+                },
+                "credHelpers": {"helped.io": "for-the-test", "missing.io": "not-there"},
+            }
+        )
+    )
+    credential_helper(monkeypatch, tmp_path / "bin", "for-the-test")
+    environ = {"DOCKER_CONFIG": str(tmp_path / "docker"), "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+
+    def find(name: str) -> Credentials | None:
+        return find_credentials(parse_reference(name), environ)
+
+    assert find("alpine") == Credentials("hub", "a:b")
+    assert find("quay.io/other/app") == Credentials("general", "x")
+    assert find("quay.io/team/app") == Credentials("team", "x")
+    assert find("ghcr.io/a/b") == Credentials(identity_token="token")
+    assert find("bad.io/a") is None
+    assert find("unknown.io/a") is None
+    with pytest.raises(RegistryError, match="docker-credential-not-there is not installed"):
+        find("missing.io/a")
+    assert find("helped.io/a") == Credentials("h", "helped.io")
+    (tmp_path / "containers").mkdir()
+    (tmp_path / "containers/auth.json").write_text(json.dumps({"auths": {"quay.io": {"auth": auth("first:x")}}}))
+    assert find("quay.io/other/app") == Credentials("first", "x")
+    environ["REGISTRY_AUTH_FILE"] = str(tmp_path / "none")
+    with pytest.raises(RegistryError, match="there is no such file"):
+        find("alpine")
+
+
+@pytest.mark.parametrize("auths", [{}, {"auths": {}}, {"auths": None}, {"auths": {"other.io": {}}}])
+def test_a_helper_for_all_registries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, auths: dict[str, object]
+) -> None:
+    """docker-credential-ecr-login and others need no more than their name."""
+    config = tmp_path / "config.json"
+    environ = {"DOCKER_CONFIG": str(tmp_path), "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+
+    def find(name: str) -> Credentials | None:
+        return find_credentials(parse_reference(name), environ)
+
+    credential_helper(
+        monkeypatch, tmp_path / "bin", "some", knows="https://index.docker.io/v1/|localhost:5000|other.io"
+    )
+    config.write_text(json.dumps({"credsStore": "some", **auths}))
+    assert find("alpine") == Credentials("h", "https://index.docker.io/v1/")
+    assert find("localhost:5000/team/app") == Credentials("h", "localhost:5000")
+    assert find("quay.io/app") is None
+    assert find("other.io/app") == Credentials("h", "other.io")
+    # Who copied the file without the program can still pull what is open to everybody.
+    config.write_text(json.dumps({"credsStore": "missing", **auths}))
+    assert find("alpine") is None
+    assert "docker-credential-missing is not installed" in caplog.text
+    if auths.get("auths"):
+        with pytest.raises(RegistryError, match="docker-credential-missing is not installed"):
+            find("other.io/app")
+
+
+@pytest.mark.parametrize("key", ["a.io", "https://a.io", "http://a.io", "https://a.io/", "https://a.io/v1/", "a.io/v2"])
+def test_the_keys_of_logins(tmp_path: Path, key: str) -> None:
+    auth = base64.b64encode(b"me:secret").decode()
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"b.io": {}, key: {"auth": auth}}}))
+    environ = {"DOCKER_CONFIG": str(tmp_path), "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert find_credentials(parse_reference("a.io/team/app"), environ) == Credentials("me", "secret")
+    for other in ("b.io/app", "a.io:443/app", "x.a.io/app", "docker.io/a.io/app"):
+        assert find_credentials(parse_reference(other), environ) is None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 import os
 import subprocess
 import urllib.parse
@@ -27,8 +25,8 @@ from tests.e2e.engines.registry import (
 )
 from tests.e2e.engines.registry_tools import fetch, give, nothing_is_left, unionfs
 from tests.engines.image_archives import Made, to_json, to_tar
-from unionfs.engines.images import ImageStore, import_images, parse_reference
-from unionfs.engines.images.registry import Credentials, find_credentials
+from unionfs.engines.images import ImageStore, import_images
+from unionfs.engines.images.registry import Credentials
 from unionfs.errors import RegistryError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
@@ -170,55 +168,3 @@ def test_tls(tmp_path: Path, images: ImageStore) -> None:
         give(images, image, f"{registry.address}/app:v1", plain_http=False, cert_dir=str(certificates))
         images.remove(image.image_id)
         fetch(images, f"{registry.address}/app:v1", plain_http=False, cert_dir=str(certificates))
-
-
-def test_credentials_files(tmp_path: Path) -> None:
-    def auth(text: str) -> str:
-        return base64.b64encode(text.encode()).decode()
-
-    (tmp_path / "docker").mkdir()
-    (tmp_path / "docker/config.json").write_text(
-        json.dumps(
-            {
-                "auths": {
-                    "https://index.docker.io/v1/": {"auth": auth("hub:a:b")},
-                    "quay.io": {"auth": auth("general:x")},
-                    "quay.io/team": {"auth": auth("team:x")},
-                    "ghcr.io": {"identitytoken": "token"},
-                    "bad.io": {"auth": "???"},
-                },
-                "credHelpers": {"helped.io": "for-the-test", "missing.io": "not-there"},
-            }
-        )
-    )
-    helper = tmp_path / "bin/docker-credential-for-the-test"
-    helper.parent.mkdir()
-    helper.write_text(
-        '#!/bin/sh\nread url\n[ "$1" = get ] && echo "{\\"Username\\":\\"h\\",\\"Secret\\":\\"$url\\"}"\n'
-    )
-    helper.chmod(0o755)
-    environ = {"DOCKER_CONFIG": str(tmp_path / "docker"), "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
-
-    def find(name: str) -> Credentials | None:
-        return find_credentials(parse_reference(name), environ)
-
-    assert find("alpine") == Credentials("hub", "a:b")
-    assert find("quay.io/other/app") == Credentials("general", "x")
-    assert find("quay.io/team/app") == Credentials("team", "x")
-    assert find("ghcr.io/a/b") == Credentials(identity_token="token")
-    assert find("bad.io/a") is None
-    assert find("unknown.io/a") is None
-    with pytest.raises(RegistryError, match="docker-credential-not-there is not installed"):
-        find("missing.io/a")
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{helper.parent}:{before}"
-    try:
-        assert find("helped.io/a") == Credentials("h", "helped.io")
-    finally:
-        os.environ["PATH"] = before
-    (tmp_path / "containers").mkdir()
-    (tmp_path / "containers/auth.json").write_text(json.dumps({"auths": {"quay.io": {"auth": auth("first:x")}}}))
-    assert find("quay.io/other/app") == Credentials("first", "x")
-    environ["REGISTRY_AUTH_FILE"] = str(tmp_path / "none")
-    with pytest.raises(RegistryError, match="there is no such file"):
-        find("alpine")

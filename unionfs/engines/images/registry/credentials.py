@@ -25,8 +25,9 @@ _log = logging.getLogger(__name__)
 _MAX_FILE_BYTES = 1 << 20
 _HELPER_TIMEOUT_S = 60
 _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+")
-# What docker login writes for its own registry, since 2013.
-_DOCKER_HUB_KEYS = ("https://index.docker.io/v1/", "index.docker.io", "registry-1.docker.io")
+# What docker login calls its own registry, since 2013.
+_DOCKER_HUB_KEY = "https://index.docker.io/v1/"
+_DOCKER_HUB_HOSTS = ("index.docker.io", "registry-1.docker.io")
 _TOKEN_USER = "<token>"  # a helper's word for "the secret is an identity token"
 
 
@@ -65,8 +66,12 @@ def find_credentials(reference: Reference, environ: Mapping[str, str] = os.envir
         known = _read(path, required=path == environ.get("REGISTRY_AUTH_FILE"))
         if known is None:
             continue
-        for key in _keys(reference):
-            found = _in_file(known, key, path)
+        for name in _names(reference):
+            found = _in_file(known, name, path)
+            if found is not None:
+                return found
+        if isinstance(store := known.get("credsStore"), str) and store:
+            found = _in_store(store, reference.registry)
             if found is not None:
                 return found
     return None
@@ -83,15 +88,22 @@ def _places(environ: Mapping[str, str]) -> Iterator[str]:
     yield os.path.join(environ.get("DOCKER_CONFIG") or os.path.join(home, ".docker"), "config.json")
 
 
-def _keys(reference: Reference) -> Iterator[str]:
-    """Under which an entry may stand, the most particular first."""
+def _names(reference: Reference) -> Iterator[str]:
+    """For which an entry may be, the most particular first."""
     parts = reference.name.split("/")
     for end in range(len(parts), 0, -1):
         yield "/".join(parts[:end])
-    yield f"https://{reference.registry}"
-    yield f"http://{reference.registry}"
-    if reference.registry == DEFAULT_REGISTRY:
-        yield from _DOCKER_HUB_KEYS
+
+
+def _find(entries: object, name: str) -> tuple[str, object]:
+    """The key and the value of a name's entry; ``https://HOST/v2/`` is the same as ``HOST``."""
+    if isinstance(entries, dict):
+        for key, value in sorted(entries.items(), key=lambda item: item[0] != name):
+            plain = str(key).removeprefix("https://").removeprefix("http://").rstrip("/")
+            plain = plain.removesuffix("/v1").removesuffix("/v2")
+            if (DEFAULT_REGISTRY if plain in _DOCKER_HUB_HOSTS else plain) == name:
+                return key, value
+    return "", None
 
 
 def _read(path: str, *, required: bool) -> dict[str, Any] | None:
@@ -113,14 +125,23 @@ def _read(path: str, *, required: bool) -> dict[str, Any] | None:
     return found
 
 
-def _in_file(known: dict[str, Any], key: str, path: str) -> Credentials | None:
-    helpers, auths = known.get("credHelpers"), known.get("auths")
-    if isinstance(helpers, dict) and isinstance(helper := helpers.get(key), str):
-        return _ask_helper(helper, key)
-    if not isinstance(auths, dict):
+def _in_store(store: str, registry: str) -> Credentials | None:
+    """What a helper has for a registry of which the file says nothing, as after ``docker login`` into the helper only.
+
+    Like Docker we pull without a login where the helper does not work: who copied the file may not have the program.
+    """
+    try:
+        return _ask_helper(store, _DOCKER_HUB_KEY if registry == DEFAULT_REGISTRY else registry)
+    except RegistryError as error:
+        _log.warning("%s", error)
         return None
-    # "https://registry.example.com/" is the same to docker login.
-    entry = auths.get(key, auths.get(f"{key}/"))
+
+
+def _in_file(known: dict[str, Any], name: str, path: str) -> Credentials | None:
+    key, helper = _find(known.get("credHelpers"), name)
+    if isinstance(helper, str) and helper:
+        return _ask_helper(helper, key)
+    key, entry = _find(known.get("auths"), name)
     if not isinstance(entry, dict):
         return None
     if isinstance(store := known.get("credsStore"), str) and store and not entry.get("auth"):
