@@ -447,6 +447,52 @@ def test_hostile_archives(images: ImageStore, tmp_path: Path, what: str) -> None
         assert nothing_is_left(images)
 
 
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"1/layer.tar": "/x.tar"},
+        {"1/layer.tar": "../../../../x.tar"},  # the archive's top is where they stop
+        {"1/layer.tar": "other.tar", "1/other.tar": "/d/y.tar", "d": "./e", "e/y.tar": "../x.tar"},
+        {"1": "/sub/dir", "sub/dir/layer.tar": "/x.tar"},
+    ],
+)
+def test_links_in_an_archive(images: ImageStore, links: dict[str, str]) -> None:
+    made = Made()
+    members = {name: data for name, data in made.old_docker().items() if not name.startswith("1/")}
+    members |= {"./x.tar": made.layers[1], **links}
+    assert import_images(images, archive_of(to_tar(members)))[0].image_id == made.image_id
+
+
+def test_absolute_names_in_an_archive(images: ImageStore) -> None:
+    made = Made()
+    members = {f"/{name}": data for name, data in made.old_docker().items()}
+    assert import_images(images, archive_of(to_tar(members)))[0].image_id == made.image_id
+
+
+@pytest.mark.parametrize("what", ["blob", "directory", "index"])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_links_in_a_layout(images: ImageStore, tmp_path: Path, what: str, inside: bool, absolute: bool) -> None:
+    """Followed in the layout, never out of it: who wrote the layout may not be who reads it."""
+    made = Made()
+    layout = to_directory(made.oci(), tmp_path / "layout")
+    moved = {
+        "blob": layout / f"blobs/sha256/{layer_blob(made)[7:]}",
+        "directory": layout / "blobs",
+        "index": layout / "index.json",
+    }
+    place = moved[what]
+    target = (layout if inside else tmp_path) / "real"
+    place.rename(target)
+    place.symlink_to(target if absolute else os.path.relpath(target, place.parent))
+    if inside and not absolute:
+        assert import_images(images, layout)[0].image_id == made.image_id
+        return
+    with pytest.raises(ImageFormatError, match="is a symlink that is absolute or leads out of the layout; copy"):
+        import_images(images, layout)
+    assert nothing_is_left(images)
+
+
 def test_a_pipe_in_a_layout_is_not_waited_for(images: ImageStore, tmp_path: Path) -> None:
     layout = to_directory(Made().oci(), tmp_path / "layout")
     blob = layout / "blobs/sha256" / layer_blob(Made())[7:]

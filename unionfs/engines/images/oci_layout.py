@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import BinaryIO, Protocol
 
+from unionfs.archive.rooted import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from unionfs.engines.images.install import FoundImage, LayerBlob
 from unionfs.engines.images.manifest import (
     MAX_MANIFEST_BYTES,
@@ -54,7 +55,7 @@ class Files(Protocol):
 
 
 class DirectoryFiles:
-    """The files below a directory, none of them a link or anything but a regular file.
+    """The files below a directory. Links are followed as long as they stay in it, whoever wrote them.
 
     Args:
         root: the directory.
@@ -66,13 +67,21 @@ class DirectoryFiles:
     def open(self, name: str) -> BinaryIO:
         """See :class:`Files`."""
         path = os.path.join(self._root, name)
+        top = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # Not to wait for the other end of a pipe.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = openat2(top, os.fsencode(name), os.O_RDONLY | os.O_NONBLOCK, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS)
         except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise ImageFormatError(
+                    f"{path}: is a symlink that is absolute or leads out of the layout; copy the layout without links "
+                    "(cp -RL) and import that"
+                ) from error
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise ImageFormatError(f"{path}: {error.strerror}; the layout is incomplete") from error
             raise
+        finally:
+            os.close(top)
         file = os.fdopen(fd, "rb")
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             file.close()

@@ -107,7 +107,7 @@ class TarFiles:
         return _clean(name) in self._members
 
     def open(self, name: str) -> BinaryIO:
-        """The file ``name``; links are followed inside the archive.
+        """The file ``name``; links are followed in the archive, whose top is their root.
 
         Raises:
             ImageFormatError: there is none.
@@ -124,14 +124,25 @@ class TarFiles:
         return read_limited(self.open, self.size(name), name, limit)
 
     def _member(self, name: str) -> _Member:
-        found = self._members.get(_clean(name))
+        path = _clean(name)
         for _ in range(_MAX_LINKS):
-            if found is None or not found.target:
+            found = self._members.get(path)
+            if found is not None and not found.target:
+                return found
+            link, rest = self._first_link(path)
+            if link is None:
                 break
-            found = self._members.get(found.target)
-        if found is None or found.target:
-            raise ImageFormatError(f"the archive has no file {name[:200]!r}; it is incomplete or none of an image")
-        return found
+            path = _clean(posixpath.join(link.target, rest))
+        raise ImageFormatError(f"the archive has no file {name[:200]!r}; it is incomplete or none of an image")
+
+    def _first_link(self, path: str) -> tuple[_Member | None, str]:
+        """The first link on the way to ``path``, which may be a directory's, and what follows it."""
+        parts = path.split("/")
+        for number in range(1, len(parts) + 1):
+            found = self._members.get("/".join(parts[:number]))
+            if found is not None and found.target:
+                return found, "/".join(parts[number:])
+        return None, ""
 
 
 def read_limited(opener: Callable[[str], BinaryIO], size: int, name: str, limit: int) -> bytes:
@@ -179,7 +190,8 @@ def _has_descriptor(file: BinaryIO) -> bool:
 
 
 def _clean(name: str) -> str:
-    return posixpath.normpath(name).removeprefix("./")
+    """A path from the top of the archive, above which no ``..`` leads: as if it were unpacked and that the root."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 class _Counter:
