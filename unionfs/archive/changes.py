@@ -22,6 +22,8 @@ from unionfs.archive.overlay_view import ALL_PREFIXES, MergedView, Node, OpenMer
 from unionfs.archive.rooted import RootedDir
 from unionfs.errors import LayerError
 
+_KEPT_IN_ALL = 64  # directories held open, of all layers
+
 
 class ChangeKind(enum.Enum):
     """What happened to a path; the value is the letter that people see."""
@@ -93,9 +95,10 @@ def changes_of_upper(
         LayerError: one of the directories is missing or is no directory.
     """
     with ExitStack() as stack:
-        top = _open_layer(stack, upper)
-        below = [_open_layer(stack, lower) for lower in lowers]
-        data = [_open_layer(stack, lower) for lower in data_only]
+        keep = max(_KEPT_IN_ALL // (1 + len(lowers)), 2)
+        top = _open_layer(stack, upper, keep)
+        below = [_open_layer(stack, lower, keep) for lower in lowers]
+        data = [_open_layer(stack, lower, 0) for lower in data_only]
         new = MergedView([top, *below], data, prefixes=prefixes, opaque_root=opaque_root)
         old = MergedView(below, data, prefixes=prefixes, opaque_root=opaque_root) if below else None
         yield from _Comparison(new, old, exact_same(prefixes), upper=top).changes()
@@ -116,8 +119,8 @@ def changes_of_trees(new: str | bytes, old: str | bytes | None, *, all_xattrs: b
         LayerError: one of the directories is missing or is no directory.
     """
     with ExitStack() as stack:
-        new_view = PlainView(_open_layer(stack, new))
-        old_view = None if old is None else PlainView(_open_layer(stack, old))
+        new_view = PlainView(_open_layer(stack, new, _KEPT_IN_ALL // 2))
+        old_view = None if old is None else PlainView(_open_layer(stack, old, _KEPT_IN_ALL // 2))
         yield from _Comparison(new_view, old_view, naive_same(all_xattrs), upper=None).changes()
 
 
@@ -141,9 +144,9 @@ def size_of(changes: Iterable[Change]) -> int:
     return total
 
 
-def _open_layer(stack: ExitStack, path: str | bytes) -> RootedDir:
+def _open_layer(stack: ExitStack, path: str | bytes, keep: int) -> RootedDir:
     try:
-        return stack.enter_context(RootedDir(path))
+        return stack.enter_context(RootedDir(path, keep))
     except OSError as error:
         raise LayerError(
             f"cannot read the layer directory {os.fsdecode(path)}: {error.strerror}; "

@@ -51,6 +51,7 @@ from unionfs.errors import ArchiveError
 _log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
+_KEPT = 32  # directories held open
 _ZEROS = bytes(_PIECE_BYTES)
 # Entries may go away under a running container; such a one is simply not there.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
@@ -132,7 +133,7 @@ def pack_changes(changes: Iterable[Change], options: PackOptions = _DEFAULT) -> 
 @contextmanager
 def _open_root(path: bytes) -> Iterator[RootedDir]:
     try:
-        root = RootedDir(path)
+        root = RootedDir(path, _KEPT)
     except OSError as error:
         raise ArchiveError(
             f"cannot read the directory {show(path)}: {error.strerror}; give the path of an existing directory"
@@ -315,7 +316,8 @@ class _TreePacker(_Packer):
                         raise _fail(name, error) from error
                     if is_dir:
                         # What is left here waits until this directory is through.
-                        todo.append((rel, names))
+                        if names:
+                            todo.append((rel, names))
                         todo.append((name, self._names(name)))
                         break
             finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections import OrderedDict
 from types import TracebackType
 
 _SYS_OPENAT2 = 437  # the same number on every architecture: it was added after the tables were unified
@@ -22,6 +23,9 @@ RESOLVE_IN_ROOT = 0x10
 
 # A path handed to the kernel at once must stay below PATH_MAX (4096); a tree can be deeper than that.
 _CHUNK_BYTES = 3500
+
+# So many components above a directory far down are kept open too, when some are.
+_NEAR = 16
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -78,15 +82,19 @@ class RootedDir:
 
     Args:
         path: the directory. Symlinks in ``path`` itself are the caller's and are followed.
+        keep: how many directories beneath it, those used last, to hold open, so that who walks through a tree of any
+            depth does not begin at the top for each. Whoever renames or removes something has to :meth:`forget` them.
 
     Raises:
         OSError: it does not exist or is no directory.
     """
 
-    __slots__ = ("fd", "path")
+    __slots__ = ("_keep", "_kept", "fd", "path")
 
-    def __init__(self, path: str | bytes) -> None:
+    def __init__(self, path: str | bytes, keep: int = 0) -> None:
         self.path = os.fsencode(path)
+        self._keep = keep
+        self._kept: OrderedDict[bytes, int] = OrderedDict()
         self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @classmethod
@@ -104,43 +112,80 @@ class RootedDir:
 
     def close(self) -> None:
         """Close the descriptor; closing twice is harmless."""
+        self.forget()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
+    def forget(self) -> None:
+        """Close the directories that were kept open."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+
     def open(self, rel: bytes, flags: int) -> int:
         """Open ``rel`` (``b""`` is the directory itself); no component of it may be a symlink or ``..``.
 
+        With directories kept, it must be without empty components and ``.``, as :func:`join` makes it.
+
         Raises :class:`OSError`, ELOOP when there is a symlink on the way.
         """
+        above, _, name = rel.rpartition(b"/")
+        if above in self._kept and name not in (b"", b".", b".."):
+            self._kept.move_to_end(above)
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._kept[above])
         parts = split_path(rel)
         if b".." in parts:
             raise OSError(errno.EXDEV, "path leads upwards", os.fsdecode(rel))
-        if not parts:
-            return os.open(b".", flags | os.O_CLOEXEC, dir_fd=self.fd)
-        base = self.fd
+        top, done = self._nearest(rel)
+        todo = parts[done:]
+        if not todo:
+            return os.open(b".", flags | os.O_CLOEXEC, dir_fd=top)
+        base = top
         try:
             while True:
-                piece = _take(parts, _CHUNK_BYTES if HAVE_OPENAT2 else 1)
-                last = not parts
-                step = flags | os.O_NOFOLLOW if last else os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+                # The last ones of a long way are kept, so that who comes back up finds them.
+                far = len(todo) - _NEAR if self._keep else len(todo)
+                piece, count = _take(todo, max(far, 1) if HAVE_OPENAT2 else 1)
+                del todo[:count]
+                done += count
+                step = flags | os.O_NOFOLLOW if not todo else os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
                 if HAVE_OPENAT2:
                     fd = openat2(base, piece, step, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
                 else:
                     # One component at a time, O_NOFOLLOW on each: the same promise without the system call.
                     fd = os.open(piece, step | os.O_CLOEXEC, dir_fd=base)
-                if last:
-                    return fd
-                if base != self.fd:
+                if base != top:
                     os.close(base)
+                    base = top
+                if not todo:
+                    return fd
                 base = fd
+                if far <= 1:
+                    self._remember(b"/".join(parts[:done]), fd)
         finally:
-            if base != self.fd:
+            if base != top:
                 os.close(base)
+
+    def _nearest(self, rel: bytes) -> tuple[int, int]:
+        """The kept directory that ``rel`` is or is in, and how many components deep that is."""
+        above = [path for path in self._kept if rel.startswith(path) and rel[len(path) : len(path) + 1] in (b"", b"/")]
+        if not above:
+            return self.fd, 0
+        path = max(above, key=len)
+        return self._kept[path], path.count(b"/") + 1
+
+    def _remember(self, rel: bytes, fd: int) -> None:
+        if not self._keep or not rel or rel in self._kept:
+            return
+        self._kept[rel] = os.dup(fd)
+        if len(self._kept) > self._keep:
+            os.close(self._kept.popitem(last=False)[1])
 
     def open_dir(self, rel: bytes) -> int:
         """A readable descriptor of the directory ``rel``."""
-        return self.open(rel, DIRECTORY_FLAGS)
+        fd = self.open(rel, DIRECTORY_FLAGS)
+        self._remember(rel, fd)
+        return fd
 
     def open_file(self, rel: bytes) -> int:
         """A readable descriptor of the regular file ``rel``, leaving its access time alone where allowed.
@@ -178,11 +223,13 @@ def reopen(handle: int, flags: int) -> int:
         return os.open(path, flags | os.O_CLOEXEC)
 
 
-def _take(parts: list[bytes], limit: int) -> bytes:
-    """Remove components from the front of ``parts`` up to ``limit`` bytes (at least one) and join them."""
-    taken = [parts.pop(0)]
+def _take(parts: list[bytes], most: int) -> tuple[bytes, int]:
+    """At least one and up to ``most`` components from the front of ``parts``, joined; and how many they are."""
+    taken = [parts[0]]
     size = len(taken[0])
-    while parts and size + 1 + len(parts[0]) <= limit:
-        size += 1 + len(parts[0])
-        taken.append(parts.pop(0))
-    return b"/".join(taken)
+    for part in parts[1:most]:
+        size += 1 + len(part)
+        if size > _CHUNK_BYTES:
+            break
+        taken.append(part)
+    return b"/".join(taken), len(taken)

@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Iterator
 
-from unionfs.archive.removal import remove_tree
 from unionfs.drivers.ids import CREATING, REMOVING
 from unionfs.errors import DriverError, LayerBusyError
 from unionfs.host import mountinfo, unmount
+from unionfs.host.files import remove_tree
 from unionfs.host.mount_holders import Holder, holders, mounts_inside
 
 _log = logging.getLogger(__name__)

@@ -6,13 +6,13 @@ Symlinks are copied and never followed; everything goes through directory descri
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 
-from unionfs.archive.rooted import RootedDir, open_regular
+from unionfs.archive.rooted import DIRECTORY_FLAGS, RootedDir, open_regular
 from unionfs.archive.unpack import in_user_namespace
 from unionfs.fuse_ops.copy_up.copying import copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.host.files import open_tree, walk_tree
 
 
 def copy_tree(source: str, target: str) -> None:
@@ -21,61 +21,74 @@ def copy_tree(source: str, target: str) -> None:
     Raises:
         OSError: something cannot be read or made; the copy is incomplete then.
     """
-    with RootedDir(source) as original, RootedDir(target) as copy:
+    with open_tree(source) as original, RootedDir(target) as copy:
         _TreeCopy(original, copy).run()
 
 
 class _TreeCopy:
-    def __init__(self, source: RootedDir, target: RootedDir) -> None:
+    """One copy: goes through the source, and in the same steps through the target."""
+
+    def __init__(self, source: int, target: RootedDir) -> None:
         self._source = source
         self._target = target
+        self._here = os.dup(target.fd)  # where the walk is
+        self._way: list[bytes] = []
         self._first_names: dict[tuple[int, int], bytes] = {}
         self._skip_devices = in_user_namespace()
 
     def run(self) -> None:
-        """Directories get their times last: making what is in them changes these."""
-        done: list[tuple[bytes, os.stat_result]] = []
-        todo = [b""]
-        while todo:
-            rel = todo.pop()
-            done.append((rel, self._directory(rel, todo)))
-        for rel, info in reversed(done):
-            fd = self._target.open_dir(rel)
-            try:
-                copy_times(fd, b".", info)
-            finally:
-                os.close(fd)
+        try:
+            walk_tree(self._source, self._directory, self._leave, self._down)
+            _finish(self._source, self._here)
+        finally:
+            os.close(self._here)
 
-    def _directory(self, rel: bytes, todo: list[bytes]) -> os.stat_result:
-        """Copy the entries of the directory ``rel``, which exists; those that are directories go to ``todo``."""
-        with contextlib.ExitStack() as stack:
-            source = self._source.open_dir(rel)
-            stack.callback(os.close, source)
-            target = self._target.open_dir(rel)
-            stack.callback(os.close, target)
-            info = os.fstat(source)
-            for name in map(os.fsencode, os.listdir(source)):
-                child = os.lstat(name, dir_fd=source)
-                path = rel + b"/" + name if rel else name
-                if stat.S_ISDIR(child.st_mode):
-                    os.mkdir(name, 0o700, dir_fd=target)
-                    todo.append(path)
-                else:
-                    self._entry(source, target, name, path, child)
-            copy_attributes(target, b".", info)
-            # All of them: in a complete tree, what looks like overlayfs' own belongs to a nested one.
-            copy_xattrs(_at(source, b"."), _at(target, b"."))
-            return info
+    def _down(self, source: int, name: bytes) -> int:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=source)
+        try:
+            self._move(name)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._way.append(name)
+        return fd
 
-    def _entry(self, source: int, target: int, name: bytes, path: bytes, info: os.stat_result) -> None:
+    def _leave(self, source: int, name: bytes) -> None:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=source)
+        try:
+            _finish(fd, self._here)
+        finally:
+            os.close(fd)
+        self._move(b"..")  # nobody else writes to the target
+        self._way.pop()
+
+    def _move(self, name: bytes) -> None:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=self._here)
+        os.close(self._here)
+        self._here = fd
+
+    def _directory(self, source: int) -> list[bytes]:
+        """Copy what is in a directory, which exists in the target; the names of the directories in it."""
+        directories = []
+        for name in map(os.fsencode, os.listdir(source)):
+            child = os.lstat(name, dir_fd=source)
+            if stat.S_ISDIR(child.st_mode):
+                os.mkdir(name, 0o700, dir_fd=self._here)
+                directories.append(name)
+            else:
+                self._entry(source, self._here, name, child)
+        return directories
+
+    def _entry(self, source: int, target: int, name: bytes, info: os.stat_result) -> None:
         kind = stat.S_IFMT(info.st_mode)
         if kind in (stat.S_IFCHR, stat.S_IFBLK) and self._skip_devices:
             return  # a user namespace may not make them, and what is run in it could not use them
         if info.st_nlink > 1:
-            first = self._first_names.setdefault((info.st_dev, info.st_ino), path)
-            if first != path:
+            first = self._first_names.get((info.st_dev, info.st_ino))
+            if first is not None:
                 self._link(first, target, name)
                 return
+            self._first_names[info.st_dev, info.st_ino] = b"/".join((*self._way, name))
         if kind == stat.S_IFREG:
             reading = open_regular(source, name)
             try:
@@ -104,6 +117,15 @@ class _TreeCopy:
             os.link(base, name, src_dir_fd=fd, dst_dir_fd=target, follow_symlinks=False)
         finally:
             os.close(fd)
+
+
+def _finish(source: int, target: int) -> None:
+    """Give a directory the attributes of its original; its times come last, making what is in it changes them."""
+    info = os.fstat(source)
+    copy_attributes(target, b".", info)
+    # All of them: in a complete tree, what looks like overlayfs' own belongs to a nested one.
+    copy_xattrs(source, target)
+    copy_times(target, b".", info)
 
 
 def _at(dir_fd: int, name: bytes) -> bytes:

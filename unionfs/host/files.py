@@ -5,28 +5,124 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 _READABLE: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# There is no directory of that name: nothing, or something else.
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 # Somebody who keeps filling a directory while it is removed is not outrun for ever.
 _MAX_VISITS: Final = 50
 
 
 class _Above(NamedTuple):
-    """A directory on the way down, whose descriptor is closed while those in it are emptied."""
+    """A directory on the way down, whose descriptor is closed while those in it are visited."""
 
     identity: tuple[int, int]  # device and inode number
-    child: bytes  # the directory in it that is being emptied
+    child: bytes  # the directory in it that is being visited
     pending: list[bytes]  # further directories in it
+
+
+@contextmanager
+def open_tree(path: str | bytes) -> Iterator[int]:
+    """A readable descriptor of the directory ``path``, symbolic links followed; closed at the end of the block."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_directory(dir_fd: int, name: bytes) -> int:
+    """A readable descriptor of the directory ``name``; -1 if there is none any more."""
+    try:
+        return os.open(name, _READABLE, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return -1
+        raise
+
+
+def walk_tree(
+    dir_fd: int,
+    enter: Callable[[int], list[bytes]],
+    leave: Callable[[int, bytes], object] | None = None,
+    open_below: Callable[[int, bytes], int] = open_directory,
+) -> None:
+    """Visit the directory ``dir_fd`` and those below it, at any depth with three descriptors and in linear time.
+
+    It goes down by name and back by ``..``, and looks whether that led to where it came from. What was moved away or
+    removed meanwhile is left out; with ``leave``, which then cannot be called in order, it is an error.
+
+    Args:
+        dir_fd: where to begin, a readable descriptor.
+        enter: called with a readable descriptor of each directory; returns the names of those in it that are to be
+            visited, of which the last comes first.
+        leave: called when all below the directory ``name`` was visited, with a descriptor of the one that it is in.
+        open_below: opens a directory, -1 for none.
+
+    Raises:
+        OSError: what the calls raise; a directory that cannot be read; ESTALE for one that was moved away.
+    """
+    fd = os.dup(dir_fd)
+    above: list[_Above] = []
+    try:
+        pending = enter(fd)
+        while pending or above:
+            if pending:
+                child = pending.pop()
+                below = open_below(fd, child)
+                if below >= 0:
+                    above.append(_Above(identity(fd), child, pending))
+                    os.close(fd)
+                    fd = below
+                    pending = enter(fd)
+                continue
+            depth = len(above)
+            parent = _back(dir_fd, fd, above)
+            os.close(fd)
+            fd = parent
+            moved = len(above) < depth
+            _, child, pending = above.pop()
+            if leave is not None:
+                if moved:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), os.fsdecode(child))
+                leave(fd, child)
+    finally:
+        os.close(fd)
+
+
+def _back(top_fd: int, fd: int, above: list[_Above]) -> int:
+    """A descriptor of the last directory of ``above``; those that are not where they were are taken from it first."""
+    try:
+        parent = os.open(b"..", _READABLE, dir_fd=fd)
+    except FileNotFoundError:  # the directory was removed
+        pass
+    else:
+        if identity(parent) == above[-1].identity:
+            return parent
+        os.close(parent)
+    found = os.dup(top_fd)
+    for i in range(1, len(above)):
+        below = open_directory(found, above[i - 1].child)
+        if below < 0 or identity(below) != above[i].identity:
+            if below >= 0:
+                os.close(below)
+            del above[i:]
+            break
+        os.close(found)
+        found = below
+    return found
 
 
 def remove_tree(dir_fd: int, name: bytes) -> None:
     """Remove ``name`` in the directory ``dir_fd`` with everything in it; missing is fine.
 
-    Works at any depth with three descriptors and in linear time: it goes down by name and back by ``..``, and looks
-    whether that led to where it came from. A directory of this user's whose mode forbids that is made accessible.
+    Works as :func:`walk_tree` does. A directory of this user's whose mode forbids that is made accessible.
 
     Raises :class:`OSError` for what cannot be removed: EBUSY for a mount point, in which nothing is touched; ENOTEMPTY
     for a directory that keeps being filled.
@@ -34,7 +130,15 @@ def remove_tree(dir_fd: int, name: bytes) -> None:
     for _ in range(_MAX_VISITS):
         if _is_gone(dir_fd, name):
             return
-        _empty(dir_fd, name)
+        fd = _open(dir_fd, name)
+        if fd >= 0:
+            try:
+                walk_tree(fd, _remove_entries, _is_gone, _open)
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # somebody interferes: see what is left
+                    raise
+            finally:
+                os.close(fd)
     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
 
 
@@ -61,52 +165,13 @@ def _is_gone(dir_fd: int, name: bytes) -> bool:
     return True
 
 
-def _empty(dir_fd: int, name: bytes) -> None:
-    """Remove what is in the directory ``name``. Where somebody interferes, something may be left."""
-    fd = _open(dir_fd, name)
-    if fd < 0:
-        return
-    above: list[_Above] = []
-    try:
-        pending = _remove_entries(fd)
-        while True:
-            if pending:
-                child = pending.pop()
-                below = _open(fd, child)
-                if below < 0:
-                    continue
-                above.append(_Above(_identity(fd), child, pending))
-                os.close(fd)
-                fd = below
-                pending = _remove_entries(fd)
-            elif above:
-                identity, child, pending = above.pop()
-                parent = os.open(b"..", _READABLE, dir_fd=fd)
-                os.close(fd)
-                fd = parent
-                if _identity(fd) != identity:
-                    return  # it was moved: whatever is here, it is not ours to remove
-                _is_gone(fd, child)
-            else:
-                return
-    finally:
-        os.close(fd)
-
-
 def _open(dir_fd: int, name: bytes) -> int:
-    """A readable descriptor of the directory ``name``; -1 if it is none any more."""
+    """As :func:`open_directory`, for one that forbids it to its owner too."""
     try:
-        try:
-            return os.open(name, _READABLE, dir_fd=dir_fd)
-        except PermissionError:
-            make_accessible(dir_fd, name)
-            return os.open(name, _READABLE, dir_fd=dir_fd)
-    except (FileNotFoundError, NotADirectoryError):
-        return -1
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return -1
-        raise
+        return open_directory(dir_fd, name)
+    except PermissionError:
+        make_accessible(dir_fd, name)
+        return open_directory(dir_fd, name)
 
 
 def _remove_entries(fd: int) -> list[bytes]:
@@ -121,7 +186,8 @@ def _remove_entries(fd: int) -> list[bytes]:
     return [name for name in names if not _is_gone(fd, name)]
 
 
-def _identity(fd: int) -> tuple[int, int]:
+def identity(fd: int) -> tuple[int, int]:
+    """Device and inode number of what is open as ``fd``."""
     st = os.fstat(fd)
     return st.st_dev, st.st_ino
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 from contextlib import suppress
 
-from unionfs.archive.removal import remove_tree
+from unionfs.host.files import remove_tree
 from unionfs.host.syscalls import renameat2
 
 _AT_FDCWD = -100

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 
 from unionfs.drivers.contract import ListingDriver
 from unionfs.errors import LayerBusyError, MetadataError, UnionfsError
+from unionfs.host.files import open_tree, walk_tree
 from unionfs.layers.identity import ChainID
 from unionfs.layers.store import LayerStore
 
@@ -67,11 +69,20 @@ def disk_usage(store: LayerStore, tree: str) -> int:
         return 0
     total = 0
     seen: set[int] = set()
-    for directory, names, files in os.walk(os.fsencode(root)):
-        for name in (*names, *files):
+
+    def measure(fd: int) -> list[bytes]:
+        nonlocal total
+        directories = []
+        for name in map(os.fsencode, os.listdir(fd)):
             with suppress(OSError):
-                info = os.lstat(os.path.join(directory, name))
+                info = os.lstat(name, dir_fd=fd)
+                if stat.S_ISDIR(info.st_mode):
+                    directories.append(name)
                 if info.st_ino not in seen:
                     seen.add(info.st_ino)
                     total += info.st_blocks * 512
+        return directories
+
+    with suppress(OSError), open_tree(root) as top:
+        walk_tree(top, measure)
     return total

@@ -23,13 +23,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unionfs.archive.overlay_view import join
-from unionfs.archive.rooted import RootedDir
 from unionfs.drivers import home, removal
 from unionfs.drivers.ids import REMOVING
 from unionfs.engines.snapshotter.contract import Usage
 from unionfs.errors import DriverError, SnapshotterError
 from unionfs.host import unmount
+from unionfs.host.files import open_tree, walk_tree
 
 _log = logging.getLogger(__name__)
 
@@ -154,29 +153,26 @@ class SnapshotDirectories:
 
 def _measure(path: str) -> Measured:
     blocks, seen, redirected = 0, set[tuple[int, int]](), False
-    with RootedDir(path) as top:
-        todo = [b""]
-        while todo:
-            rel = todo.pop()
+
+    def look(fd: int) -> list[bytes]:
+        nonlocal blocks, redirected
+        info = os.fstat(fd)
+        seen.add((info.st_dev, info.st_ino))
+        blocks += info.st_blocks
+        redirected = redirected or any(name in _REDIRECTS for name in os.listxattr(fd))
+        directories = []
+        for name in map(os.fsencode, os.listdir(fd)):
             try:
-                fd = top.open_dir(rel)
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # replaced meanwhile: an active snapshot may be in use
-            try:
-                info = os.fstat(fd)
+                info = os.lstat(name, dir_fd=fd)
+            except FileNotFoundError:
+                continue  # an active snapshot may be in use
+            if stat.S_ISDIR(info.st_mode):
+                directories.append(name)
+            elif (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
                 blocks += info.st_blocks
-                redirected = redirected or any(name in _REDIRECTS for name in os.listxattr(fd))
-                for name in map(os.fsencode, os.listdir(fd)):
-                    try:
-                        info = os.lstat(name, dir_fd=fd)
-                    except FileNotFoundError:
-                        continue
-                    if stat.S_ISDIR(info.st_mode):
-                        todo.append(join(rel, name))
-                    elif (info.st_dev, info.st_ino) not in seen:
-                        seen.add((info.st_dev, info.st_ino))
-                        blocks += info.st_blocks
-            finally:
-                os.close(fd)
+        return directories
+
+    with open_tree(path) as top:
+        walk_tree(top, look)
     return Measured(Usage(blocks * _BLOCK_BYTES, len(seen)), redirected)
