@@ -14,6 +14,7 @@ import trio
 
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.metadata import AttributeChange
@@ -135,10 +136,10 @@ async def test_nobody_waits_for_a_truncation(
 
     async def truncate() -> None:
         if how == "set":
-            attributes = await requests.set_attributes(inode, AttributeChange(size=7), Caller())
+            attributes = await completed(requests.set_attributes(inode, AttributeChange(size=7), Caller()))
             done.append(attributes.size)
         else:
-            tree.close_file(await requests.open(inode, os.O_RDWR | os.O_TRUNC, Caller()))
+            tree.close_file(await completed(requests.open(inode, os.O_RDWR | os.O_TRUNC, Caller())))
             done.append(tree.attributes(inode).size)
 
     with trio.fail_after(_SOON_S):

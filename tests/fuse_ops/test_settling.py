@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.speedups.late_sync import recovery, settling, unsynced
@@ -58,14 +59,16 @@ def marked(tmp_path: Path) -> list[str]:
 async def change(requests: UnionRequests, *names: str) -> None:
     for name in names:
         inode = requests.tree.lookup(requests.tree.root, name.encode())
-        await requests.set_attributes(inode, CHANGE, Caller())
+        await completed(requests.set_attributes(inode, CHANGE, Caller()))
 
 
 @asynccontextmanager
-async def settling_beside(requests: UnionRequests) -> AsyncIterator[None]:
+async def settling_beside(
+    requests: UnionRequests, before_thread: Callable[[], None] = lambda: None
+) -> AsyncIterator[None]:
     """Run the task that settles, as a transport does."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests).run)
+        nursery.start_soon(Settling(requests, before_thread=before_thread).run)
         await trio.testing.wait_all_tasks_blocked()
         yield
         nursery.cancel_scope.cancel()
@@ -84,8 +87,7 @@ async def test_copies_are_settled_after_a_pause(
     monkeypatch.setattr(settling, "_PAUSE_S", 0.2)
     requests = UnionRequests(tree, tree.options)
     left: list[None] = []
-    requests.before_thread = lambda: left.append(None)
-    async with settling_beside(requests):
+    async with settling_beside(requests, lambda: left.append(None)):
         await change(requests, *NAMES[:3])
         assert marked(tmp_path) == NAMES[:3], "synced without a pause, in the middle of a chown -R"
         await until(lambda: not len(tree.copy_up.unsynced or ()))
@@ -136,9 +138,8 @@ async def test_an_error_is_told_and_tried_again(
         if broken:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    requests.before_thread = fail
     with caplog.at_level(logging.WARNING):
-        async with settling_beside(requests):
+        async with settling_beside(requests, fail):
             await change(requests, "f0")
             await until(lambda: "Input/output error" in caplog.text)
             assert marked(tmp_path) == ["f0"]

@@ -1,8 +1,8 @@
 """What each request of the kernel means for the tree, in terms of no transport.
 
-The tree belongs to the thread that runs trio. Requests that only look something up are plain methods; those that may
-take long (copying data, fsync, reading what is not in the page cache) are coroutines that give the slow part to a
-worker thread together with the descriptors it needs, so that other requests go on.
+Here alone it is decided what is copied up, whose privileges go, what is slow, and what is synced. A method returns the
+result of its request or, where others would have to wait for it, a :class:`Job`: work for a thread, together with the
+descriptors that it needs, and what follows it. The tree belongs to one thread, in which these methods are called.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import trio
 
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.speedups.patience import Patience
+from unionfs.fuse_ops.requests.job import Job
+from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.changes import Caller, check_new_name
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.listing import has_gone
 from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, Need, for_attributes, for_name, for_writing
+from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, NO_CONTENTS, Need, for_attributes, for_name
 from unionfs.fuse_ops.tree.open_files import OpenDir, OpenFile
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.host.syscalls import RENAME_EXCHANGE
 
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
 _LONG_FREE_BYTES = 4 * 1024 * 1024  # giving back more than this takes a millisecond and more
+_COPY_RANGE_BYTES = 1 << 30  # at once; a program goes on where a copy ended
+_SHORT_SYNC_BYTES = 1024 * 1024  # by which a file grew: no more than it has to write, unless it is overwritten
+
+T = TypeVar("T")
 
 
 class UnionRequests:
@@ -43,8 +49,6 @@ class UnionRequests:
         self.sync = options.fsync and not options.volatile
         self.files: dict[int, OpenFile] = {}
         self.directories: dict[int, OpenDir] = {}
-        self.patience: Patience | None = None  # of a transport that knows who sends requests
-        self.before_thread: Callable[[], None] = lambda: None  # what a transport has to do before it starts threads
         self._next_handle = 1
         self._copying: dict[Inode, trio.Event] = {}
 
@@ -79,128 +83,130 @@ class UnionRequests:
 
     # -- copy-up ----------------------------------------------------------------------------------------------
 
-    def copied_up(self, inode: Inode, need: Need = CONTENTS) -> bool:
-        """Copy ``inode`` up here and now if that is needed and takes no longer than handing it to a thread would.
+    def _copied_up(self, inode: Inode, need: Need, then: Callable[[], T | Job[T]]) -> T | Job[T]:
+        """Copy ``inode`` up as far as ``need`` says, and do ``then``; a job where others would wait for the copy.
 
-        False when it would: then the caller has to wait for :meth:`copy_up`.
+        There is one copy at a time of each inode.
         """
         copy_up = self.tree.copy_up
         if not copy_up.needs(inode, need):
-            return True
-        if inode in self._copying:
-            return False
+            return then()
+        going_on = self._copying.get(inode)
+        if going_on is not None:
+            return Job(_nothing, lambda _: self._copied_up(inode, need, then), after=going_on)
         copies_data = need.data or not self.options.metacopy
         if inode.kind != stat.S_IFREG or (need.size == 0 and not inode.unsynced) or not copies_data:
             copy_up.ensure(inode, need)
-            return True
+            return then()
         st = self.tree.view.real_stat(inode)
-        if st.st_size > _INLINE_COPY_BYTES:
-            return False
-        if self.patience is None:
-            if self.sync and not (need.later and not need.data and copy_up.may_sync_later(inode, st)):
-                return False
-        elif self.sync and not self.patience.may_wait():
-            return False
-        start = time.perf_counter()
-        copy_up.ensure(inode, need, st)
-        if self.patience is not None:
-            self.patience.waited_since(start)
-        return True
+        small = st.st_size <= _INLINE_COPY_BYTES
+        synced_later = need.later and not need.data and copy_up.may_sync_later(inode, st)
+        if small and not inode.unsynced and (not self.sync or synced_later):
+            copy_up.ensure(inode, need, st)
+            return then()
+        job = copy_up.begin(inode, need, st)
+        if job is None:
+            return then()
+        return self._copy_job(inode, job, lambda: self._copied_up(inode, need, then), short=small)
 
-    async def copy_up(self, inode: Inode, need: Need = CONTENTS) -> None:
-        """Copy ``inode`` up without holding up other requests; one copy at a time for each inode."""
-        copy_up = self.tree.copy_up
-        while not self.copied_up(inode, need):
-            going_on = self._copying.get(inode)
-            if going_on is not None:
-                await going_on.wait()
-                continue
-            job = copy_up.begin(inode, need)
-            if job is None:
-                return
-            await self._run_job(inode, job)
-
-    async def settle(self, inode: Inode) -> None:
+    def sync_copy(self, inode: Inode) -> Job[None] | None:
         """Bring a copy that was to be synced later to the disk, if nobody is about it already."""
-        if inode.unsynced and inode not in self._copying:
-            self.before_thread()
-            await self._run_job(inode, self.tree.copy_up.begin_settling(inode))
+        if not inode.unsynced or inode in self._copying:
+            return None
+        return self._copy_job(inode, self.tree.copy_up.begin_settling(inode), lambda: None)
 
-    async def _run_job(self, inode: Inode, job: CopyUpJob) -> None:
-        copy_up = self.tree.copy_up
+    def _copy_job(self, inode: Inode, job: CopyUpJob, then: Callable[[], T | Job[T]], *, short: bool = False) -> Job[T]:
         self._copying[inode] = done = trio.Event()
         inode.lookups += 1  # it must not be forgotten while the copy is made
-        try:
-            await trio.to_thread.run_sync(job.run)
-        except BaseException:
-            copy_up.abort(job)
-            raise
-        else:
-            copy_up.finish(job)
-        finally:
+
+        def end() -> None:
             del self._copying[inode]
             done.set()
             self.tree.forget(inode, 1)
 
+        def finish(_: object) -> T | Job[T]:
+            try:
+                self.tree.copy_up.finish(job)
+            finally:
+                end()
+            return then()
+
+        def failed() -> None:
+            try:
+                self.tree.copy_up.abort(job)
+            finally:
+                end()
+
+        return Job(job.run, finish, failed=failed, short=short)
+
     # -- large files ------------------------------------------------------------------------------------------
 
-    def frees_much(self, inode: Inode, size: int) -> bool:
-        """Whether truncating to ``size`` bytes gives so much space back that others would have to wait for it."""
-        if not inode.upper or inode.metacopy or self.tree.space is not None:
-            return False
-        return self.tree.view.real_stat(inode).st_blocks * 512 - size > _LONG_FREE_BYTES
+    def _freed(self, inode: Inode, size: int, then: Callable[[], T | Job[T]]) -> T | Job[T]:
+        """Do ``then``, which truncates to ``size`` bytes, when a thread has done what takes long of that.
 
-    async def free(self, inode: Inode, size: int) -> None:
-        """Do in a thread what takes long when an upper file is truncated to ``size`` bytes.
-
-        The caller still has to truncate it, which then has nothing more to free, and to tell of errors.
+        ``then`` still has to truncate the file, which has nothing more to free by then, and to tell of errors.
         """
+        if not inode.upper or inode.metacopy or self.tree.space is not None:
+            return then()
+        if self.tree.view.real_stat(inode).st_blocks * 512 - size <= _LONG_FREE_BYTES:
+            return then()
         path, _ = self.tree.view.proc_path(inode)
-        self.before_thread()
-        with contextlib.suppress(OSError):
-            await trio.to_thread.run_sync(self._shorten, path, size)
+        return Job(lambda: self._shorten(path, size), lambda _: then())
 
     def _shorten(self, path: bytes, size: int) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            st = os.fstat(fd)
-            os.ftruncate(fd, size)
-            if self.tree.kernel_keeps_time:
-                os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                st = os.fstat(fd)
+                os.ftruncate(fd, size)
+                if self.tree.kernel_keeps_time:
+                    os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+            finally:
+                os.close(fd)
 
-    # -- changes that may have to copy data first -------------------------------------------------------------
+    # -- names ------------------------------------------------------------------------------------------------
 
-    async def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
-        await self.copy_up(inode, for_name(unsynced=inode.unsynced))
-        self.tree.link(inode, directory, name)
+    def link(self, inode: Inode, directory: Inode, name: bytes) -> Job[None] | None:
+        """Give ``inode`` the further name ``name`` in ``directory``."""
+        need = for_name(unsynced=inode.unsynced)
+        return self._copied_up(inode, need, lambda: self.tree.link(inode, directory, name))
 
-    async def rename(
+    def rename(
         self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int, caller: Caller
-    ) -> None:
+    ) -> Job[None] | None:
+        """Move a name, or exchange two; ``flags`` are those of renameat2(2)."""
         check_new_name(new_name)
         moved = [self.tree.lookup(old_dir, old_name)]
         if flags & RENAME_EXCHANGE:
             moved.append(self.tree.lookup(new_dir, new_name))
-        for inode in moved:
-            if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
-                await self.copy_up(inode, for_name(unsynced=inode.unsynced))
-        self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
 
-    def must_wait_for(self, inode: Inode, change: AttributeChange) -> bool:
-        """Whether a change of attributes has to wait for :meth:`make_ready`."""
+        def ready() -> Job[None] | None:
+            while moved:
+                inode = moved.pop()
+                if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
+                    return self._copied_up(inode, for_name(unsynced=inode.unsynced), ready)
+            return self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+
+        return ready()
+
+    # -- attributes -------------------------------------------------------------------------------------------
+
+    def set_attributes(
+        self, inode: Inode, change: AttributeChange, caller: Caller, *, kill: bool = False
+    ) -> Attributes | Job[Attributes]:
+        """Change attributes; with ``kill`` the file loses what a write takes from it. Returns what they are then."""
+
+        def then() -> Attributes:
+            return self._set_attributes(inode, change, caller, kill=kill)
+
         if change.kills_privileges or self._changes_nothing(inode, change):
-            return False
-        if not self.copied_up(inode, for_attributes(change.size)):
-            return True
-        return change.size is not None and self.frees_much(inode, change.size)
-
-    async def make_ready(self, inode: Inode, change: AttributeChange) -> None:
-        """Do what takes long of a change of attributes."""
-        await self.copy_up(inode, for_attributes(change.size))
-        if change.size is not None and self.frees_much(inode, change.size):
-            await self.free(inode, change.size)
+            return then()
+        size = change.size
+        if size is None:
+            if inode.upper:
+                return then()
+            return self._copied_up(inode, for_attributes(None), then)
+        return self._copied_up(inode, for_attributes(size), lambda: self._freed(inode, size, then))
 
     def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
         # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
@@ -209,33 +215,46 @@ class UnionRequests:
             return False
         return change.only_mtime and change.mtime_ns == self.tree.attributes(inode).mtime_ns
 
-    def set_attributes_now(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
-        """Change attributes of an inode for which nothing must be waited for."""
+    def _set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller, *, kill: bool) -> Attributes:
         st: os.stat_result | None = None
         if not self._changes_nothing(inode, change):
             st = self.tree.set_attributes(inode, change, caller)
+        if kill and change.uid is None and change.gid is None:  # a change of owner clears them anyhow
+            self.tree.clear_privileges(inode, caller)
+            st = None
         return self.tree.attributes(inode) if st is None else self.tree.view.present(inode, st)
 
-    async def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> Attributes:
-        if self.must_wait_for(inode, change):
-            await self.make_ready(inode, change)
-        return self.set_attributes_now(inode, change, caller)
-
-    async def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+    def set_xattr(
+        self, inode: Inode, name: bytes, value: bytes, flags: int, caller: Caller, *, drops_setgid: bool = False
+    ) -> Job[None] | None:
+        """Set an extended attribute; ``drops_setgid`` if it is an ACL and ``caller`` is not in the file's group."""
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
-        await self.copy_up(inode, ATTRIBUTES)
-        self.set_xattr_now(inode, name, value, flags)
 
-    def set_xattr_now(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
-        """Set an attribute of an inode that has been copied up."""
-        inode.bare = False
-        self.tree.set_xattr(inode, name, value, flags)
+        def then() -> None:
+            inode.bare = False
+            self.tree.set_xattr(inode, name, value, flags)
+            if drops_setgid:
+                mode = stat.S_IMODE(self.tree.attributes(inode).mode)
+                if mode & stat.S_ISGID:
+                    self.tree.set_attributes(inode, AttributeChange(mode=mode & ~stat.S_ISGID), caller)
 
-    async def remove_xattr(self, inode: Inode, name: bytes) -> None:
-        if self.tree.has_xattr_to_remove(inode, name):  # or ENODATA, before anything is copied up
-            await self.copy_up(inode, ATTRIBUTES)
-            self.tree.remove_xattr(inode, name)
+        return self._copied_up(inode, ATTRIBUTES, then)
+
+    def remove_xattr(self, inode: Inode, name: bytes) -> Job[None] | None:
+        """Remove an extended attribute; raises ENODATA, before anything is copied up, where there is none."""
+        if not inode.upper and not self.tree.has_xattr_to_remove(inode, name):
+            return None
+        return self._copied_up(inode, ATTRIBUTES, lambda: self.tree.remove_xattr(inode, name))
+
+    def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes | Job[bytes]:
+        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+
+        def then() -> bytes:
+            path, _ = self.tree.view.proc_path(inode)
+            return backing_calls.inode_ioctl(path, command, data, out_size)
+
+        return self._copied_up(inode, ATTRIBUTES, then) if backing_calls.changes_inode(command) else then()
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -246,20 +265,26 @@ class UnionRequests:
         self.files[handle] = file
         return handle
 
-    async def open(self, inode: Inode, flags: int, caller: Caller) -> OpenFile:
+    def open(self, inode: Inode, flags: int, caller: Caller, *, kill: bool = False) -> OpenFile | Job[OpenFile]:
+        """Open a file; with ``kill``, the kernel wants it to lose what a write takes from it."""
+        if flags & (os.O_TRUNC | os.O_ACCMODE) == os.O_RDONLY:
+            return self.tree.open(inode, flags)
         truncate = bool(flags & os.O_TRUNC)
-        if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
-            await self.copy_up(inode, for_writing(truncate=truncate))
-        if truncate and self.frees_much(inode, 0):
-            await self.free(inode, 0)
-        file = self.tree.open(inode, flags)
-        if truncate and caller.uid != 0:
-            try:
-                self.tree.clear_privileges(inode, caller)
-            except OSError:
-                self.tree.close_file(file)
-                raise
-        return file
+
+        def then() -> OpenFile:
+            file = self.tree.open(inode, flags)
+            # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
+            if kill or (truncate and caller.uid != 0):
+                try:
+                    self.tree.clear_privileges(inode, caller)
+                except OSError:
+                    self.tree.close_file(file)
+                    raise
+            return file
+
+        if not truncate:
+            return self._copied_up(inode, CONTENTS, then)
+        return self._copied_up(inode, NO_CONTENTS, lambda: self._freed(inode, 0, then))
 
     @staticmethod
     def read_cached(fd: int, offset: int, buffer: bytearray | memoryview) -> int | None:
@@ -280,15 +305,15 @@ class UnionRequests:
             return None
         return count
 
-    async def read(self, handle: int, offset: int, size: int) -> bytes | bytearray:
-        """Up to ``size`` bytes, waiting for the disk in a thread."""
+    def read(self, handle: int, offset: int, size: int) -> bytes | Job[bytes]:
+        """Up to ``size`` bytes, in any kind of buffer; a job where the disk must be waited for."""
         fd = self.files[handle].fd
         data = bytearray(size)
         count = self.read_cached(fd, offset, data)
         if count is None:
-            return await trio.to_thread.run_sync(os.pread, fd, size, offset)
+            return Job(lambda: os.pread(fd, size, offset))
         del data[count:]
-        return data
+        return cast("bytes", data)
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""
@@ -315,27 +340,71 @@ class UnionRequests:
             written += more
         return written
 
-    async def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
-        """fallocate(2) where space is limited."""
+    def fallocate(self, handle: int, mode: int, offset: int, length: int) -> Job[None] | None:
+        """fallocate(2)."""
         fd, space = self.files[handle].fd, self.tree.space
-        assert space is not None
-        with space.growing(fd, space.allocation(fd, mode, offset, length)):
-            await trio.to_thread.run_sync(backing_calls.fallocate, fd, mode, offset, length)
+        grown = 0 if space is None else space.allocation(fd, mode, offset, length)
+        return self._growing(fd, grown, lambda: backing_calls.fallocate(fd, mode, offset, length))
 
-    async def copy_range(self, source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-        """copy_file_range(2) where space is limited; copies what there is room for."""
-        fd, space = self.files[target].fd, self.tree.space
-        assert space is not None
-        length = space.fitting(fd, target_offset, length)
-        with space.growing(fd, min(length + 2 * space.block_bytes, space.free_bytes)):
-            return await trio.to_thread.run_sync(
-                os.copy_file_range, self.files[source].fd, fd, length, source_offset, target_offset
-            )
+    def copy_range(
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int
+    ) -> int | Job[int]:
+        """copy_file_range(2), of as much as there is room for; returns how many bytes were copied."""
+        source_fd, fd, space = self.files[source].fd, self.files[target].fd, self.tree.space
+        length = min(length, _COPY_RANGE_BYTES)
+        grown = 0
+        if space is not None:
+            length = space.fitting(fd, target_offset, length)
+            grown = min(length + 2 * space.block_bytes, space.free_bytes)
+        return self._growing(fd, grown, lambda: os.copy_file_range(source_fd, fd, length, source_offset, target_offset))
 
-    async def fsync(self, handle: int, *, data_only: bool) -> None:
+    def _growing(self, fd: int, size_bytes: int, run: Callable[[], T]) -> Job[T]:
+        """A job that makes the file ``fd`` grow by at most ``size_bytes``, which nobody else gets meanwhile."""
+        space = self.tree.space
+        if space is None:
+            return Job(run)
+        ino = os.fstat(fd).st_ino
+        space.expect(ino, size_bytes)
+
+        def end() -> None:
+            space.arrived(ino, size_bytes)
+            space.written(os.fstat(fd))
+
+        def finish(result: T) -> T:
+            end()
+            return result
+
+        return Job(run, finish, failed=end)
+
+    def seek(self, handle: int, offset: int, whence: int) -> int:
+        """Where the next data or the next hole is, ``whence`` being SEEK_DATA or SEEK_HOLE."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.lseek(self.files[handle].fd, offset, whence)
+
+    def fsync(self, handle: int, *, data_only: bool) -> Job[None] | None:
+        """Bring a file to the disk. ENOSYS where the options say not to: the kernel then takes it for done."""
+        self._check_sync()
         file = self.files[handle]
-        if file.inode.upper:
-            await trio.to_thread.run_sync(os.fdatasync if data_only else os.fsync, file.fd)
+        if not file.inode.upper:
+            return None
+        fd, sync = file.fd, os.fdatasync if data_only else os.fsync
+        # Not fstat(2): it shows a time, so the next write has to give the file a later one (multigrain timestamps,
+        # Linux 6.13), and the next sync has to write the inode for that.
+        size = os.lseek(fd, 0, os.SEEK_END)
+        grown = size - file.synced_size
+
+        def run() -> None:
+            start = time.perf_counter()
+            sync(fd)
+            # A database, say, which is large and has little to write each time.
+            file.synced_size = size if time.perf_counter() - start <= SLOW_S else 0
+
+        return Job(run, short=grown <= _SHORT_SYNC_BYTES)
+
+    def _check_sync(self) -> None:
+        if not self.sync:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def release(self, handle: int) -> None:
         self.tree.close_file(self.files.pop(handle))
@@ -369,11 +438,22 @@ class UnionRequests:
     def release_directory(self, handle: int) -> None:
         self.tree.forget(self.directories.pop(handle).inode, 1)
 
-    async def sync_directory(self, handle: int) -> None:
-        fd = self.tree.open_upper_directory(self.directories[handle].inode)
+    def sync_directory(self, inode: Inode, *, data_only: bool) -> Job[None] | None:
+        """Bring a directory to the disk; with ``data_only`` without its times. ENOSYS as for :meth:`fsync`."""
+        self._check_sync()
+        fd = self.tree.open_upper_directory(inode)
         if fd < 0:
-            return
-        try:
-            await trio.to_thread.run_sync(os.fsync, fd)
-        finally:
-            os.close(fd)
+            return None
+        sync = os.fdatasync if data_only else os.fsync
+
+        def run() -> None:
+            try:
+                sync(fd)
+            finally:
+                os.close(fd)
+
+        return Job(run, short=True)
+
+
+def _nothing() -> None:
+    pass

@@ -9,6 +9,7 @@ from typing import Final
 
 import trio
 
+from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups.late_sync import unsynced
 from unionfs.fuse_ops.tree.inodes import Inode
@@ -22,12 +23,17 @@ _PAUSE_AFTER_ERROR_S: Final = 60.0
 class Settling:
     """The task that settles the copies of one mount. It sleeps while there are none.
 
-    ``in_trio`` has a call done in trio's thread, in the end, when a copy is made by another one.
+    ``in_trio`` has a call done in trio's thread, in the end, when a copy is made by another one; ``before_thread`` is
+    called before a thread may be started.
     """
 
     def __init__(
-        self, requests: UnionRequests, in_trio: Callable[[Callable[[], None]], None] = lambda call: call()
+        self,
+        requests: UnionRequests,
+        in_trio: Callable[[Callable[[], None]], None] = lambda call: call(),
+        before_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        self._before_thread = before_thread
         self._requests = requests
         self._in_trio = in_trio
         self._copies = requests.tree.copy_up.unsynced
@@ -63,7 +69,7 @@ class Settling:
             # It changes the ctime, of which tar says "file changed as we read it".
             if inode.unsynced and not inode.handles:
                 try:
-                    await self._requests.settle(inode)
+                    await completed(self._requests.sync_copy(inode), self._before_thread)
                 except FileNotFoundError:  # somebody has changed the upper directory
                     log.debug("%s is gone", os.fsdecode(inode.path()))
                     self._requests.tree.copy_up.forget_unsynced(inode)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.job import Job, completed, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
 from unionfs.fuse_ops.speedups.patience import Patience
@@ -24,6 +26,8 @@ Answer = bytes | Coroutine[Any, Any, bytes]
 
 Handler = Callable[[Request], Answer]
 
+T = TypeVar("T")
+
 NO_REPLY: Final = b""
 ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
 _ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
@@ -37,11 +41,10 @@ class Mount:
         self.options = options
         self.connection = Connection()
         self.requests = UnionRequests(tree, options)
-        self.requests.before_thread = self.connection.beside.leave  # which the thread would inherit
         tree.inodes.last_close.outside = self.connection.beside.outside
         self.packed = PackedAttributes(tree.view)
         self.files_ahead = FileReadAhead()
-        self.patience = self.requests.patience = Patience()
+        self.patience = Patience()
         self.passthrough: Passthrough | None = None  # once the kernel has offered it
         self.accepted: Callable[[], None] = lambda: None
         seconds = min(options.timeout_s, 1e18)
@@ -66,6 +69,28 @@ class Answers:
     def table(self) -> dict[Opcode, Handler]:
         """What is answered here."""
         raise NotImplementedError
+
+    def _when_done(self, request: Request, code: Opcode, outcome: T | Job[T], encode: Callable[[T], bytes]) -> Answer:
+        """The answer that ``encode`` makes of a request's result. Here it is decided where a job runs.
+
+        Handing a short wait to a thread costs more than the wait, as long as it holds nobody up.
+        """
+        while isinstance(outcome, Job) and outcome.short and self._mount.patience.may_wait():
+            start = time.perf_counter()
+            outcome = done_here(outcome)
+            self._mount.patience.waited_since(start)
+        if not isinstance(outcome, Job):
+            return encode(outcome)
+        job = outcome
+        if job.answers_alone:
+            return self._connection.answer_in_thread(request, code, lambda: encode(job.run()))
+        return self._wait(job, encode)
+
+    async def _wait(self, job: Job[T], encode: Callable[[T], bytes]) -> bytes:
+        return encode(await completed(job, self._connection.beside.leave))  # a thread would inherit the place
+
+    def _empty_when_done(self, request: Request, code: Opcode, outcome: Job[None] | None) -> Answer:
+        return self._when_done(request, code, outcome, lambda _: self.empty(request))
 
     @staticmethod
     def empty(request: Request) -> bytes:

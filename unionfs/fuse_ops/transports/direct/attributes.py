@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
 
 from unionfs.fuse_ops.transports.direct import protocol as p
@@ -14,7 +13,6 @@ from unionfs.fuse_ops.transports.direct.protocol import Opcode, SetAttr
 from unionfs.fuse_ops.transports.direct.request import Request
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
-from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.metadata import AttributeChange
 
 
@@ -60,20 +58,10 @@ class AttributeAnswers(Answers):
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
         inode = self._inode(request)
         kill = bool(valid & SetAttr.KILL_SUIDGID)
-        if self._requests.must_wait_for(inode, change):
-            return self._wait_and_set(request, inode, change, kill=kill)
-        return self._set_attributes(request, inode, change, kill=kill)
-
-    async def _wait_and_set(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        await self._requests.make_ready(inode, change)
-        return self._set_attributes(request, inode, change, kill=kill)
-
-    def _set_attributes(self, request: Request, inode: Inode, change: AttributeChange, *, kill: bool) -> bytes:
-        attributes = self._requests.set_attributes_now(inode, change, request)
-        if kill and change.uid is None and change.gid is None:  # a change of owner clears them anyhow
-            self._tree.clear_privileges(inode, request)
-            attributes = self._tree.attributes(inode)
-        return self._attr_reply(request, pack(inode, attributes))
+        outcome = self._requests.set_attributes(inode, change, request, kill=kill)
+        return self._when_done(
+            request, Opcode.SETATTR, outcome, lambda attributes: self._attr_reply(request, pack(inode, attributes))
+        )
 
     def _statx(self, request: Request) -> bytes:
         inode = self._inode(request)
@@ -112,34 +100,12 @@ class AttributeAnswers(Answers):
         value = bytes(request.body[start : start + size])
         inode = self._inode(request)
         drops_setgid = bool(extra & 1)  # FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the group
-        if not inode.upper:
-            return self._copy_and_set_xattr(request, inode, name, value, flags, drops_setgid=drops_setgid)
-        self._requests.set_xattr_now(inode, name, value, flags)
-        return self._xattr_is_set(request, inode, drops_setgid=drops_setgid)
-
-    async def _copy_and_set_xattr(
-        self, request: Request, inode: Inode, name: bytes, value: bytes, flags: int, *, drops_setgid: bool
-    ) -> bytes:
-        await self._requests.set_xattr(inode, name, value, flags)
-        return self._xattr_is_set(request, inode, drops_setgid=drops_setgid)
-
-    def _xattr_is_set(self, request: Request, inode: Inode, *, drops_setgid: bool) -> bytes:
-        if drops_setgid:
-            mode = stat.S_IMODE(self._tree.attributes(inode).mode)
-            if mode & stat.S_ISGID:
-                self._tree.set_attributes(inode, AttributeChange(mode=mode & ~stat.S_ISGID), request)
-        return self.empty(request)
+        outcome = self._requests.set_xattr(inode, name, value, flags, request, drops_setgid=drops_setgid)
+        return self._empty_when_done(request, Opcode.SETXATTR, outcome)
 
     def _removexattr(self, request: Request) -> Answer:
-        inode = self._inode(request)
-        if not inode.upper:
-            return self._copy_and_remove_xattr(request, inode)
-        self._tree.remove_xattr(inode, request.name())
-        return self.empty(request)
-
-    async def _copy_and_remove_xattr(self, request: Request, inode: Inode) -> bytes:
-        await self._requests.remove_xattr(inode, request.name())
-        return self.empty(request)
+        outcome = self._requests.remove_xattr(self._inode(request), request.name())
+        return self._empty_when_done(request, Opcode.REMOVEXATTR, outcome)
 
 
 def _time_ns(seconds: int, nanoseconds: int) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.answers import Answers, Handler, Mount
+from unionfs.fuse_ops.transports.direct.answers import Answer, Answers, Handler, Mount
 from unionfs.fuse_ops.transports.direct.listing import DirectListing
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.request import Request
@@ -47,24 +46,7 @@ class DirectoryAnswers(Answers):
         _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
         return self._listing.answer(request.unique, self._inode(request), offset, size, plus=True)
 
-    def _fsyncdir(self, request: Request) -> bytes:
+    def _fsyncdir(self, request: Request) -> Answer:
         _, flags, _ = p.FSYNC_IN.unpack_from(request.body)
-        sync = os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync  # the first leaves the directory's times out
-        fd = self._tree.open_upper_directory(self._inode(request))
-        if fd < 0:
-            return self.empty(request)
-
-        def call() -> bytes:
-            try:
-                sync(fd)
-            finally:
-                os.close(fd)
-            return self.empty(request)
-
-        patience = self._mount.patience
-        if not patience.may_wait():
-            return self._connection.answer_in_thread(request, Opcode.FSYNCDIR, call)
-        start = time.perf_counter()
-        answer = call()
-        patience.waited_since(start)
-        return answer
+        outcome = self._requests.sync_directory(self._inode(request), data_only=bool(flags & p.FSYNC_FDATASYNC))
+        return self._empty_when_done(request, Opcode.FSYNCDIR, outcome)

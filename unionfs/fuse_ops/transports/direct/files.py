@@ -11,7 +11,6 @@ import time
 from typing import Final
 
 from unionfs.fuse_ops.speedups import early_pages
-from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.speedups.short_reads import ShortReads
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.answers import NO_REPLY, Answer, Answers, Handler, Mount
@@ -19,7 +18,6 @@ from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open
 from unionfs.fuse_ops.transports.direct.request import Request
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.need import ATTRIBUTES, for_writing
 from unionfs.fuse_ops.tree.open_files import OpenFile
 
 log = logging.getLogger(__name__)
@@ -27,7 +25,6 @@ log = logging.getLogger(__name__)
 _PAGE: Final = mmap.PAGESIZE
 _LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to do meanwhile
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
-_SHORT_SYNC: Final = 1024 * 1024  # bytes by which a file grew: no more than it has to write, unless it is overwritten
 
 
 class FileAnswers(Answers):
@@ -52,9 +49,8 @@ class FileAnswers(Answers):
             Opcode.LSEEK: self._lseek,
             Opcode.COPY_FILE_RANGE: self._copy_file_range,
             Opcode.IOCTL: self._ioctl,
+            Opcode.FSYNC: self._fsync,
         }
-        if self._requests.sync:
-            table[Opcode.FSYNC] = self._fsync
         return table
 
     def _opened(self, file: OpenFile, mode: int | None = None) -> tuple[int, int, int]:
@@ -66,37 +62,15 @@ class FileAnswers(Answers):
 
     def _open(self, request: Request) -> Answer:
         flags, open_flags = p.OPEN_IN.unpack_from(request.body)
-        inode = self._inode(request)
-        truncate = bool(flags & os.O_TRUNC)
-        reads_only = not truncate and flags & os.O_ACCMODE == os.O_RDONLY
-        if reads_only or self._ready_to_open(inode, truncate=truncate):
-            # Without HANDLE_KILLPRIV_V2 the kernel leaves it to us what a truncation takes from the file.
-            kill = bool(open_flags & p.OPEN_KILL_SUIDGID) or (truncate and request.uid != 0)
-            file = self._tree.open(inode, flags)
-            if not reads_only:
-                return self._open_reply(request, file, kill=kill)
-            handle, opened, backing = self._opened(file)
-            if self._mount.keep_cache and opened & Open.KEEP_CACHE:
-                self._give_pages(file, flags)
-            return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
-        return self._wait_and_open(request, inode, flags, kill=bool(open_flags & p.OPEN_KILL_SUIDGID))
+        kill = bool(open_flags & p.OPEN_KILL_SUIDGID)
+        outcome = self._requests.open(self._inode(request), flags, request, kill=kill)
+        return self._when_done(request, Opcode.OPEN, outcome, lambda file: self._open_reply(request, file, flags))
 
-    def _ready_to_open(self, inode: Inode, *, truncate: bool) -> bool:
-        if not self._requests.copied_up(inode, for_writing(truncate=truncate)):
-            return False
-        return not (truncate and self._requests.frees_much(inode, 0))
-
-    async def _wait_and_open(self, request: Request, inode: Inode, flags: int, *, kill: bool) -> bytes:
-        return self._open_reply(request, await self._requests.open(inode, flags, request), kill=kill)
-
-    def _open_reply(self, request: Request, file: OpenFile, *, kill: bool) -> bytes:
-        if kill:
-            try:
-                self._tree.clear_privileges(file.inode, request)
-            except OSError:
-                self._tree.close_file(file)
-                raise
-        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file))
+    def _open_reply(self, request: Request, file: OpenFile, flags: int) -> bytes:
+        handle, opened, backing = self._opened(file)
+        if not file.writable and self._mount.keep_cache and opened & Open.KEEP_CACHE:
+            self._give_pages(file, flags)
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
 
     def _give_pages(self, file: OpenFile, flags: int) -> None:
         """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
@@ -183,92 +157,42 @@ class FileAnswers(Answers):
         self._requests.release(handle)
         return self.empty(request)
 
-    def _fsync(self, request: Request) -> bytes:
+    def _fsync(self, request: Request) -> Answer:
         handle, flags, _ = p.FSYNC_IN.unpack_from(request.body)
-        file = self._requests.files[handle]
-        if not file.inode.upper:
-            return self.empty(request)
-        fd, sync = file.fd, os.fdatasync if flags & p.FSYNC_FDATASYNC else os.fsync
-        # Not fstat(2): it shows a time, so the next write has to give the file a later one (multigrain timestamps,
-        # Linux 6.13), and the next sync has to write the inode for that.
-        size = os.lseek(fd, 0, os.SEEK_END)
-        grown = size - file.synced_size
-
-        def call() -> bytes:
-            start = time.perf_counter()
-            sync(fd)
-            # A database, say, which is large and has little to write each time.
-            file.synced_size = size if time.perf_counter() - start <= SLOW_S else 0
-            return self.empty(request)
-
-        if self._mount.patience.may_wait() and grown <= _SHORT_SYNC:
-            start = time.perf_counter()
-            answer = call()
-            self._mount.patience.waited_since(start)
-            return answer
-        return self._connection.answer_in_thread(request, Opcode.FSYNC, call)
+        outcome = self._requests.fsync(handle, data_only=bool(flags & p.FSYNC_FDATASYNC))
+        return self._empty_when_done(request, Opcode.FSYNC, outcome)
 
     def _fallocate(self, request: Request) -> Answer:
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
-        if self._tree.space is not None:
-            return self._allocate_limited(request, handle, mode, offset, length)
-        fd = self._requests.files[handle].fd
-
-        def call() -> bytes:
-            backing_calls.fallocate(fd, mode, offset, length)
-            return self.empty(request)
-
-        return self._connection.answer_in_thread(request, Opcode.FALLOCATE, call)
-
-    async def _allocate_limited(self, request: Request, handle: int, mode: int, offset: int, length: int) -> bytes:
-        await self._requests.fallocate(handle, mode, offset, length)
-        return self.empty(request)
+        return self._empty_when_done(request, Opcode.FALLOCATE, self._requests.fallocate(handle, mode, offset, length))
 
     def _lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
-        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        found = os.lseek(self._requests.files[handle].fd, offset, whence)
+        found = self._requests.seek(handle, offset, whence)
         return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
 
     def _copy_file_range(self, request: Request) -> Answer:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)
-        if self._tree.space is not None:
-            return self._copy_limited(request, source, source_offset, target, target_offset, min(length, 1 << 30))
-        source_fd, target_fd = self._requests.files[source].fd, self._requests.files[target].fd
-
-        def call() -> bytes:
-            copied = os.copy_file_range(source_fd, target_fd, min(length, 1 << 30), source_offset, target_offset)
-            return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
-
-        return self._connection.answer_in_thread(request, Opcode.COPY_FILE_RANGE, call)
-
-    async def _copy_limited(
-        self, request: Request, source: int, source_offset: int, target: int, target_offset: int, length: int
-    ) -> bytes:
-        copied = await self._requests.copy_range(source, source_offset, target, target_offset, length)
-        return p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0)
+        outcome = self._requests.copy_range(source, source_offset, target, target_offset, length)
+        return self._when_done(
+            request,
+            Opcode.COPY_FILE_RANGE,
+            outcome,
+            lambda copied: p.WRITE_REPLY.pack(p.WRITE_REPLY.size, 0, request.unique, copied, 0),
+        )
 
     def _ioctl(self, request: Request) -> Answer:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)
         if not backing_calls.knows_ioctl(command):  # isatty(3), say, which Python asks about each file that it opens
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOTTY, request.unique)
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
-        inode = self._inode(request)
-        if backing_calls.changes_inode(command) and not self._requests.copied_up(inode, ATTRIBUTES):
-            return self._copy_and_control(request, inode, command, data, out_size)
-        return self._control(request, inode, command, data, out_size)
-
-    async def _copy_and_control(
-        self, request: Request, inode: Inode, command: int, data: bytes, out_size: int
-    ) -> bytes:
-        await self._requests.copy_up(inode, ATTRIBUTES)
-        return self._control(request, inode, command, data, out_size)
-
-    def _control(self, request: Request, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
-        path, _ = self._tree.view.proc_path(inode)
-        answer = backing_calls.inode_ioctl(path, command, data, out_size)
-        return p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0) + answer
+        outcome = self._requests.control(self._inode(request), command, data, out_size)
+        return self._when_done(
+            request,
+            Opcode.IOCTL,
+            outcome,
+            lambda answer: p.IOCTL_REPLY.pack(p.IOCTL_REPLY.size + len(answer), 0, request.unique, 0, 0, 0, 0) + answer,
+        )
 
 
 def _contents(request: Request, fd: int, offset: int, size: int) -> memoryview:

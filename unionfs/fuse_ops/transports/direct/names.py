@@ -9,8 +9,6 @@ from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.answers import ENTRY_SIZE, NO_REPLY, Answer, Answers, Handler
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.request import Request
-from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.host.syscalls import RENAME_EXCHANGE
 
 log = logging.getLogger(__name__)
 
@@ -100,28 +98,13 @@ class NameAnswers(Answers):
         old = request.name(offset)
         new = request.name(offset + len(old) + 1)
         old_dir, new_dir = self._inode(request), self._requests.inode(new_node)
-        moved = self._tree.lookup(old_dir, old)
-        if moved.upper and not flags & RENAME_EXCHANGE:
-            self._tree.rename(old_dir, old, new_dir, new, flags, request)
-            return self.empty(request)
-        return self._copy_and_rename(request, old_dir, old, new_dir, new, flags)
-
-    async def _copy_and_rename(
-        self, request: Request, old_dir: Inode, old: bytes, new_dir: Inode, new: bytes, flags: int
-    ) -> bytes:
-        await self._requests.rename(old_dir, old, new_dir, new, flags, request)
-        return self.empty(request)
+        outcome = self._requests.rename(old_dir, old, new_dir, new, flags, request)
+        return self._empty_when_done(request, Opcode.RENAME2, outcome)
 
     def _link(self, request: Request) -> Answer:
         inode = self._requests.inode(p.U64.unpack_from(request.body)[0])
-        if not inode.upper:
-            return self._copy_and_link(request, inode)
-        self._tree.link(inode, self._inode(request), request.name(p.U64.size))
-        return self._entry(request, inode)
-
-    async def _copy_and_link(self, request: Request, inode: Inode) -> bytes:
-        await self._requests.link(inode, self._inode(request), request.name(p.U64.size))
-        return self._entry(request, inode)
+        outcome = self._requests.link(inode, self._inode(request), request.name(p.U64.size))
+        return self._when_done(request, Opcode.LINK, outcome, lambda _: self._entry(request, inode))
 
     def _readlink(self, request: Request) -> bytes:
         return self._data(request, self._tree.readlink(self._inode(request)))

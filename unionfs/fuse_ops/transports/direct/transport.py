@@ -82,7 +82,7 @@ class DirectTransport:
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Settling(self.served.requests, self._beside.postpone).run)
+                nursery.start_soon(Settling(self.served.requests, self._beside.postpone, self._beside.leave).run)
                 while await self._turn(buffer, nursery):
                     await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups import early_pages
 from unionfs.fuse_ops.tree.attributes import Attributes
@@ -65,7 +66,6 @@ class UnionOperations(pyfuse3.Operations):
         self._timeout_s = options.timeout_s
         self._keep_cache = options.timeout_s > 0
         self._xattrs = options.xattrs
-        self._sync = self._requests.sync
 
     # -- answers ----------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         node = self._requests.inode(inode)
-        await self._requests.link(node, self._requests.inode(new_parent_inode), new_name)
+        await completed(self._requests.link(node, self._requests.inode(new_parent_inode), new_name))
         return self._remembered(node)
 
     @_handler
@@ -175,7 +175,7 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         old_dir, new_dir = self._requests.inode(parent_inode_old), self._requests.inode(parent_inode_new)
-        await self._requests.rename(old_dir, name_old, new_dir, name_new, flags, ctx)
+        await completed(self._requests.rename(old_dir, name_old, new_dir, name_new, flags, ctx))
 
     @_handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
@@ -204,7 +204,7 @@ class UnionOperations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return self._entry(await self._requests.set_attributes(self._requests.inode(inode), change, ctx))
+        return self._entry(await completed(self._requests.set_attributes(self._requests.inode(inode), change, ctx)))
 
     @_handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -237,12 +237,12 @@ class UnionOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         self._require_xattrs()
-        await self._requests.set_xattr(self._requests.inode(inode), name, value)
+        await completed(self._requests.set_xattr(self._requests.inode(inode), name, value, 0, ctx))
 
     @_handler
     async def removexattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
         self._require_xattrs()
-        await self._requests.remove_xattr(self._requests.inode(inode), name)
+        await completed(self._requests.remove_xattr(self._requests.inode(inode), name))
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        file = await self._requests.open(self._requests.inode(inode), flags, ctx)
+        file = await completed(self._requests.open(self._requests.inode(inode), flags, ctx))
         info = self._file_info(file)
         if self._keep_cache:
             await self._give_pages(inode, file, info.fh, flags)
@@ -273,7 +273,7 @@ class UnionOperations(pyfuse3.Operations):
         try:
             size = early_pages.size_to_give(file, flags)
             if size:
-                data = await self._requests.read(handle, 0, size)
+                data = await completed(self._requests.read(handle, 0, size))
                 if early_pages.may_still_give(file):
                     pyfuse3.notify_store(number, 0, bytes(data))
                     file.inode.filled = True
@@ -284,7 +284,7 @@ class UnionOperations(pyfuse3.Operations):
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         if off == 0:
             early_pages.was_read(self._requests.files[fh].inode)
-        return await self._requests.read(fh, off, size)  # type: ignore[return-value]  # pyfuse3 takes any buffer
+        return await completed(self._requests.read(fh, off, size))
 
     @_handler
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
@@ -300,9 +300,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        if not self._sync:
-            raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel takes it for done, now and later
-        await self._requests.fsync(fh, data_only=datasync)
+        await completed(self._requests.fsync(fh, data_only=datasync))
 
     # -- directories ------------------------------------------------------------------------------------------
 
@@ -346,9 +344,8 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        if not self._sync:
-            raise pyfuse3.FUSEError(errno.ENOSYS)
-        await self._requests.sync_directory(fh)
+        inode = self._requests.directories[fh].inode
+        await completed(self._requests.sync_directory(inode, data_only=datasync))
 
     @_handler
     async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
