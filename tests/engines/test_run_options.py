@@ -38,6 +38,10 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(tmp_path / "data")
     assert parse_volume(f"{here}:/x") == Volume(source=here, destination="/x")
     assert parse_volume("./data:/x/../y/:ro") == Volume(source=here, destination="/y", read_only=True)
+    for words in ("z", "Z", "rw,z", "cached", "delegated,rw", "consistent", "nocopy", "rslave"):
+        assert parse_volume(f"{here}:/x:{words}") == Volume(source=here, destination="/x")
+    for words in ("ro,z", "Z,ro", "ro,cached"):
+        assert parse_volume(f"{here}:/x:{words}") == Volume(source=here, destination="/x", read_only=True)
     assert parse_volume(".:/y:rw") == Volume(source=str(tmp_path), destination="/y")
 
 
@@ -47,8 +51,12 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/tmp", "write SOURCE:DESTINATION"),
         ("/tmp:", "write SOURCE:DESTINATION"),
         (":/x", "write SOURCE:DESTINATION"),
-        ("/tmp:/x:rx", "write SOURCE:DESTINATION"),
-        ("/tmp:/x:ro:z", "write SOURCE:DESTINATION"),
+        ("/tmp:/x:", "write SOURCE:DESTINATION"),
+        ("/tmp:/x:rx", "there is no option 'rx'; use ro, rw or z"),
+        ("/tmp:/x:ro:z", "there is no option 'ro:z'"),
+        ("/tmp:/x:ro,", "there is no option ''"),
+        ("/tmp:/x:rshared", "there is no option 'rshared'"),
+        ("/tmp:/x:ro,rw", "choose one of ro and rw"),
         ("data:/x", r"there are no named volumes; for a directory here write \./data"),
         ("/nothere:/x", "there is no /nothere; make it first"),
         ("/tmp:x", "must be an absolute path"),
@@ -66,6 +74,8 @@ def test_tmpfs() -> None:
     assert parse_tmpfs("/tmp:size=64m,mode=1777,ro") == Tmpfs(
         destination="/tmp", options=("size=64m", "mode=1777", "ro")
     )
+    common = ("rw", "noexec", "nosuid", "nodev", "size=65536k")  # what READMEs give to Docker
+    assert parse_tmpfs("/run:" + ",".join(common)) == Tmpfs(destination="/run", options=common)
     for text in ("/tmp:size", "/tmp:size=1m size=2m", "/tmp:suid", "tmp", "/", "/tmp:source=/etc"):
         with pytest.raises(RunError):
             parse_tmpfs(text)
@@ -101,10 +111,40 @@ def test_the_program() -> None:
     assert program(entrypoint="/other") == ("/other",)
     assert program(entrypoint="/other", command=("a",)) == ("/other", "a")
     assert program(entrypoint="", command=("a",)) == ("a",)
+    assert program(command=("",)) == ("/entry", "-x", "")
     assert program(NOTHING, command=("a",)) == ("a",)
-    for config, options in ((NOTHING, {}), (IMAGE, {"entrypoint": ""}), (NOTHING, {"command": ("",)})):
+    for config, entrypoint in ((NOTHING, None), (IMAGE, "")):
         with pytest.raises(RunError, match="write a command after it"):
-            program(config, **options)
+            program(config, entrypoint=entrypoint)
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "cmd", "options", "expected"),
+    [
+        ([""], ["a", "b"], {}, ("a", "b")),
+        ("", "a", {}, ("a",)),
+        ([""], ["a"], {"command": ("c",)}, ("c",)),
+        ([""], ["a"], {"entrypoint": "/e"}, ("/e",)),
+        ([""], None, {}, None),
+        (["/e"], [""], {}, ("/e", "")),
+        (["/e"], [], {}, ("/e",)),
+        (["/e"], ["a"], {"entrypoint": ""}, None),
+        # Only a single empty text is none: these are run, and not found.
+        ([], [""], {}, ("",)),
+        ([""], [""], {}, ("",)),
+        (["", "x"], ["a"], {}, ("", "x", "a")),
+    ],
+)
+def test_empty_programs(
+    entrypoint: object, cmd: object, options: dict[str, Any], expected: tuple[str, ...] | None
+) -> None:
+    """moby's mergeAndVerifyConfig."""
+    config = ImageConfig.model_validate({"Entrypoint": entrypoint, "Cmd": cmd})
+    if expected is None:
+        with pytest.raises(RunError, match="does not say what to run"):
+            arguments(config, RunOptions(**options))
+    else:
+        assert arguments(config, RunOptions(**options)) == expected
 
 
 def test_the_process() -> None:

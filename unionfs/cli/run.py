@@ -34,7 +34,14 @@ _runtime_option = click.option(
 @click.option("--rm", "remove", is_flag=True, help="Remove the container when it ends.")
 @click.option("-i", "--interactive", is_flag=True, help="Pass on the standard input.")
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal, which is ours; for shells: -it.")
-@click.option("-v", "--volume", "volumes", multiple=True, metavar="SRC:DST[:ro]", help="Show SRC of this host as DST.")
+@click.option(
+    "-v",
+    "--volume",
+    "volumes",
+    multiple=True,
+    metavar="SRC:DST[:ro]",
+    help="Show SRC of this host as DST; z is ignored.",
+)
 @click.option("--tmpfs", "tmpfs", multiple=True, metavar="DST[:OPTIONS]", help="Memory as DST; OPTIONS as size=64m.")
 @click.option("--read-only", is_flag=True, help="Refuse changes, but in volumes and tmpfs.")
 @click.option("-e", "--env", "env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable, or pass ours on.")
@@ -144,10 +151,13 @@ def _stands_on(store: LayerStore, image: str, is_layer: bool) -> tuple[str, Imag
     """(chain id, configuration) of what the person named."""
     from unionfs.engines.images.model import ImageConfig
     from unionfs.engines.images.store import ImageStore
+    from unionfs.engines.run.executable import foreign_machine
 
     if is_layer:
         return find_layer(store, image).chain_id, ImageConfig.model_validate({})
     found = ImageStore(store).get(image)
+    if warning := foreign_machine(found.platform):
+        click.echo(f"unionfs: warning: {warning}", err=True)
     return found.chain_id, found.config
 
 

@@ -66,10 +66,10 @@ def add_images(root: str, layer: bytes) -> None:
     with open_store(root) as store:
         made = store.register(io.BytesIO(layer))
         images = ImageStore(store)
-        for name, config in (("plain", PLAIN), ("busybox", PLAIN), ("app", CONFIG)):
+        for name, config in (("plain", PLAIN), ("busybox", PLAIN), ("app", CONFIG), ("other", PLAIN)):
             text = {
                 "os": "linux",
-                "architecture": "amd64",
+                "architecture": "amd64" if name != "other" else "s390x",
                 "config": config,
                 "rootfs": {"type": "layers", "diff_ids": [made.diff_id]},
             }
@@ -231,6 +231,15 @@ def test_exit_statuses_and_messages(cell: Cell, words: list[str], status: int, m
     assert text.startswith(f"unionfs: {message}")
     assert text.count("\n") == 1, "one line"
     assert containers(cell) == []
+
+
+@one_runtime
+def test_an_image_for_another_machine(cell: Cell) -> None:
+    """It is run all the same: its programs may be for this one, or there may be an emulator."""
+    done = run(cell, "other", "echo", "here")
+    assert (done.returncode, done.stdout) == (0, b"here\n")
+    assert done.stderr.startswith(b"unionfs: warning: the image is for linux/s390x, but this machine is linux/amd64")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_a_missing_runtime_is_named(cell: Cell) -> None:

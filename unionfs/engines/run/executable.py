@@ -9,13 +9,41 @@ import errno
 import os
 import posixpath
 import stat
+import struct
 from collections.abc import Iterable
 
+from unionfs.engines.images.model import Platform
 from unionfs.engines.run.rootfs import RootFs
 from unionfs.errors import CommandNotExecutableError, CommandNotFoundError
 
-_HEAD_BYTES = 256  # what the kernel reads of a script's first line (linux/binfmts.h: BINPRM_BUF_SIZE)
+_HEAD_BYTES = 4096  # enough for what a compiler puts in front; of a script's first line the kernel reads 256
+_MAX_INTERPRETERS = 4  # of interpreters that are scripts themselves (linux/fs/exec.c: exec_binprm)
 _BINFMT_MISC = "/proc/sys/fs/binfmt_misc"
+
+_LITTLE, _BIG = 1, 2
+_PT_INTERP = 3
+# Byte order and e_machine of programs (elf(5), linux/elf-em.h) by Go's names.
+_ELF_MACHINES = {
+    "386": (_LITTLE, 3),
+    "amd64": (_LITTLE, 62),
+    "arm": (_LITTLE, 40),
+    "arm64": (_LITTLE, 183),
+    "loong64": (_LITTLE, 258),
+    "ppc64le": (_LITTLE, 21),
+    "riscv64": (_LITTLE, 243),
+    "s390x": (_BIG, 22),
+}
+# What else a kernel runs.
+_OLDER = {"amd64": "386", "arm64": "arm"}
+
+
+def foreign_machine(platform: Platform) -> str:
+    """What to tell a person whose image is for another machine than this; empty if it is for this one."""
+    here = Platform.of_this_machine()
+    older = Platform(architecture=_OLDER.get(here.architecture, ""))
+    if not platform.architecture or here.runs(platform) or older.runs(platform):
+        return ""
+    return f"the image is for {platform}, but this machine is {here}; its programs may not run here"
 
 
 def check_command(rootfs: RootFs, command: str, search: str, cwd: str, hidden: Iterable[str]) -> None:
@@ -35,11 +63,11 @@ def check_command(rootfs: RootFs, command: str, search: str, cwd: str, hidden: I
     if not command:
         raise CommandNotFoundError("command not found: its name is empty; write one")
     places = [command] if "/" in command else [f"{where or '.'}/{command}" for where in search.split(":")]
-    covers = tuple(posixpath.normpath(where) for where in hidden)
+    covers = tuple(posixpath.normpath(where).rstrip("/") for where in hidden)
     problem = ""
     for place in places:
         path = posixpath.normpath(posixpath.join(cwd, place))
-        if any(path == cover or path.startswith(cover.rstrip("/") + "/") for cover in covers):
+        if _is_hidden(path, covers):
             return
         try:
             found = rootfs.stat(path)
@@ -60,15 +88,76 @@ def check_command(rootfs: RootFs, command: str, search: str, cwd: str, hidden: I
     raise CommandNotFoundError(f"command not found: {command[:200]}: it is not{where or ' there'} in this image")
 
 
-def _check_format(rootfs: RootFs, path: str, covers: tuple[str, ...]) -> None:
+def _is_hidden(path: str, covers: tuple[str, ...]) -> bool:
+    return any(path == cover or path.startswith(cover + "/") for cover in covers)
+
+
+def _check_format(rootfs: RootFs, path: str, covers: tuple[str, ...], depth: int = 0) -> None:
     head = rootfs.read(path, _HEAD_BYTES)
-    if head.startswith(b"#!"):
-        words = head[2:].split(b"\n")[0].split()
-        interpreter = os.fsdecode(words[0]) if words else ""
-        if interpreter.startswith("/") and not interpreter.startswith(covers) and not rootfs.exists(interpreter):
-            raise CommandNotFoundError(f"command not found: {path} is a script for {interpreter}, not in this image")
-    elif not head.startswith(b"\x7fELF") and not _has_formats():
-        raise CommandNotExecutableError(f"cannot execute {path}: neither a program nor a script that starts with #!")
+    if head.startswith(b"\x7fELF"):
+        _check_elf(rootfs, path, head, covers)
+        return
+    if not head.startswith(b"#!"):
+        if not _has_formats():
+            raise CommandNotExecutableError(
+                f"cannot execute {path}: neither a program nor a script that starts with #!"
+            )
+        return
+    words = head[2:].split(b"\n")[0].split()
+    interpreter = posixpath.normpath(os.fsdecode(words[0])) if words else ""
+    if not interpreter.startswith("/") or _is_hidden(interpreter, covers):
+        return
+    try:
+        found = rootfs.stat(interpreter)
+    except OSError:
+        raise CommandNotFoundError(
+            f"command not found: {path} is a script for {interpreter}, not in this image"
+        ) from None
+    if stat.S_ISREG(found.st_mode) and depth < _MAX_INTERPRETERS:
+        _check_format(rootfs, interpreter, covers, depth + 1)
+
+
+def _check_elf(rootfs: RootFs, path: str, head: bytes, covers: tuple[str, ...]) -> None:
+    here = Platform.of_this_machine().architecture
+    own = {_ELF_MACHINES[name] for name in (here, _OLDER.get(here, "")) if name in _ELF_MACHINES}
+    if len(head) < 20 or not own:
+        return
+    order = "<" if head[5] == _LITTLE else ">"
+    machine = (head[5], struct.unpack_from(f"{order}H", head, 18)[0])
+    if machine not in own:
+        if not _has_formats():
+            names = [name for name, known in _ELF_MACHINES.items() if known == machine]
+            raise CommandNotExecutableError(
+                f"cannot execute {path}: it is for {names[0] if names else 'another machine'}, but this machine is "
+                f"{here}; use an image for {here}, or an emulator: apt install qemu-user-static"
+            )
+        return
+    loader = _loader(head, order)
+    if loader.startswith("/") and not _is_hidden(posixpath.normpath(loader), covers) and not rootfs.exists(loader):
+        raise CommandNotFoundError(
+            f"command not found: {path} was built for a system with {loader}, which is not in this image"
+        )
+
+
+def _loader(head: bytes, order: str) -> str:
+    """The program that loads this one and its libraries; empty for none, and where the head does not tell."""
+    wide = head[4] == 2
+    try:
+        start = struct.unpack_from(f"{order}{'Q' if wide else 'I'}", head, 32 if wide else 28)[0]
+        size, count = struct.unpack_from(f"{order}HH", head, 54 if wide else 42)
+        for number in range(count):
+            at = start + number * size
+            if struct.unpack_from(f"{order}I", head, at)[0] != _PT_INTERP:
+                continue
+            if wide:
+                offset, length = (struct.unpack_from(f"{order}Q", head, at + skip)[0] for skip in (8, 32))
+            else:
+                offset, length = (struct.unpack_from(f"{order}I", head, at + skip)[0] for skip in (4, 16))
+            text = head[offset : offset + length]
+            return os.fsdecode(text.partition(b"\0")[0]) if len(text) == length else ""
+    except struct.error:
+        pass
+    return ""
 
 
 def _has_formats() -> bool:

@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from unionfs.errors import RunError
 
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?\Z")  # 64 is the kernel's limit
-_TMPFS_OPTION = re.compile(r"((size|nr_inodes|nr_blocks|mode|uid|gid)=[0-9]+[kmg%]?|ro|rw|noexec|exec)\Z", re.I)
+# nosuid and nodev are always in force.
+_TMPFS_OPTION = re.compile(
+    r"((size|nr_inodes|nr_blocks|mode|uid|gid)=[0-9]+[kmg%]?|ro|rw|noexec|exec|nosuid|nodev|noatime|nodiratime|relatime)\Z",
+    re.I,
+)
+# What is written for other machines: labels of SELinux, under which our containers are not confined; Docker Desktop's
+# promises of how soon changes are seen; Docker's way to leave a named volume empty; how mounts go on, which is so here.
+_VOLUME_NO_OPTIONS = frozenset(("z", "Z", "cached", "consistent", "delegated", "nocopy", "rslave"))
 
 
 class Volume(BaseModel):
@@ -87,21 +94,26 @@ class RunOptions(BaseModel):
 
 
 def parse_volume(text: str) -> Volume:
-    """The volume that ``SOURCE:DESTINATION[:ro|rw]`` means; a relative source counts from the working directory.
+    """The volume that ``SOURCE:DESTINATION[:OPTION,...]`` means; a relative source counts from the working directory.
 
     Raises:
         RunError: it is written differently, or there is no such source.
     """
     source, _, rest = text.partition(":")
-    destination, _, mode = rest.partition(":")
-    if not source or not destination or mode not in ("", "ro", "rw"):
+    destination, colon, words = rest.partition(":")
+    if not source or not destination or (colon and not words):
         raise RunError(f"volume {text[:200]}: write SOURCE:DESTINATION or SOURCE:DESTINATION:ro")
+    options = set(words.split(",")) if words else set()
+    if unknown := options - {"ro", "rw"} - _VOLUME_NO_OPTIONS:
+        raise RunError(f"volume {text[:200]}: there is no option {min(unknown)!r}; use ro, rw or z")
+    if {"ro", "rw"} <= options:
+        raise RunError(f"volume {text[:200]}: choose one of ro and rw")
     if "/" not in source and source not in (".", ".."):
         raise RunError(f"volume {text[:200]}: there are no named volumes; for a directory here write ./{source}")
     path = os.path.abspath(source)
     if not os.path.exists(path):
         raise RunError(f"volume {text[:200]}: there is no {path}; make it first")
-    return Volume(source=path, destination=_destination(destination, f"volume {text[:200]}"), read_only=mode == "ro")
+    return Volume(source=path, destination=_destination(destination, f"volume {text[:200]}"), read_only="ro" in options)
 
 
 def parse_tmpfs(text: str) -> Tmpfs:

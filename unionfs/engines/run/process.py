@@ -36,16 +36,15 @@ class Process:
 
 
 def arguments(config: ImageConfig, options: RunOptions) -> tuple[str, ...]:
-    """The program and its arguments.
+    """The program and its arguments. As in Docker an entrypoint of one empty text is none.
 
     Raises:
         RunError: neither the image nor the person says what to run.
     """
-    if options.entrypoint is None:
-        args = (*config.entrypoint, *(options.command or config.cmd))
-    else:
-        args = (*((options.entrypoint,) if options.entrypoint else ()), *options.command)
-    if not args or not args[0]:
+    entrypoint = config.entrypoint if options.entrypoint is None else (options.entrypoint,)
+    cmd = config.cmd if options.entrypoint is None else ()
+    args = (*(entrypoint if entrypoint != ("",) else ()), *(options.command or cmd))
+    if not args:
         raise RunError("the image does not say what to run; write a command after it")
     return args
 
