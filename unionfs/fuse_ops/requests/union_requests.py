@@ -287,6 +287,26 @@ class UnionRequests:
         return self._copied_up(inode, NO_CONTENTS, lambda: self._freed(inode, 0, then))
 
     @staticmethod
+    def is_open_for_writing(inode: Inode) -> bool:
+        """Whether a program has ``inode`` open for writing, as far as we are told."""
+        return any(file.writable for file in inode.handles or ())
+
+    def is_written(self, inode: Inode) -> bool:
+        """Whether somebody can write to the upper file ``inode``, if only through a mapping."""
+        if self.is_open_for_writing(inode):
+            return True
+        path, follow = self.tree.view.proc_path(inode)
+        return backing_calls.has_writers(path, follow=follow)
+
+    def blocks_will_lie(self, file: OpenFile) -> bool:
+        """Whether the kernel may know ``file``, just opened, as one without a block, and go on with that.
+
+        It shows the size that a file has in its cache, and the blocks that it was told: tar(1) takes a file without
+        a block for one without data (:meth:`MergedView.present` says otherwise, if it is asked).
+        """
+        return self.tree.kernel_keeps_time and file.writable and not os.fstat(file.fd).st_blocks
+
+    @staticmethod
     def read_cached(fd: int, offset: int, buffer: bytearray | memoryview) -> int | None:
         """Fill ``buffer`` from the page cache; None if the disk must be waited for.
 
@@ -376,11 +396,27 @@ class UnionRequests:
 
         return Job(run, finish, failed=end)
 
-    def seek(self, handle: int, offset: int, whence: int) -> int:
-        """Where the next data or the next hole is, ``whence`` being SEEK_DATA or SEEK_HOLE."""
+    def seek(
+        self, handle: int, offset: int, whence: int, write_back: Callable[[], None] | None = None
+    ) -> int | Job[int]:
+        """Where the next data or the next hole is, ``whence`` being SEEK_DATA or SEEK_HOLE.
+
+        The kernel asks without having written what it has in its cache, which may be all that the file has.
+        ``write_back`` makes it do so; None where it caches nothing of this file.
+        """
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return os.lseek(self.files[handle].fd, offset, whence)
+        file = self.files[handle]
+        fd = file.fd
+        if write_back is None or not self.is_open_for_writing(file.inode):
+            return os.lseek(fd, offset, whence)
+        first = write_back
+
+        def run() -> int:
+            first()
+            return os.lseek(fd, offset, whence)
+
+        return Job(run)
 
     def fsync(self, handle: int, *, data_only: bool) -> Job[None] | None:
         """Bring a file to the disk. ENOSYS where the options say not to: the kernel then takes it for done."""

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import struct
 import sys
 from typing import Final
@@ -46,6 +47,27 @@ def may_pass_through() -> bool:
     except (OSError, StopIteration, ValueError):
         return False
     return outside and bool(effective >> _CAP_SYS_ADMIN & 1)
+
+
+def has_writers(path: bytes, *, follow: bool) -> bool:
+    """Whether somebody has the file ``path`` open for writing, or mapped so; True where that cannot be found out.
+
+    A lease for reading is granted only where nobody does (fcntl(2), F_SETLEASE). It ends when the descriptor is
+    closed. Who wants to write meanwhile waits for that, and we would be told by a signal that could end us.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError:
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -55,6 +55,7 @@ class Inode:
         "lower",
         "lowers",
         "marks",
+        "may_be_mapped",
         "metacopy",
         "name",
         "nested",
@@ -95,6 +96,8 @@ class Inode:
         self.capability: bytes | None = None
         self.filled = False  # the kernel has been given the contents, and has not asked for them since
         self.fresh: os.stat_result | None = None  # lstat from when it was made, until whoever made it has his answer
+        # It may be mapped for writing, of which the kernel tells us nothing: what is stored changes times and blocks.
+        self.may_be_mapped = False
         self.nlink: int | None = None  # link count kept by us, because no layer has all the names
         self.key: RealFile | None = None  # under which hard links find this inode
 

@@ -49,6 +49,8 @@ class MergedView:
         self._can_open_handles = True
         # Whether a file that has blocks for all its data has the data. After a crash it may have them for nothing.
         self.trusts_blocks = True
+        # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
+        self.kernel_keeps_time = options.writeback
         self.link_held: Callable[[Inode, Inode, bytes], None] | None = None  # set by CopyUp
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
         numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
@@ -384,6 +386,9 @@ class MergedView:
                 nlink = inode.nlink or 0
             if inode.metacopy and inode.data is not None:
                 blocks = inode.data[0].stat(inode.data[1]).st_blocks
+            if not blocks and self.kernel_keeps_time and inode.kind == stat.S_IFREG and inode.handles is not None:
+                # There may be data in the kernel's cache, and of no block tar(1) makes a file of zeros.
+                blocks = int(any(file.writable for file in inode.handles))
         ino = inode.ino
         if ino == ROOT_INO:
             ino = self.inodes.numbers.of((st.st_dev, st.st_ino))

@@ -65,8 +65,6 @@ class MetadataChanges:
     def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
         self._view = view
         self._copy_up = copy_up
-        # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
-        self.kernel_keeps_time = view.options.writeback
         self._uncapped: Inode | None = None  # of which capabilities were the last attribute to be removed
 
     # -- attributes -------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, for_attributes(change.size))
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
-            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self.kernel_keeps_time)
+            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self._view.kernel_keeps_time)
             if caller.uid != 0:
                 self.clear_privileges(inode, caller)
         if change.uid is not None or change.gid is not None:

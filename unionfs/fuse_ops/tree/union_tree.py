@@ -70,7 +70,6 @@ class UnionTree:
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
         self.copy_up, changes, renames, metadata = self._make_parts()
-        self._metadata = metadata
 
         self.root = self.view.root
         self.inodes = self.view.inodes
@@ -104,12 +103,12 @@ class UnionTree:
 
     def use_writeback_cache(self, used: bool) -> None:
         """Say whether the kernel keeps modification times by itself, as it does with its writeback cache."""
-        self._metadata.kernel_keeps_time = used
+        self.view.kernel_keeps_time = used
 
     @property
     def kernel_keeps_time(self) -> bool:
         """Whether it does so."""
-        return self._metadata.kernel_keeps_time
+        return self.view.kernel_keeps_time
 
     @property
     def read_only(self) -> bool:

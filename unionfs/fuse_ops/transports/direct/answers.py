@@ -29,6 +29,7 @@ Handler = Callable[[Request], Answer]
 T = TypeVar("T")
 
 NO_REPLY: Final = b""
+_TICK_NS: Final = 1_000_000  # what the kernel makes one or two ticks of its clock of
 ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
 _ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
 
@@ -50,6 +51,7 @@ class Mount:
         seconds = min(options.timeout_s, 1e18)
         self.valid_s = int(seconds)
         self.valid_ns = int((seconds - self.valid_s) * 1e9)
+        self.tick = (0, min(_TICK_NS, self.valid_ns) if self.valid_s == 0 else _TICK_NS)
         self.keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
 
 
@@ -114,10 +116,29 @@ class Answers:
     def _entry_with(self, request: Request, inode: Inode, packed: bytes) -> bytes:
         inode.lookups += 1
         s, ns = self._valid_s, self._valid_ns
-        return p.ENTRY_REPLY.pack(ENTRY_SIZE, 0, request.unique, inode.ino, 0, s, s, ns, ns) + packed
+        attr_s, attr_ns = self._attributes_valid(inode)
+        return p.ENTRY_REPLY.pack(ENTRY_SIZE, 0, request.unique, inode.ino, 0, s, attr_s, ns, attr_ns) + packed
 
-    def _attr_reply(self, request: Request, packed: bytes) -> bytes:
-        return p.ATTR_REPLY.pack(_ATTR_SIZE, 0, request.unique, self._valid_s, self._valid_ns, 0) + packed
+    def _attr_reply(self, request: Request, inode: Inode, packed: bytes) -> bytes:
+        return p.ATTR_REPLY.pack(_ATTR_SIZE, 0, request.unique, *self._attributes_valid(inode), 0) + packed
+
+    def _attributes_valid(self, inode: Inode) -> tuple[int, int]:
+        """For how long the kernel may answer with attributes of ``inode`` by itself: seconds and nanoseconds.
+
+        For a tick while a program may change them through a mapping of the backing file. The kernel knows of each
+        write(2), also of those that it passes through, and asks again. It neither knows nor tells of such a mapping,
+        which also outlives the last close. Only who opens a file for reading *and* writing can make one: programs that
+        just write files, most of all, pay nothing. When nobody has the file open for writing any more, and a mapping
+        counts as that, the attributes are final.
+
+        A database asks for those of its files several times in each transaction, which a tick makes one request.
+        That is as fine as the times of files are before Linux 6.13.
+        """
+        if inode.may_be_mapped:
+            if self._requests.is_written(inode):
+                return self._mount.tick
+            inode.may_be_mapped = False
+        return self._valid_s, self._valid_ns
 
     def _masked(self, directory: Inode, mode: int, umask: int) -> int:
         """``mode`` as POSIX has it: a default ACL takes the place of the umask."""

@@ -36,7 +36,8 @@ class AttributeAnswers(Answers):
         return table
 
     def _getattr(self, request: Request) -> bytes:
-        return self._attr_reply(request, self._packed.of(self._inode(request)))
+        inode = self._inode(request)
+        return self._attr_reply(request, inode, self._packed.of(inode))
 
     def _setattr(self, request: Request) -> Answer:
         (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = p.SETATTR_IN.unpack_from(
@@ -60,7 +61,10 @@ class AttributeAnswers(Answers):
         kill = bool(valid & SetAttr.KILL_SUIDGID)
         outcome = self._requests.set_attributes(inode, change, request, kill=kill)
         return self._when_done(
-            request, Opcode.SETATTR, outcome, lambda attributes: self._attr_reply(request, pack(inode, attributes))
+            request,
+            Opcode.SETATTR,
+            outcome,
+            lambda attributes: self._attr_reply(request, inode, pack(inode, attributes)),
         )
 
     def _statx(self, request: Request) -> bytes:
@@ -68,7 +72,7 @@ class AttributeAnswers(Answers):
         attributes = self._tree.attributes(inode)
         path, follow = self._tree.view.proc_path(inode)
         stx = backing_calls.statx(path, follow=follow)
-        s, ns = self._valid_s, self._valid_ns
+        s, ns = self._attributes_valid(inode)
         data = backing_calls.statx_with(stx, attributes)
         return p.STATX_REPLY.pack(p.STATX_REPLY.size + len(data), 0, request.unique, s, ns, 0, 0, 0) + data
 

@@ -18,6 +18,7 @@ from unionfs.fuse_ops.transports import mounting
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.request import Request
+from unionfs.fuse_ops.tree.inodes import Inode
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,27 @@ class Connection:
 
         self.beside.outside(lambda: self._calls.start(answer))
         return b""
+
+    def forget_attributes(self, inode: Inode) -> None:
+        """Make the kernel ask for the attributes of ``inode`` when somebody wants them next."""
+        self._invalidate(inode, -1)
+
+    def write_back(self, inode: Inode, offset: int) -> None:
+        """Have the kernel write what it has cached of ``inode`` from ``offset`` on, which it then reads anew.
+
+        Returns when all is written, by requests that another thread has to answer meanwhile.
+        """
+        self._invalidate(inode, offset)
+
+    def _invalidate(self, inode: Inode, offset: int) -> None:
+        message = p.NOTIFY_INVAL_INODE.pack(
+            p.NOTIFY_INVAL_INODE.size, p.NOTIFY_INVAL_INODE_CODE, 0, inode.ino, offset, 0
+        )
+        try:
+            os.write(self.fd, message)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel has nothing of it, or the mount is gone
+                raise
 
     async def end_calls(self) -> None:
         """Wait for all threads, and go back to where this one ran; nothing can be answered by a thread any more."""

@@ -17,7 +17,8 @@ class DirectoryAnswers(Answers):
 
     def __init__(self, mount: Mount) -> None:
         super().__init__(mount)
-        self._listing = DirectListing(mount.tree, mount.packed, mount.valid_s, mount.valid_ns, mount.files_ahead)
+        valid = mount.valid_s, mount.valid_ns
+        self._listing = DirectListing(mount.tree, mount.packed, *valid, mount.files_ahead, tick=mount.tick)
 
     def table(self) -> dict[Opcode, Handler]:
         """What is answered here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -53,12 +54,22 @@ class FileAnswers(Answers):
         }
         return table
 
-    def _opened(self, file: OpenFile, mode: int | None = None) -> tuple[int, int, int]:
-        """Handle, flags and backing id for the answer to an open, of a file whose mode may be known."""
-        flags, backing = self._mount.keep_cache, 0
+    def _opened(self, file: OpenFile, flags: int, mode: int | None = None) -> tuple[int, int, int]:
+        """Handle, flags and backing id for the answer to an open with a client's ``flags``.
+
+        ``mode`` is the file's, if it is new.
+        """
+        opened, backing = self._mount.keep_cache, 0
+        inode = file.inode
         if self._mount.passthrough is not None:
-            flags, backing = self._mount.passthrough.open(file, mode)
-        return self._requests.add_file(file), flags, backing
+            opened, backing = self._mount.passthrough.open(file, mode)
+            if backing and flags & os.O_ACCMODE == os.O_RDWR and not inode.may_be_mapped:
+                inode.may_be_mapped = True
+                if mode is None:
+                    self._connection.forget_attributes(inode)
+        elif mode is None and self._requests.blocks_will_lie(file):
+            self._connection.forget_attributes(inode)
+        return self._requests.add_file(file), opened, backing
 
     def _open(self, request: Request) -> Answer:
         flags, open_flags = p.OPEN_IN.unpack_from(request.body)
@@ -67,7 +78,7 @@ class FileAnswers(Answers):
         return self._when_done(request, Opcode.OPEN, outcome, lambda file: self._open_reply(request, file, flags))
 
     def _open_reply(self, request: Request, file: OpenFile, flags: int) -> bytes:
-        handle, opened, backing = self._opened(file)
+        handle, opened, backing = self._opened(file, flags)
         if not file.writable and self._mount.keep_cache and opened & Open.KEEP_CACHE:
             self._give_pages(file, flags)
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
@@ -96,20 +107,22 @@ class FileAnswers(Answers):
         directory = self._inode(request)
         mode = self._masked(directory, mode, umask)
         inode, file = self._tree.create(directory, request.name(p.CREATE_IN.size), mode, flags, request)
-        return self._created(request, inode, file)
+        return self._created(request, inode, file, flags)
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
         directory = self._inode(request)
         mode = self._masked(directory, mode, umask)
         inode, file = self._tree.create_unnamed(directory, mode, flags, request)
-        return self._created(request, inode, file)
+        return self._created(request, inode, file, flags)
 
-    def _created(self, request: Request, inode: Inode, file: OpenFile) -> bytes:
+    def _created(self, request: Request, inode: Inode, file: OpenFile, flags: int) -> bytes:
         attributes = self._requests.made(inode)
+        opened = self._opened(file, flags, attributes.mode)
         s, ns = self._valid_s, self._valid_ns
-        entry = (inode.ino, 0, s, s, ns, ns, *p.attr_fields(attributes))
-        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *self._opened(file, attributes.mode))
+        attr_s, attr_ns = self._attributes_valid(inode)
+        entry = (inode.ino, 0, s, attr_s, ns, attr_ns, *p.attr_fields(attributes))
+        return p.CREATE_REPLY.pack(p.CREATE_REPLY.size, 0, request.unique, *entry, *opened)
 
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
@@ -166,10 +179,18 @@ class FileAnswers(Answers):
         handle, offset, length, mode, _ = p.FALLOCATE_IN.unpack_from(request.body)
         return self._empty_when_done(request, Opcode.FALLOCATE, self._requests.fallocate(handle, mode, offset, length))
 
-    def _lseek(self, request: Request) -> bytes:
+    def _lseek(self, request: Request) -> Answer:
         handle, offset, whence, _ = p.LSEEK_IN.unpack_from(request.body)
-        found = self._requests.seek(handle, offset, whence)
-        return p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found)
+        inode = self._requests.files[handle].inode
+        passes = self._mount.passthrough is not None and self._mount.passthrough.passes(inode)
+        write_back = None if passes else functools.partial(self._connection.write_back, inode, offset)
+        outcome = self._requests.seek(handle, offset, whence, write_back)
+        return self._when_done(
+            request,
+            Opcode.LSEEK,
+            outcome,
+            lambda found: p.LSEEK_REPLY.pack(p.LSEEK_REPLY.size, 0, request.unique, found),
+        )
 
     def _copy_file_range(self, request: Request) -> Answer:
         source, source_offset, _, target, target_offset, length, _ = p.COPY_FILE_RANGE_IN.unpack_from(request.body)

@@ -20,8 +20,8 @@ _PADDING: Final = [bytes(-length % 8) for length in range(8)]
 class DirectListing:
     """Lists directories of a tree for a kernel that believes what it is told for some time.
 
-    ``valid_s`` and ``valid_ns`` are that time. ``files`` is told in which order; ``listings`` says it, by the
-    names' hashes unless given.
+    ``valid_s`` and ``valid_ns`` are that time, and ``tick`` that of attributes which may change meanwhile. ``files``
+    is told in which order; ``listings`` says it, by the names' hashes unless given.
     """
 
     def __init__(
@@ -32,13 +32,16 @@ class DirectListing:
         valid_ns: int,
         files: FileReadAhead,
         listings: Listings | None = None,
+        tick: tuple[int, int] = (0, 0),
     ) -> None:
         self._tree = tree
         self._files = files
         self._child = packed.child
         self._lower = tree.view.lower
         self._listings = Listings(tree.view) if listings is None else listings
-        self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)  # of an entry, after its node: generation, times
+        # Of an entry, after its node: generation, and for how long it and its attributes are valid.
+        self._valid = (0, valid_s, valid_s, valid_ns, valid_ns)
+        self._changing = (0, valid_s, tick[0], valid_ns, tick[1])
 
     def answer(self, unique: int, directory: Inode, offset: int, size: int, *, plus: bool) -> bytes:
         """Entries of ``directory`` after ``offset``, at most ``size`` bytes of them, with the header of a reply.
@@ -94,7 +97,7 @@ class DirectListing:
                     number, kind = inode.ino, inode.kind >> 12
                     if plus:
                         inode.lookups += 1
-                        answer += p.ENTRY.pack(number, *self._valid)
+                        answer += p.ENTRY.pack(number, *(self._changing if inode.may_be_mapped else self._valid))
                         answer += attributes
                     if directories is not None:
                         directories += inode.lowers

@@ -74,6 +74,11 @@ class Passthrough:
         self._passed.add(file)
         return int(flags), users.backing_id
 
+    def passes(self, inode: Inode) -> bool:
+        """Whether ``inode`` is open and passed through, so that the kernel has nothing of it in its cache."""
+        users = self._users.get(inode)
+        return users is not None and users.passed > 0
+
     def release(self, file: OpenFile) -> None:
         """A client's file is closed, and none of its mappings is left."""
         users = self._users[file.inode]

@@ -128,6 +128,7 @@ LSEEK_REPLY: Final = struct.Struct("=IiQ Q")
 IOCTL_REPLY: Final = struct.Struct("=IiQ iIII")
 STATFS_REPLY: Final = struct.Struct("=IiQ 5Q 4I 6I")
 NOTIFY_STORE: Final = struct.Struct("=IiQ QQII")  # unasked for: into the page cache of an inode, then the data
+NOTIFY_INVAL_INODE: Final = struct.Struct("=IiQ Qqq")  # unasked for: node, offset, length; see Connection.invalidate
 STATX_REPLY: Final = struct.Struct("=IiQ QII2Q")  # followed by struct fuse_statx, the layout of statx(2)
 INIT_REPLY: Final = struct.Struct("=IiQ IIII HHIIHHIIH11H")
 
@@ -154,7 +155,9 @@ IOCTL_IN: Final = struct.Struct("=QIIQII")
 STATX_IN: Final = struct.Struct("=IIQII")
 DIRENT: Final = struct.Struct("=QQII")
 
-NOTIFY_STORE_CODE: Final = 4  # in the place of an error number
+# In the place of an error number:
+NOTIFY_INVAL_INODE_CODE: Final = 2
+NOTIFY_STORE_CODE: Final = 4
 
 BACKING_OPEN: Final = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 BACKING_CLOSE: Final = 0x4004E502  # _IOW(229, 2, uint32_t)

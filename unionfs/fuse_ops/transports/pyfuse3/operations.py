@@ -262,6 +262,8 @@ class UnionOperations(pyfuse3.Operations):
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         file = await completed(self._requests.open(self._requests.inode(inode), flags, ctx))
         info = self._file_info(file)
+        if self._requests.blocks_will_lie(file):
+            pyfuse3.invalidate_inode(inode, attr_only=True)
         if self._keep_cache:
             await self._give_pages(inode, file, info.fh, flags)
         return info
