@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import unionfs.fuse_ops.tree.union_tree
+from tests.support.compiled import compiled_sources, miscompiled
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unionfs"
@@ -174,8 +174,8 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 def test_what_was_compiled_is_what_is_there() -> None:
     """Nobody tests a file that is not the one he reads."""
-    names = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["compiled_modules"]()
-    assert len(names) > 30
+    sources = compiled_sources()
+    assert len(sources) > 30
     compiled = {path.with_name(path.name.partition(".")[0] + ".py"): path for path in ROOT.glob("unionfs/**/*.so")}
     program = Path(sys.executable).with_name("unionfs-mount")
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
@@ -183,7 +183,34 @@ def test_what_was_compiled_is_what_is_there() -> None:
     if os.environ.get("UNIONFS_COMPILE") == "0":
         assert compiled == {}
         return
-    assert set(compiled) == {ROOT / name for name in names}
+    assert set(compiled) == set(sources)
     for source, made in compiled.items():
         assert source.stat().st_mtime <= made.stat().st_mtime, f"{source} was changed; run scripts/setup"
     assert unionfs.fuse_ops.tree.union_tree.__file__ == str(compiled[ROOT / "unionfs/fuse_ops/tree/union_tree.py"])
+
+
+def test_nothing_that_is_compiled_waits_while_it_handles_an_exception() -> None:
+    found = {source: miscompiled(ast.parse(source.read_bytes(), str(source))) for source in compiled_sources()}
+    assert {source: places for source, places in found.items() if places} == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "bad"),
+    [
+        ("try: pass\nexcept OSError: yield 1", True),
+        ("try: pass\nexcept OSError:\n try: yield from g()\n finally: pass", True),
+        ("try: pass\nfinally: yield 1", True),
+        ("try: pass\nexcept OSError:\n with a(): x = yield 1", True),
+        ("try: yield 1\nexcept OSError: pass\nelse: yield 2\nfinally: pass", False),
+        ("try: pass\nexcept OSError:\n def f(): yield 1", False),
+        ("with a(): yield 1", False),
+    ],
+)
+def test_the_rule_of_waiting_is_applied(body: str, bad: bool) -> None:
+    awaiting = body.replace("yield from", "await").replace("yield", "await")
+    for text in (f"def f():\n{body}", f"async def f():\n{awaiting}"):
+        assert bool(miscompiled(ast.parse(text.replace("\n", "\n    ")))) is bad, text
+
+
+def test_the_rule_of_waiting_knows_the_end_of_a_nursery() -> None:
+    assert miscompiled(ast.parse("async def f():\n    async with nursery():\n        pass")) == ["2: f"]

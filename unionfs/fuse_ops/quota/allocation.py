@@ -63,14 +63,10 @@ def _allocated_bytes(fd: int, start: int, end: int, block: int) -> int:
 
 def _allocated(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The allocated ranges between two offsets, which are at the bounds of blocks, in order."""
-    try:
-        first = _extents(fd, start, end)
-    except OSError as error:
-        if error.errno not in _NOT_TOLD:
-            raise
+    found = _extents(fd, start, end)
+    if found is None:
         yield from _data(fd, start, end)
         return
-    found = first
     while found:
         for logical, length in found:
             low, high = max(logical, start), min(logical + length, end)
@@ -80,11 +76,19 @@ def _allocated(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         found = _extents(fd, start, end) if start < end else []
 
 
-def _extents(fd: int, start: int, end: int) -> list[tuple[int, int]]:
-    """Offsets and lengths of the first extents between two offsets: with those that were never written."""
+def _extents(fd: int, start: int, end: int) -> list[tuple[int, int]] | None:
+    """Offsets and lengths of the first extents between two offsets: with those that were never written.
+
+    None where the file system does not tell them.
+    """
     buffer = bytearray(_FIEMAP_HEADER.size + _EXTENTS * _FIEMAP_EXTENT.size)
     _FIEMAP_HEADER.pack_into(buffer, 0, start, end - start, 0, 0, _EXTENTS, 0)
-    fcntl.ioctl(fd, _FIEMAP, buffer)
+    try:
+        fcntl.ioctl(fd, _FIEMAP, buffer)
+    except OSError as error:
+        if error.errno not in _NOT_TOLD:
+            raise
+        return None
     count = _FIEMAP_HEADER.unpack_from(buffer)[3]
     raw = memoryview(buffer)[_FIEMAP_HEADER.size : _FIEMAP_HEADER.size + count * _FIEMAP_EXTENT.size]
     return [(logical, length) for logical, _, length, _ in _FIEMAP_EXTENT.iter_unpack(raw)]

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _DEFAULT_ACL = "system.posix_acl_default"
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+_NO_ACL = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_DEVICES = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -113,9 +114,8 @@ class UpperDir:
         in a directory with the same default ACL.
         """
         name = self.temp_name()
-        try:
-            acl = os.getxattr(b"/proc/self/fd/%d" % parent_fd, _DEFAULT_ACL)
-        except OSError:
+        acl = _default_acl(parent_fd)
+        if acl is None:
             try:
                 yield self.work_fd, name
             except BaseException:
@@ -320,3 +320,12 @@ class UpperDir:
             self._whiteout_link = None
         os.close(self.work_fd)
         self.layer.close()
+
+
+def _default_acl(dir_fd: int) -> bytes | None:
+    try:
+        return os.getxattr(b"/proc/self/fd/%d" % dir_fd, _DEFAULT_ACL)
+    except OSError as error:
+        if error.errno not in _NO_ACL:
+            raise
+        return None

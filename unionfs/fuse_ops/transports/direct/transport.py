@@ -33,6 +33,7 @@ from unionfs.fuse_ops.transports.direct.names import NameAnswers
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.request import Request
 from unionfs.fuse_ops.transports.direct.session import MAX_WRITE, SessionAnswers
+from unionfs.fuse_ops.transports.serving import serve_beside
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
@@ -80,14 +81,12 @@ class DirectTransport:
         self._ready.register(self._connection.fd, select.POLLIN)
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(Settling(self.served.requests, self._beside.postpone, self._beside.leave).run)
-                while await self._turn(buffer, nursery):
-                    await trio.lowlevel.checkpoint()
-                nursery.cancel_scope.cancel()
-        finally:
-            await self._connection.end_calls()
+        settling = Settling(self.served.requests, self._beside.postpone, self._beside.leave)
+        await serve_beside(settling.run, functools.partial(self._serve, buffer), self._connection.end_calls)
+
+    async def _serve(self, buffer: memoryview, nursery: trio.Nursery) -> None:
+        while await self._turn(buffer, nursery):
+            await trio.lowlevel.checkpoint()
 
     async def _turn(self, view: memoryview, nursery: trio.Nursery) -> bool:
         """Serve for a while; false when the mount is gone."""

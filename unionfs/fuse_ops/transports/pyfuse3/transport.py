@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pyfuse3
-import trio
 
 from unionfs.errors import MountError
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.speedups import pyfuse3_waiting
 from unionfs.fuse_ops.speedups.late_sync.settling import Settling
 from unionfs.fuse_ops.transports.mounting import explained
+from unionfs.fuse_ops.transports.serving import serve_beside
 
 
 class Pyfuse3Transport:
@@ -57,11 +57,10 @@ class Pyfuse3Transport:
 
         self._operations.init = init  # type: ignore[method-assign]
         pyfuse3_waiting.install()
-        async with trio.open_nursery() as nursery:
-            if self._settling is not None:
-                nursery.start_soon(self._settling.run)
+        if self._settling is None:
             await pyfuse3.main()
-            nursery.cancel_scope.cancel()
+        else:
+            await serve_beside(self._settling.run, lambda _: pyfuse3.main())
 
     def close(self) -> None:
         """Close /dev/fuse, leaving the mount to the session."""
