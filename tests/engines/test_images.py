@@ -13,6 +13,7 @@ import pytest
 from tests.layers.archives import files
 from unionfs.cli.main import main
 from unionfs.engines.images import Image, ImageStore, Platform, Reference, parse_image, parse_reference
+from unionfs.engines.images.model import digest_of
 from unionfs.errors import ImageError, ImageFormatError, ImageInUseError, ImageNotFoundError, LayerDoesNotExistError
 from unionfs.layers import DiffID, LayerStore, collect, open_store
 
@@ -336,3 +337,81 @@ def test_a_failed_write_leaves_nothing(shelf: Shelf) -> None:
     (shelf.root / "image/vfs/repositories.json").rmdir()
     assert shelf.reopen().all() == []
     assert shelf.images.add(contents, [parse_reference("app")]).names == ("app:latest",)
+
+
+def fsck(shelf: Shelf, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of fsck, and what it found."""
+    shelf.layers.close()
+    status = main(["fsck", "--json", *words, f"--root={shelf.root}"])
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    shelf.reopen()
+    return status, found
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "garbage", "empty"])
+def test_a_damaged_configuration_is_found(shelf: Shelf, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    contents = config(shelf.chain("one"))
+    image = shelf.images.add(contents, [parse_reference("app"), parse_reference("app:v2")])
+    good = shelf.images.add(config(shelf.chain("one"), author="x"), [parse_reference("good")])
+    assert fsck(shelf, capsys, "--deep") == (0, [])
+    path = shelf.root / "image/vfs/imagedb/content/sha256" / image.image_id[7:]
+    changes = {
+        "cut": contents[:-5],
+        "changed": contents.replace(b"amd64", b"arm64"),
+        "garbage": b"\0" * 100,
+        "empty": b"",
+    }
+    path.write_bytes(changes[damage])
+    status, (problem,) = fsck(shelf, capsys, "--deep")
+    assert (status, problem["kind"], problem["name"], problem["repaired"]) == (1, "image", image.image_id, False)
+    assert problem["what"] == f"{path}: is not what it was (it was app:latest, app:v2)"
+    assert problem["advice"] == "pull or import it again"
+    # Nobody knows which layers it needs.
+    shelf.layers.close()
+    assert main(["gc", "--layers", f"--root={shelf.root}"]) == 1
+    assert image.image_id in capsys.readouterr().err
+    status, (problem,) = fsck(shelf, capsys, "--repair")
+    assert (status, problem["repaired"]) == (0, True)
+    assert fsck(shelf, capsys, "--deep") == (0, [])
+    assert [one.image_id for one in shelf.images.all()] == [good.image_id]
+    with pytest.raises(ImageNotFoundError, match="no such image"):
+        shelf.images.get("app")
+    assert shelf.add(contents, [parse_reference("app")]).image_id == image.image_id
+
+
+def test_what_cannot_be_read_is_not_removed(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be well: another program's image, or a disk that comes back."""
+    image = shelf.images.add(config(shelf.chain("one")), [parse_reference("app")])
+    content = shelf.root / "image/vfs/imagedb/content/sha256"
+    other = config([], rootfs={"type": "layers+base", "diff_ids": []})
+    (content / digest_of(other)[7:]).write_bytes(other)
+    file = content / image.image_id[7:]
+    file.rename(content / "aside")
+    file.mkdir()
+    status, found = fsck(shelf, capsys, "--deep", "--repair")
+    assert status == 1
+    assert {one["name"] for one in found} == {image.image_id, digest_of(other)}
+    assert not any(one["repaired"] for one in found)
+    file.rmdir()
+    (content / "aside").rename(file)
+    assert shelf.reopen().get("app").image_id == image.image_id
+
+
+def test_images_without_layers_and_names_without_images(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
+    image = shelf.add(config(shelf.chain("one")), [parse_reference("app")])
+    gone = shelf.add(config([], author="gone"), [parse_reference("gone")])
+    shelf.layers.close()
+    records = shelf.root / "image/vfs"
+    (records / "layerdb/sha256" / image.chain_id[7:]).rename(records / "aside")
+    (records / "imagedb/content/sha256" / gone.image_id[7:]).unlink()
+    shelf.reopen()
+    status, found = fsck(shelf, capsys)
+    assert status == 1
+    images = {one["name"]: one for one in found if one["kind"] in ("image", "name")}
+    assert images[image.image_id]["what"] == "layers of it are missing"
+    assert images["gone:latest"]["what"] == f"stands for image {gone.image_id}, which is not here"
+    (records / "aside").rename(records / "layerdb/sha256" / image.chain_id[7:])
+    status, (problem,) = fsck(shelf, capsys, "--repair")
+    assert (status, problem["name"], problem["repaired"]) == (0, "gone:latest", True)
+    assert fsck(shelf, capsys) == (0, [])
+    assert shelf.images.is_complete(shelf.images.get("app"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unionfs.cli.held_images import images_in
 from unionfs.cli.layer_output import (
     human_size,
     json_option,
@@ -19,6 +20,7 @@ from unionfs.cli.layer_output import (
     short,
     store_options,
 )
+from unionfs.errors import ImageError
 
 if TYPE_CHECKING:
     from unionfs.layers import Garbage
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
 @json_option
 @store_options
 def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool) -> int:
-    """Check the layer store. Fails when something is left to be done."""
+    """Check the layers, containers and images. Fails when something is left to be done."""
     from unionfs.layers import fsck as check
 
-    with opened(root, driver, recover=False) as store:
+    with opened(root, driver, recover=False, hold_images=False) as store:
+        images = images_in(store)
         with progress_bar("checking", None, unit_is_bytes=False) as show:
             found = check(store, deep=deep, repair=repair, progress=lambda _, number, __: show(number))
+        found += images.check(repair=repair) if images is not None else []
         left = sum(1 for problem in found if not problem.repaired)
         if as_json:
             print_json([asdict(problem) for problem in found])
@@ -63,7 +67,13 @@ def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool
     from unionfs.engines.run.containers import Containers
     from unionfs.layers import collect
 
-    with opened(root, driver, recover=False) as store:
+    with opened(root, driver, recover=False, hold_images=False) as store:
+        images = images_in(store)
+        if layers and images is not None and images.unreadable:
+            raise ImageError(
+                f"image {next(iter(images.unreadable))} cannot be read, so nobody knows which layers it needs; run "
+                "unionfs fsck --repair, or leave out --layers"
+            )
         if not dry_run:
             Containers(store).sweep()
         found = collect(store, layers=layers, dry_run=dry_run)

@@ -17,12 +17,12 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
-from unionfs.engines.images.model import MAX_CONFIG_BYTES, Image, parse_image
+from unionfs.engines.images.model import MAX_CONFIG_BYTES, Image, digest_of, parse_image
 from unionfs.engines.images.names import ImageNames
 from unionfs.engines.images.reference import Reference, parse_reference
 from unionfs.engines.images.safe_files import replace_file
@@ -32,7 +32,7 @@ from unionfs.errors import (
     ImageNotFoundError,
     LayerDoesNotExistError,
 )
-from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore
+from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore, Problem
 from unionfs.layers.disk import delete, ensure_dir, sync_dir
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
@@ -94,13 +94,11 @@ class ImageStore:
     def _load(self, image_id: str) -> None:
         path = os.path.join(self._content, digits_of(image_id))
         try:
-            with open(path, "rb") as file:
-                contents = file.read(MAX_CONFIG_BYTES + 1)
-            image = parse_image(contents)
+            image = _read_image(path, image_id)
         except (ImageError, OSError) as error:
-            self._cannot_read(image_id, f"{path}: {error}")
+            self._cannot_read(image_id, f"{path}: {error.strerror if isinstance(error, OSError) else error}")
             return
-        if image.image_id != image_id:
+        if image is None:
             self._cannot_read(image_id, f"{path}: is not what it was")
             return
         self._images[image_id] = image
@@ -113,6 +111,58 @@ class ImageStore:
     def _cannot_read(self, image_id: str, why: str) -> None:
         _log.warning("image %s cannot be read: %s; pull or import it again", image_id, why)
         self.unreadable[image_id] = why
+
+    def check(self, *, repair: bool = False) -> list[Problem]:
+        """What is wrong with the images, beside their layers; for ``unionfs fsck``.
+
+        Args:
+            repair: remove configurations that are damaged, and names that stand for nothing. One that only cannot be
+                read stays.
+        """
+        with self._lock:
+            return [*self._damaged(repair), *self._incomplete(), *self._dangling(repair)]
+
+    def _damaged(self, repair: bool) -> Iterator[Problem]:
+        for image_id, why in sorted(self.unreadable.items()):
+            names = self._names.of(image_id)
+            what = why + (f" (it was {', '.join(names)})" if names else "")
+            problem = Problem("image", image_id, what, "pull or import it again")
+            path = os.path.join(self._content, digits_of(image_id))
+            if repair:
+                try:
+                    if _read_image(path, image_id) is None:
+                        self._forget(image_id)
+                        del self.unreadable[image_id]
+                        problem = replace(problem, repaired=True)
+                except (ImageError, OSError) as error:
+                    _log.info("%s stays: %s", path, error)  # it is what it was, or nobody knows
+            yield problem
+
+    def _incomplete(self) -> Iterator[Problem]:
+        for image_id, image in sorted(self._images.items()):
+            if not self.is_complete(image):
+                advice = f"pull or import it again, or remove it: unionfs image rm {image_id[7:19]}"
+                yield Problem("image", image_id, "layers of it are missing", advice)
+
+    def _dangling(self, repair: bool) -> Iterator[Problem]:
+        for name, image_id in sorted(self._names.all().items()):
+            if image_id not in self._images and image_id not in self.unreadable:
+                if repair:
+                    self._names.remove([name])
+                what = f"stands for image {image_id}, which is not here"
+                yield Problem("name", name.familiar, what, "pull or import it again", repair)
+
+    def _forget(self, image_id: str) -> None:
+        """Remove an image's names and files.
+
+        The names first: one that stands for nothing would be in the way of nobody, but an image without a name can
+        still be found and removed.
+        """
+        self._names.remove([name for name, known in self._names.all().items() if known == image_id])
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._content, digits_of(image_id)))
+        sync_dir(self._content)
+        delete(os.path.join(self._metadata, digits_of(image_id)))
 
     def _hold(self, image: Image) -> None:
         if image.chain_id and image.image_id not in self._handles:
@@ -301,13 +351,7 @@ class ImageStore:
                     f"image {text} is used by container {users[0]}"
                     f"{f' and {len(users) - 1} more' if len(users) > 1 else ''}; remove that first, or use --force"
                 )
-            # The names first: one that stands for nothing would be in the way of nobody, but an image without a name
-            # can still be found and removed.
-            self._names.remove(all_names)
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._content, digits_of(image.image_id)))
-            sync_dir(self._content)
-            delete(os.path.join(self._metadata, digits_of(image.image_id)))
+            self._forget(image.image_id)
             del self._images[image.image_id]
             handle = self._handles.pop(image.image_id, None)
             layers = self.layers.release(handle) if handle is not None else []
@@ -322,3 +366,15 @@ class ImageStore:
         except ImageError:
             return None
         return self._key(reference) if self._names.image_id(reference) == image.image_id else None
+
+
+def _read_image(path: str, image_id: str) -> Image | None:
+    """The image in a file of the store; None if the file is damaged.
+
+    Raises:
+        ImageError: it is what it was, and no image for us.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        contents = file.read(MAX_CONFIG_BYTES + 1)
+    return parse_image(contents) if digest_of(contents) == image_id else None
