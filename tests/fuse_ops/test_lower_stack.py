@@ -188,3 +188,17 @@ def test_what_is_made_below_a_marked_directory_is_kept(tmp_path: Path) -> None:
     assert listed(tree, "a") == ["x"]
     assert listed(tree, "a/x") == ["made", "new"]
     tree.close()
+
+
+def test_as_many_redirects_as_layers(tmp_path: Path) -> None:
+    """One rename in each layer; nothing recurses."""
+    (tmp_path / "upper").mkdir()
+    (tmp_path / "work").mkdir()
+    for number in range(400):
+        place = tmp_path / f"layer{number}" / f"d{number}"
+        place.mkdir(parents=True)
+        (place / f"f{number}").write_text("")
+        os.setxattr(place, "trusted.overlay.redirect", b"%sd%d" % (b"/" if number % 2 else b"", number + 1))
+    tree = union(tmp_path, lowerdirs=tuple(str(tmp_path / f"layer{number}") for number in range(400)))
+    assert len(listed(tree, "d0")) == 400
+    tree.close()

@@ -39,7 +39,7 @@ def make_deep(top: int, depth: int) -> None:
 
 
 def test_a_deep_tree_needs_no_stack_and_few_descriptors(tmp_path: Path, top: int) -> None:
-    make_deep(top, 5000)
+    make_deep(top, 1500)
 
     def remove() -> None:
         used = max(map(int, os.listdir("/proc/self/fd"))) + 1

@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
+from unionfs.host import syscalls
+
 _READABLE: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # There is no directory of that name: nothing, or something else.
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
+# A path handed to the kernel at once must stay below PATH_MAX (4096); a tree can be deeper than that.
+_PIECE_BYTES: Final = 3500
 
 # Somebody who keeps filling a directory while it is removed is not outrun for ever.
 _MAX_VISITS: Final = 50
@@ -25,6 +30,29 @@ class _Above(NamedTuple):
     identity: tuple[int, int]  # device and inode number
     child: bytes  # the directory in it that is being visited
     pending: list[bytes]  # further directories in it
+
+
+def open_confined(dir_fd: int, path: bytes, flags: int) -> int:
+    """Open ``path``, of any length, below the directory ``dir_fd``; returns a descriptor.
+
+    No link is followed, and nothing is opened that is not below: raises ELOOP at a symbolic link in the path and EXDEV
+    if the path would lead out of the directory.
+    """
+    fd = dir_fd
+    try:
+        while len(path) > _PIECE_BYTES:
+            end = path.rfind(b"/", 0, _PIECE_BYTES)
+            if end <= 0:
+                break  # the kernel says that a component is too long
+            below = syscalls.open_beneath(fd, path[:end], _HANDLE)
+            if fd != dir_fd:
+                os.close(fd)
+            fd = below
+            path = path[end + 1 :]
+        return syscalls.open_beneath(fd, path, flags)
+    finally:
+        if fd != dir_fd:
+            os.close(fd)
 
 
 @contextmanager

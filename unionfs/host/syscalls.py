@@ -58,7 +58,7 @@ def check(result: int, what: bytes = b"") -> int:
     return result
 
 
-def open_confined(dir_fd: int, path: bytes, flags: int) -> int:
+def open_beneath(dir_fd: int, path: bytes, flags: int) -> int:
     """Open ``path`` below ``dir_fd`` without following any link; returns a descriptor.
 
     openat2(2) with RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS: raises ELOOP at a symbolic link in the path and

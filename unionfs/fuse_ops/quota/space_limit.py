@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from unionfs.fuse_ops.quota.allocation import growth, round_up
+from unionfs.host.files import open_directory, walk_tree
 
 _SECTOR: Final = 512  # the unit of st_blocks
-_DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # How seldom everything is counted again while things are refused: at most this share of the time is spent on it.
 _RECOUNT_SHARE: Final = 0.02
@@ -222,12 +222,9 @@ class SpaceLimit:
         began = time.monotonic()
         first = not self._next_recount
         counted: dict[int, int] = {}
-        for st in _everything(self._roots):
-            if st.st_ino not in self._counted:
-                self._note_beyond(st)
-            sectors = self._sectors(st)
-            if sectors:
-                counted[st.st_ino] = sectors
+        for root in self._roots:
+            self._count_object(os.fstat(root), counted)
+            walk_tree(root, lambda fd: self._count_entries(fd, counted), open_below=_open_quietly)
         for ino in (*self._unlinked, *self._expected):
             counted.pop(ino, None)
             if ino in self._counted:
@@ -237,37 +234,30 @@ class SpaceLimit:
         ended = time.monotonic()
         self._next_recount = ended if first else ended + max(_RECOUNT_PAUSE_S, (ended - began) / _RECOUNT_SHARE)
 
+    def _count_entries(self, fd: int, counted: dict[int, int]) -> list[bytes]:
+        """Count what is in the directory ``fd``; the names of directories in it. What vanishes is left out."""
+        directories = []
+        for name in map(os.fsencode, os.listdir(fd)):
+            try:
+                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except OSError:
+                continue
+            self._count_object(st, counted)
+            if stat.S_ISDIR(st.st_mode):
+                directories.append(name)
+        return directories
 
-def _everything(roots: tuple[int, ...]) -> Iterator[os.stat_result]:
-    """lstat(2) of some directories and everything in them; what vanishes or cannot be read is left out."""
-    for root in roots:
-        yield os.fstat(root)
-        # One descriptor for each level, since paths are limited in length and recursion in depth.
-        levels = [(fd := os.open(".", _DIR_FLAGS, dir_fd=root), _names(fd))]
-        try:
-            while levels:
-                fd, names = levels[-1]
-                name = next(names, None)
-                if name is None:
-                    levels.pop()
-                    os.close(fd)
-                    continue
-                try:
-                    st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except OSError:
-                    continue
-                yield st
-                if stat.S_ISDIR(st.st_mode):
-                    with contextlib.suppress(OSError):
-                        below = os.open(name, _DIR_FLAGS, dir_fd=fd)
-                        levels.append((below, _names(below)))
-        finally:
-            for fd, _ in levels:
-                os.close(fd)
+    def _count_object(self, st: os.stat_result, counted: dict[int, int]) -> None:
+        if st.st_ino not in self._counted:
+            self._note_beyond(st)
+        sectors = self._sectors(st)
+        if sectors:
+            counted[st.st_ino] = sectors
 
 
-def _names(fd: int) -> Iterator[str]:
+def _open_quietly(dir_fd: int, name: bytes) -> int:
+    """A descriptor of the directory ``name``; -1 for one that cannot be read, which is left out."""
     try:
-        return iter(os.listdir(fd))
+        return open_directory(dir_fd, name)
     except OSError:
-        return iter(())
+        return -1

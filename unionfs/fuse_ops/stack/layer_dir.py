@@ -14,6 +14,7 @@ from collections import OrderedDict
 
 from unionfs.errors import LayerError
 from unionfs.host import syscalls
+from unionfs.host.files import open_confined
 
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -86,7 +87,13 @@ class LayerDir:
         key = (self.index, path)
         fd = self._cache.get(key)
         if fd is None:
-            fd = self._cache.put(key, syscalls.open_confined(self.fd, path, _DIR_FLAGS))
+            head, _, name = path.rpartition(b"/")
+            parent_fd = self._cache.get((self.index, head)) if head else self.fd
+            if parent_fd is None:
+                fd = open_confined(self.fd, path, _DIR_FLAGS)
+            else:
+                fd = open_confined(parent_fd, name, _DIR_FLAGS)
+            self._cache.put(key, fd)
         return fd
 
     def locate(self, path: bytes) -> tuple[int, bytes]:

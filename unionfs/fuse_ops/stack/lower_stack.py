@@ -151,14 +151,17 @@ class LowerStack:
             if marks.opaque:
                 break
             if marks.redirect is not None and not self._is_last(stack, position):
-                dirs.extend(self._behind_redirect(stack, position, marks.redirect))
+                behind = self._search(*self._behind(stack, position, marks.redirect))
+                dirs.extend(behind.dirs if behind is not None else ())
                 break
         return LowerHit(st, tuple(dirs), dirs[0].layer, dirs[0].path, positions[0])
 
     def _search(self, stack: Sequence[LowerDir], name: bytes) -> LowerHit | None:
         top: tuple[os.stat_result, int] | None = None
         dirs: list[LowerDir] = []
-        for position, entry in enumerate(stack):
+        position = 0
+        while position < len(stack):
+            entry = stack[position]
             found = rules.probe(
                 entry.fd, name, self.spaces, xwhiteouts=entry.xwhiteouts, last=self._is_last(stack, position)
             )
@@ -171,10 +174,12 @@ class LowerStack:
                     top = (found.st, position)
                 dirs.append(LowerDir(entry.layer, entry.join(name), found.marks.xwhiteouts, found.marks.nested))
                 if found.redirect is not None:
-                    dirs.extend(self._behind_redirect(stack, position, found.redirect))
-                    break
+                    stack, name = self._behind(stack, position, found.redirect)
+                    position = 0
+                    continue
             if found.hides or not self.below(stack, position):
                 break
+            position += 1
         if top is None:
             return None
         return LowerHit(top[0], tuple(dirs), dirs[0].layer, dirs[0].path, top[1])
@@ -189,10 +194,22 @@ class LowerStack:
         """Whether there are layers that may have the data of a metacopy in ``layer``."""
         return layer.index < self.root[-1].layer.index or bool(self.data_layers)
 
-    def _behind_redirect(self, stack: Sequence[LowerDir], position: int, redirect: bytes) -> tuple[LowerDir, ...]:
-        below = self.root_below(stack[position].layer)
-        hit = self.resolve_redirect(redirect, self.below(stack, position), below)
-        return hit.dirs if hit else ()
+    def _behind(self, stack: Sequence[LowerDir], position: int, redirect: bytes) -> tuple[Sequence[LowerDir], bytes]:
+        return self._redirected(redirect, self.below(stack, position), self.root_below(stack[position].layer))
+
+    def _redirected(
+        self, redirect: bytes, siblings: Sequence[LowerDir], root: Sequence[LowerDir]
+    ) -> tuple[Sequence[LowerDir], bytes]:
+        """The stack in which a redirect asks for an object, and its name there."""
+        if not self.follows_redirects:
+            raise PermissionError(errno.EPERM, "redirect found, and redirect_dir=nofollow", os.fsdecode(redirect))
+        head, slash, name = rules.check_redirect(redirect).rpartition(b"/")
+        if not slash:
+            return siblings, name
+        if not head:
+            return root, name
+        parent = self.walk(head[1:], root)
+        return () if parent is None else parent.dirs, name
 
     def resolve_redirect(
         self, redirect: bytes, siblings: Sequence[LowerDir], root: Sequence[LowerDir]
@@ -202,12 +219,7 @@ class LowerStack:
         A relative one names a sibling, looked up in the stack ``siblings``; an absolute one starts at ``root``. Raises
         OSError for one that is invalid, or is not to be followed.
         """
-        if not self.follows_redirects:
-            raise PermissionError(errno.EPERM, "redirect found, and redirect_dir=nofollow", os.fsdecode(redirect))
-        redirect = rules.check_redirect(redirect)
-        if not redirect.startswith(b"/"):
-            return self.lookup(siblings, redirect)
-        return self.walk(redirect[1:], root)
+        return self._search(*self._redirected(redirect, siblings, root))
 
     def walk(self, path: bytes, stack: Sequence[LowerDir]) -> LowerHit | None:
         """What ``stack`` shows at ``path``, a path of one or more components without a leading slash."""
@@ -284,20 +296,15 @@ class LowerStack:
         of the layers below it, where an absolute redirect starts. Raises OSError as :meth:`resolve_redirect`.
         """
         stack = rest
-        target = b""
         redirect = rules.read_redirect(path, self.spaces)
         if redirect is not None:
-            if not self.follows_redirects:
-                raise PermissionError(errno.EPERM, "redirect found, and redirect_dir=nofollow", os.fsdecode(redirect))
             redirect = rules.check_redirect(redirect)
-            head, _, name = redirect.rpartition(b"/")
-            if redirect.startswith(b"/"):
-                target = redirect[1:]
-                parent = self.walk(head[1:], root) if head else None
-                stack = root if not head else () if parent is None else parent.dirs
+            stack, name = self._redirected(redirect, rest, root)
         hit = self.lookup(stack, name) if stack else None
         if hit is None:
-            return self._in_data_layers(target) if target else None
+            if redirect is None or not redirect.startswith(b"/"):
+                return None
+            return self._in_data_layers(redirect[1:])
         if not stat.S_ISREG(hit.st.st_mode):
             return None
         path = hit.layer.proc_path(hit.path)

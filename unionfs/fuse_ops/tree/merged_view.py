@@ -14,6 +14,7 @@ from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, s
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.host.files import open_confined
 from unionfs.host.syscalls import open_handle
 from unionfs.overlay import rules
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE, OverlayXattrs, decode_origin, inode_in_handle
@@ -79,11 +80,21 @@ class MergedView:
         if directory.orphan:
             raise enoent(directory.name)
         fd = self._cache.get(directory)
-        if fd is None:
-            assert directory.parent is not None
-            parent_fd = self.upper_dir_fd(directory.parent)
-            fd = self._cache.put(directory, os.open(directory.name, _DIR_FLAGS, dir_fd=parent_fd))
-        return fd
+        if fd is not None:
+            return fd
+        # From the nearest one above that is open, in one step: there may be more on the way than descriptors.
+        names = [directory.name]
+        above = directory.parent
+        start: int | None = None
+        while above is not None and start is None:
+            start = self.upper.layer.fd if above.ino == ROOT_INO else self._cache.get(above)
+            if start is None:
+                names.append(above.name)
+                above = above.parent
+        if start is None:
+            raise enoent(directory.name)  # it, or one above, was removed
+        names.reverse()
+        return self._cache.put(directory, open_confined(start, b"/".join(names), _DIR_FLAGS))
 
     def forget_upper_dir(self, directory: Inode) -> None:
         """Close the cached descriptor of a directory that goes away or is replaced."""

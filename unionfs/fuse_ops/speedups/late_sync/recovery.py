@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.host import syscalls
+from unionfs.host.files import open_directory, walk_tree
 from unionfs.overlay.format import UNSYNCED
-
-_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from unionfs.overlay.rules import entry_path
 
 
 def recover(tree: UnionTree) -> list[str]:
@@ -60,22 +59,29 @@ def _finish(tree: UnionTree, path: bytes) -> None:
         tree.inodes.drop_if_unneeded(inode)
 
 
-def _marked(top_fd: int, mark: bytes) -> Iterator[bytes]:
+def _marked(top_fd: int, mark: bytes) -> list[bytes]:
     """The paths of all files below ``top_fd`` whose attribute ``mark`` says that they are not synced."""
-    pending = [b""]
-    while pending:
-        directory = pending.pop()
-        fd = os.open(directory or b".", _DIR_FLAGS, dir_fd=top_fd)
-        try:
-            for name in os.listdir(fd):
-                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                path = (directory + b"/" if directory else b"") + os.fsencode(name)
-                if stat.S_ISDIR(st.st_mode):
-                    pending.append(path)
-                elif stat.S_ISREG(st.st_mode) and _is_marked(b"/proc/self/fd/%d/%s" % (fd, os.fsencode(name)), mark):
-                    yield path
-        finally:
-            os.close(fd)
+    found: list[bytes] = []
+    path: list[bytes] = []
+
+    def enter(fd: int) -> list[bytes]:
+        directories = []
+        for name in map(os.fsencode, os.listdir(fd)):
+            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(st.st_mode):
+                directories.append(name)
+            elif stat.S_ISREG(st.st_mode) and _is_marked(entry_path(fd, name), mark):
+                found.append(b"/".join([*path, name]))
+        return directories
+
+    def open_below(fd: int, name: bytes) -> int:
+        below = open_directory(fd, name)
+        if below >= 0:
+            path.append(name)
+        return below
+
+    walk_tree(top_fd, enter, lambda fd, name: path.pop(), open_below)
+    return found
 
 
 def _is_marked(path: bytes, mark: bytes) -> bool:
