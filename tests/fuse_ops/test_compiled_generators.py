@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.compiled import compiled_sources, generators
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.quota import allocation, space_limit
+from unionfs.fuse_ops.quota import allocation
 from unionfs.fuse_ops.quota.limited_tree import LimitedTree
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
@@ -79,7 +79,6 @@ MAKERS: dict[str, list[Callable[[Rig], Made]]] = {
         lambda rig: allocation._allocated(rig.memory_fd, 0, 2 << 20),
     ],
     "_data": [lambda rig: allocation._data(rig.file_fd, 0, 2 << 20)],
-    "_everything": [lambda rig: space_limit._everything((rig.path_fd, rig.tree.view.upper_dir_fd(rig.merged)))],
     "growing": [lambda rig: rig.tree._limit.growing(rig.file_fd, 4096)],
     "places": [lambda rig: _two_places(rig).places()],
     "removing": [
