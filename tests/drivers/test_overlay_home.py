@@ -19,7 +19,14 @@ from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.kernel_overlay import KernelMounter
 from unionfs.drivers.layered import Stack
 from unionfs.drivers.overlay_home import OverlayHome, new_link_name
-from unionfs.errors import DriverError, IncompatibleFilesystemError, MountError, OptionError, PrerequisitesError
+from unionfs.errors import (
+    DriverError,
+    IncompatibleFilesystemError,
+    LayerBusyError,
+    MountError,
+    OptionError,
+    PrerequisitesError,
+)
 
 
 def mode(path: str) -> int:
@@ -234,6 +241,23 @@ def test_damaged_files_are_named(layered_rig: Rig, name: str, content: str) -> N
     assert len(os.listdir(os.path.realpath(layered_rig.home) + "/l")) == (1 if name == "lower" else 2)
     layered_rig.restart()
     assert len(os.listdir(os.path.realpath(layered_rig.home) + "/l")) == 1
+
+
+@pytest.mark.parametrize("lost", ["committed", "link", "l"])
+def test_a_parent_stays_one_without_its_marks(layered_rig: Rig, lost: str) -> None:
+    """What says that a layer has children may be damaged, or older than the mark: the children's own files count."""
+    driver = layered_rig.driver
+    make_base(layered_rig)
+    driver.create_read_write("x", "base")
+    home = os.path.realpath(layered_rig.home)
+    path = f"{home}/l/{read(f'{home}/base/link')}" if lost == "l" else f"{home}/base/{lost}"
+    os.unlink(path)
+    if lost == "link":
+        os.symlink("nowhere", path)
+    with pytest.raises(LayerBusyError, match="it is the parent of x"):
+        driver.remove("base")
+    with pytest.raises(LayerBusyError, match="it is the parent of x"):
+        layered_rig.restart().remove("base")
 
 
 def test_options_longer_than_a_page_are_relative(tmp_path: Path) -> None:

@@ -548,6 +548,30 @@ def test_a_damaged_database(tmp_path: Path) -> None:
         UnionSnapshotter(str(root))
 
 
+@pytest.mark.parametrize("damage", ["missing", "empty"])
+def test_a_lost_database_costs_no_snapshot(tmp_path: Path, damage: str) -> None:
+    """What nobody can tell the owner of is not garbage: it waits for the database to come back."""
+    root = tmp_path / "root"
+    first = UnionSnapshotter(str(root))
+    first.prepare("box")
+    first.close()
+    files = [root / f"metadata.sqlite3{end}" for end in ("", "-wal", "-shm")]
+    kept = {path: path.read_bytes() for path in files if path.exists()}
+    for path in kept:
+        path.unlink()
+    if damage == "empty":
+        files[0].touch()
+    for _ in range(2):
+        with pytest.raises(SnapshotterError, match=r"metadata.sqlite3: .*there are snapshots.*bring it back"):
+            UnionSnapshotter(str(root))
+    assert (root / "snapshots" / "1" / "fs").is_dir()
+    for path, contents in kept.items():
+        path.write_bytes(contents)
+    again = UnionSnapshotter(str(root))
+    assert again.stat("box").name == "box"
+    again.close()
+
+
 def serve(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command when it is expected to end by itself."""
     command = [sys.executable, "-m", "unionfs.cli.main", "serve", "snapshotter", *map(str, words)]

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import Garbage, collect
 from unionfs.layers.identity import create_chain_id, diff_id_of
 from unionfs.layers.layer import Layer
-from unionfs.layers.metadata import Unreadable
 
 
 class FullDisk:
@@ -168,22 +167,15 @@ def test_a_container_that_is_made_or_removed_is_under_way_with_its_init_layer(
 
 
 def test_what_cannot_be_read_makes_way_for_two_at_once(vfs_shop: Workshop) -> None:
-    """A layer that is registered while the list of what cannot be read is gone through for a container."""
-    store = vfs_shop.store
-    chain_id = create_chain_id([diff_id_of(OTHER)])
-    register = threading.Thread(target=lambda: store.register(stream(OTHER)))
-
-    class Slow(list[Unreadable]):
-        def __iter__(self) -> Iterator[Unreadable]:
-            for one in super().__iter__():
-                if not register.ident:
-                    register.start()
-                    register.join(1)
-                yield one
-
-    store.unreadable = Slow(
-        [Unreadable("layer", chain_id, "there", "damaged"), Unreadable("mount", "box", "there", "damaged")]
-    )
-    store.create_rw_layer("box")
-    register.join()
-    assert list(store.unreadable) == []
+    """Two layers that are registered again at the same time: neither brings the other's damage back on the list."""
+    chains = {tar: vfs_shop.store.register(stream(tar)) for tar in (BASE, OTHER)}
+    for layer in chains.values():
+        (vfs_shop.record(layer) / "size").write_text("many")
+    store = vfs_shop.reopen()
+    assert len(store.unreadable) == 2
+    threads = [threading.Thread(target=store.register, args=(stream(tar),)) for tar in chains]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.unreadable == []

@@ -303,6 +303,8 @@ def rm(root: str | None, driver: str, parents: bool, layers: Sequence[str]) -> N
             users = _users(store, one)
             if users:
                 raise LayerStoreError(f"{text} is needed by {', '.join(users)}; remove that first")
+            if reason := store.claims.why_layer_stays(one.chain_id):
+                raise LayerStoreError(f"{text} may still be needed: {reason}")
             for gone in store.release(store.get(one.chain_id), keep_parents=not parents):
                 click.echo(gone.chain_id)
 

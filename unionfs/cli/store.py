@@ -20,7 +20,6 @@ from unionfs.cli.layer_output import (
     short,
     store_options,
 )
-from unionfs.errors import ImageError
 
 if TYPE_CHECKING:
     from unionfs.layers import Garbage
@@ -33,13 +32,15 @@ if TYPE_CHECKING:
 @store_options
 def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool) -> int:
     """Check the layers, containers and images. Fails when something is left to be done."""
+    from unionfs.engines.run.containers import Containers
     from unionfs.layers import fsck as check
 
     with opened(root, driver, recover=False, hold_images=False) as store:
         images = images_in(store)
+        Containers(store).claim_trees()
         with progress_bar("checking", None, unit_is_bytes=False) as show:
             found = check(store, deep=deep, repair=repair, progress=lambda _, number, __: show(number))
-        found += images.check(repair=repair) if images is not None else []
+        found += images.check() if images is not None else []
         left = sum(1 for problem in found if not problem.repaired)
         if as_json:
             print_json([asdict(problem) for problem in found])
@@ -67,15 +68,11 @@ def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool
     from unionfs.engines.run.containers import Containers
     from unionfs.layers import collect
 
-    with opened(root, driver, recover=False, hold_images=False) as store:
-        images = images_in(store)
-        if layers and images is not None and images.unreadable:
-            raise ImageError(
-                f"image {next(iter(images.unreadable))} cannot be read, so nobody knows which layers it needs; run "
-                "unionfs fsck --repair, or leave out --layers"
-            )
+    with opened(root, driver, recover=False) as store:
+        containers = Containers(store)
         if not dry_run:
-            Containers(store).sweep()
+            containers.sweep()
+        containers.claim_trees()
         found = collect(store, layers=layers, dry_run=dry_run)
         failed = sum(1 for one in found if one.problem)
         if as_json:
@@ -87,7 +84,7 @@ def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool
         verb = "would be removed" if dry_run else "removed"
         click.echo(f"{len(found) - failed} {plural(len(found) - failed, 'thing')} {verb}, {total}.")
         if failed:
-            click.echo(f"unionfs: {failed} could not be removed; try again when their users have ended", err=True)
+            click.echo(f"unionfs: {failed} could not be removed, for the reason in the list", err=True)
         return 1 if failed else 0
 
 

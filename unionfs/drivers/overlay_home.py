@@ -171,19 +171,29 @@ class OverlayHome:
 
     def children(self, layer_id: str) -> list[str]:
         """The ids of the layers that have this one among their parents, sorted."""
-        paths = self.paths(layer_id)
-        if not os.path.exists(paths.committed):
-            return []
-        link = f"{LINK_DIR}/{self.link_name(layer_id)}"
+        names = self._links_to(layer_id)
         found = []
+        # The mark "committed" is not asked: homes of older programs have none, and it can be lost.
         for other in self.layer_ids():
             try:
                 with open(self.paths(other).lower, encoding="ascii", errors="replace") as file:
-                    if link in file.read().strip().split(":"):
+                    if not names.isdisjoint(file.read().strip().split(":")):
                         found.append(other)
             except OSError:
                 continue
         return found
+
+    def _links_to(self, layer_id: str) -> set[str]:
+        """The short names of a layer, of which one should be: the one it has, and those that lead to it."""
+        names = set()
+        with contextlib.suppress(DriverError):
+            names.add(f"{LINK_DIR}/{self.link_name(layer_id)}")
+        target = f"../{layer_id}/diff"
+        for name in os.listdir(f"{self.root}/{LINK_DIR}"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{self.root}/{LINK_DIR}/{name}") == target:
+                    names.add(f"{LINK_DIR}/{name}")
+        return names
 
     def is_committed(self, layer_id: str) -> bool:
         """Whether the layer is somebody's parent, or was."""

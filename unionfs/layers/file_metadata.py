@@ -31,9 +31,18 @@ from isal import isal_zlib
 
 from unionfs.errors import InvalidDigestError, LayerStoreError, MetadataError
 from unionfs.layers import disk
-from unionfs.layers.identity import ALGORITHM, NO_CHAIN, ChainID, DiffID, digits_of, is_hex_digest, parse_digest
-from unionfs.layers.metadata import Descriptor, LayerRecord, Leftover, MountRecord
-from unionfs.layers.random_ids import is_valid_id
+from unionfs.layers.identity import (
+    ALGORITHM,
+    NO_CHAIN,
+    ChainID,
+    DiffID,
+    digits_of,
+    extend_chain,
+    is_hex_digest,
+    parse_digest,
+)
+from unionfs.layers.metadata import Descriptor, LayerRecord, Leftover, MountRecord, Unreadable
+from unionfs.layers.random_ids import INIT_SUFFIX, is_valid_id
 
 _log = logging.getLogger(__name__)
 
@@ -69,17 +78,11 @@ class FileMetadataStore:
 
     def list_layers(self) -> list[ChainID]:
         """See :meth:`MetadataStore.list_layers`."""
-        found = []
-        for name in _directories(self._layers):
-            if is_hex_digest(name):
-                found.append(ChainID(f"{ALGORITHM}:{name}"))
-            elif not name.endswith(REMOVING):
-                _log.warning("%s: is no layer; remove it if nobody needs it", os.path.join(self._layers, name))
-        return found
+        return [ChainID(f"{ALGORITHM}:{name}") for name in _entries(self._layers) if is_hex_digest(name)]
 
     def list_mounts(self) -> list[str]:
         """See :meth:`MetadataStore.list_mounts`."""
-        return _directories(self._mounts)
+        return _entries(self._mounts)
 
     def layer(self, chain_id: ChainID) -> LayerRecord:
         """See :meth:`MetadataStore.layer`."""
@@ -88,7 +91,7 @@ class FileMetadataStore:
             diff_id=DiffID(_digest(where, "diff")),
             size=_number(where, "size"),
             cache_id=_cache_id(where),
-            parent=ChainID(_digest(where, "parent") if _exists(where, "parent") else NO_CHAIN),
+            parent=_parent(where),
             descriptor=_descriptor(where) if _exists(where, "descriptor.json") else None,
         )
 
@@ -98,8 +101,44 @@ class FileMetadataStore:
         return MountRecord(
             mount_id=_id(where, "mount-id"),
             init_id=_id(where, "init-id") if _exists(where, "init-id") else "",
-            parent=ChainID(_digest(where, "parent") if _exists(where, "parent") else NO_CHAIN),
+            parent=_parent(where),
         )
+
+    def strays(self) -> list[Unreadable]:
+        """See :meth:`MetadataStore.strays`. Files and directories without a cache-id are nobody's record."""
+        found = []
+        for name in _entries(self._layers):
+            path = os.path.join(self._layers, name)
+            if is_hex_digest(name) or name.endswith(REMOVING):
+                continue
+            reason = f"{path}: is no layer's name; move it out of the store if nobody needs it"
+            if trees := _ids_in(path, "cache-id"):
+                parent = None
+                with suppress(MetadataError):
+                    parent = _parent(path)
+                found.append(Unreadable("stray", name, path, reason, trees, parent=parent))
+            else:
+                _log.warning("%s", reason)
+        return found
+
+    def unreadable(self, kind: str, name: str, reason: str) -> Unreadable:
+        """See :meth:`MetadataStore.unreadable`."""
+        where = self._mount_path(name) if kind == "mount" else self._layer_path(ChainID(name))
+        parent: ChainID | None = None
+        with suppress(MetadataError):
+            parent = _parent(where)
+        if kind == "mount":
+            trees = _trees_of_mount(where)
+            if not parent:
+                parent = None  # the file may be what is missing
+        else:
+            trees = _ids_in(where, "cache-id")
+            try:
+                if parent is not None and extend_chain(parent, DiffID(_digest(where, "diff"))) != name:
+                    parent = None  # one of the two files is wrong
+            except MetadataError:
+                parent = parent or None
+        return Unreadable(kind, name, reason.partition(": ")[0], reason, trees, parent=parent)
 
     def tar_split(self, chain_id: ChainID) -> BinaryIO | None:
         """See :meth:`MetadataStore.tar_split`."""
@@ -153,7 +192,7 @@ class FileMetadataStore:
     def leftovers(self) -> list[Leftover]:
         """See :meth:`MetadataStore.leftovers`."""
         found = []
-        for name in _directories(self._tmp):
+        for name in _entries(self._tmp):
             path = os.path.join(self._tmp, name)
             if name.startswith(_ADOPT_SET):
                 found.append(Leftover(path, (), "an unfinished adoption"))
@@ -163,7 +202,7 @@ class FileMetadataStore:
                 found.append(Leftover(path, _ids_in(path, "mount-id", "init-id"), "an unfinished read-write layer"))
             elif name.startswith(_MOUNT_REMOVING):
                 found.append(Leftover(path, _ids_in(path, "mount-id", "init-id"), "an unfinished removal"))
-        for name in _directories(self._layers):
+        for name in _entries(self._layers):
             if name.endswith(REMOVING):
                 path = os.path.join(self._layers, name)
                 found.append(Leftover(path, _ids_in(path, "cache-id"), "an unfinished removal"))
@@ -343,10 +382,10 @@ class FileTarSplitWriter:
 # Files
 
 
-def _directories(path: str) -> list[str]:
+def _entries(path: str) -> list[str]:
+    """The names in a directory, whatever they are of: what should be a directory and is none must not be overlooked."""
     try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return sorted(os.listdir(path))
     except FileNotFoundError:
         return []
 
@@ -362,10 +401,10 @@ def _read(where: str, name: str) -> str:
             contents = file.read(_MAX_FILE_BYTES)
     except OSError as error:
         what = "is missing" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
-        raise MetadataError(f"{path}: {what}; run unionfs fsck, or register the layer again") from error
+        raise _wrong(where, name, what) from error
     text = contents.decode("utf-8", "backslashreplace").strip()
     if not text:
-        raise MetadataError(f"{path}: is empty; run unionfs fsck, or register the layer again")
+        raise _wrong(where, name, "is empty")
     return text
 
 
@@ -374,6 +413,10 @@ def _digest(where: str, name: str) -> str:
         return parse_digest(_read(where, name))
     except InvalidDigestError as error:
         raise _wrong(where, name, str(error)) from error
+
+
+def _parent(where: str) -> ChainID:
+    return ChainID(_digest(where, "parent")) if _exists(where, "parent") else NO_CHAIN
 
 
 def _number(where: str, name: str) -> int:
@@ -406,6 +449,15 @@ def _ids_in(where: str, *names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _trees_of_mount(where: str) -> tuple[str, ...]:
+    """The trees of a read-write layer that may be damaged: of the ids of the two, one tells the other."""
+    for name in ("mount-id", "init-id"):
+        for found in _ids_in(where, name):
+            mount_id = found.removesuffix(INIT_SUFFIX)
+            return mount_id, mount_id + INIT_SUFFIX
+    return ()
+
+
 def _descriptor(where: str) -> Descriptor:
     text = _read(where, "descriptor.json")
     try:
@@ -435,4 +487,5 @@ def _descriptor_json(descriptor: Descriptor) -> str:
 
 
 def _wrong(where: str, name: str, what: str) -> MetadataError:
-    return MetadataError(f"{os.path.join(where, name)}: {what}; run unionfs fsck, or register the layer again")
+    again = "" if os.path.basename(os.path.dirname(where)) == "mounts" else ", or register the layer again"
+    return MetadataError(f"{os.path.join(where, name)}: {what}; run unionfs fsck{again}")

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from unionfs.drivers.contract import capabilities_of
-from unionfs.errors import MetadataError, UnionfsError
+from unionfs.drivers.contract import ListingDriver, capabilities_of
+from unionfs.errors import UnionfsError
 from unionfs.host import mountinfo, unmount
 from unionfs.layers.identity import ChainID
 from unionfs.layers.metadata import Unreadable
-from unionfs.layers.orphans import orphaned_trees, remove_trees
+from unionfs.layers.orphans import remove_trees
 from unionfs.layers.store import LayerStore
 
 
@@ -22,7 +22,7 @@ class Problem:
     """Something that is not as it should be.
 
     Attributes:
-        kind: ``layer``, ``mount``, ``leftover``, ``tree``, ``dead-mount``, ``record`` or ``damage``.
+        kind: ``layer``, ``mount``, ``stray``, ``leftover``, ``tree``, ``dead-mount``, ``record`` or ``damage``.
         name: what it is about: a chain id, a name, a path.
         what: what is wrong, one line.
         advice: what to do when it was not repaired.
@@ -92,44 +92,53 @@ def _is_dead(point: str) -> bool:
 
 
 def _unreadable(store: LayerStore, repair: bool) -> Iterator[Problem]:
-    needed = set(_needed_by_containers(store))
-    for one in list(store.unreadable):
-        advice = "register the layer again"
-        if one.kind == "mount":
-            advice = "register the layers below it again, or correct its file mount-id; its tree is not removed"
-        problem = Problem(one.kind, one.name, one.reason, advice)
-        if repair and _can_go(store, one, needed):
-            try:
-                if one.kind == "layer":
-                    store.records.remove_layer(ChainID(one.name))
-                else:
-                    store.records.remove_mount(one.name)
-                store.unreadable.remove(one)
-                problem = replace(problem, repaired=True)
-            except (UnionfsError, OSError) as error:
-                problem = replace(problem, advice=str(error))
-        yield problem
+    found = store.unreadable
+    repaired: dict[tuple[str, str], str] = {}
+    # What stands on others goes first, and then these.
+    while repair:
+        before = len(repaired)
+        for one in store.unreadable:
+            if (one.kind, one.name) not in repaired and not _why_record_stays(store, one):
+                repaired[one.kind, one.name] = _remove_record(store, one)
+        if len(repaired) == before:
+            break
+    for one in found:
+        failure = repaired.get((one.kind, one.name))
+        yield Problem(one.kind, one.name, one.reason, failure or _advice(store, one), failure == "")
 
 
-def _needed_by_containers(store: LayerStore) -> Iterator[str]:
-    """Unreadable layers below containers: if they come back, so does the container."""
-    for one in store.unreadable:
-        if one.kind != "mount":
-            continue
-        with suppress(MetadataError, OSError):
-            current = store.records.mount(one.name).parent
-            while current:
-                yield current
-                current = store.records.layer(current).parent
-
-
-def _can_go(store: LayerStore, one: Unreadable, needed: set[str]) -> bool:
+def _advice(store: LayerStore, one: Unreadable) -> str:
+    if one.kind == "stray":
+        return "its tree is not removed"
     if one.kind == "layer":
-        return one.name not in needed
+        return "register the layer again"
+    if one.parent and one.trees and store.driver.exists(one.trees[0]) and not one.shared:
+        return "register the layers below it again, or put the file right; its tree is not removed"
+    return f"put the file right, or remove it: unionfs container rm --force {one.name}; its tree is not removed"
+
+
+def _remove_record(store: LayerStore, one: Unreadable) -> str:
+    """Take it off the list, so that its tree goes with the leftovers; what went wrong."""
     try:
-        return not store.driver.exists(store.records.mount(one.name).mount_id)
-    except (MetadataError, OSError):
-        return False  # its files may be those of one of the orphaned trees
+        if one.kind == "layer":
+            store.records.remove_layer(ChainID(one.name))
+        else:
+            store.records.remove_mount(one.name)
+    except (UnionfsError, OSError) as error:
+        return str(error)
+    store.claims.drop(one.kind, one.name)
+    return ""
+
+
+def _why_record_stays(store: LayerStore, one: Unreadable) -> str:
+    """Why a record that cannot be used may still be needed; empty when it is of no use."""
+    if isinstance(store.driver, ListingDriver) and not store.driver.layer_ids():
+        return f"the {store.driver_name} driver has no tree at all, as when its file system is not mounted"
+    if one.kind == "layer":
+        return store.claims.why_layer_stays(one.name)
+    if one.kind == "stray" or not one.trees or one.shared or store.driver.exists(one.trees[0]):
+        return "its files may be there"
+    return "its files may be among the trees that nothing names" if store.orphans() else ""
 
 
 def _leftovers(store: LayerStore, repair: bool) -> Iterator[Problem]:
@@ -139,14 +148,15 @@ def _leftovers(store: LayerStore, repair: bool) -> Iterator[Problem]:
 
 
 def _orphans(store: LayerStore, repair: bool) -> Iterator[Problem]:
-    trees = orphaned_trees(store)
-    left = dict.fromkeys(trees, "run unionfs gc")
-    # One of them may be the files of a container whose record is damaged: not ours to decide.
-    if repair and not any(one.kind == "mount" for one in store.unreadable):
-        left = remove_trees(store, trees)
+    trees = store.orphans()
+    left = {tree: reason or "run unionfs gc" for tree, reason in trees.items()}
+    if repair:
+        removable = [tree for tree, reason in trees.items() if not reason]
+        failed = remove_trees(store, removable)
+        left = {tree: failed.get(tree, advice) for tree, advice in left.items() if tree in failed or trees[tree]}
     for tree in trees:
-        advice = left.get(tree, "")
-        yield Problem("tree", tree, f"the {store.driver_name} driver has it, but no layer", advice, tree not in left)
+        what = f"the {store.driver_name} driver has it, but no layer"
+        yield Problem("tree", tree, what, left.get(tree, ""), tree not in left)
 
 
 def _records(store: LayerStore) -> Iterator[Problem]:

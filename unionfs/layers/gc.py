@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unionfs.errors import UnionfsError
-from unionfs.layers.orphans import disk_usage, orphaned_trees, remove_trees
+from unionfs.layers.orphans import disk_usage, remove_trees
 from unionfs.layers.store import LayerStore
 
 
@@ -29,7 +29,7 @@ class Garbage:
 
 
 def collect(store: LayerStore, *, layers: bool = False, dry_run: bool = False) -> list[Garbage]:
-    """Remove what nobody references, and return it.
+    """Remove what nobody references, and return it. What something damaged may need stays, with the reason.
 
     Args:
         store: open, preferably with ``recover`` off, so that what it would have cleaned up is told too.
@@ -43,10 +43,11 @@ def collect(store: LayerStore, *, layers: bool = False, dry_run: bool = False) -
         failed = not dry_run and not store.finish(leftover)
         problem = "see the log, and try again" if failed else ""
         found.append(Garbage("leftover", leftover.path, leftover.what, size, problem))
-    orphans = orphaned_trees(store)
+    orphans = store.orphans()
     sizes = {tree: disk_usage(store, tree) for tree in orphans}
-    left = {} if dry_run else remove_trees(store, orphans)
-    found += [Garbage("tree", tree, "a tree of no layer", sizes[tree], left.get(tree, "")) for tree in orphans]
+    if not dry_run:
+        orphans |= remove_trees(store, [tree for tree, reason in orphans.items() if not reason])
+    found += [Garbage("tree", tree, "a tree of no layer", sizes[tree], reason) for tree, reason in orphans.items()]
     if layers:
         found += _unused_layers(store, dry_run)
     return found
@@ -61,9 +62,12 @@ def _unused_layers(store: LayerStore, dry_run: bool) -> list[Garbage]:
         layer = store.map().get(chain_id)
         if layer is None:
             continue
+        if reason := store.claims.why_layer_stays(chain_id):
+            found.append(Garbage("layer", chain_id, "a layer that nobody uses", layer.diff_size, reason))
+            continue
         if dry_run:
             current = layer
-            while counts[current.chain_id] == 0:
+            while counts[current.chain_id] == 0 and not store.claims.why_layer_stays(current.chain_id):
                 found.append(Garbage("layer", current.chain_id, "a layer that nobody uses", current.diff_size))
                 if current.parent is None:
                     break

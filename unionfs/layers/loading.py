@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from unionfs.drivers.contract import Driver
-from unionfs.errors import MetadataError
+from unionfs.errors import MetadataError, UnionfsError
 from unionfs.layers.identity import ChainID, extend_chain
 from unionfs.layers.layer import StoredLayer
-from unionfs.layers.metadata import LayerRecord, MetadataStore, Unreadable
+from unionfs.layers.metadata import LayerRecord, MetadataStore, MountRecord, Unreadable
+from unionfs.layers.random_ids import INIT_SUFFIX
 from unionfs.layers.rw_layer import StoredMount
 
 _log = logging.getLogger(__name__)
@@ -34,16 +36,19 @@ def load(records: MetadataStore, driver: Driver) -> Loaded:
         OSError: the records cannot be listed.
     """
     loader = _Loader(records, driver)
-    for chain_id in records.list_layers():
+    for chain_id in loader.layer_records:
         try:
             loader.layer(chain_id)
         except (MetadataError, OSError) as error:
-            loader.cannot_read("layer", chain_id, error)
-    for name in records.list_mounts():
+            loader.cannot_use("layer", chain_id, error)
+    for name in loader.mount_records:
         try:
             loader.mount(name)
         except (MetadataError, OSError) as error:
-            loader.cannot_read("mount", name, error)
+            loader.cannot_use("mount", name, error)
+    for stray in records.strays():
+        _log.warning("%s", stray.reason)
+        loader.loaded.unreadable.append(stray)
     return loader.loaded
 
 
@@ -52,11 +57,26 @@ class _Loader:
         self._records = records
         self._driver = driver
         self.loaded = Loaded()
+        self.layer_records: dict[ChainID, LayerRecord | Exception] = {}
+        self.mount_records: dict[str, MountRecord | Exception] = {}
+        for chain_id in records.list_layers():
+            try:
+                self.layer_records[chain_id] = records.layer(chain_id)
+            except (MetadataError, OSError) as error:
+                self.layer_records[chain_id] = error
+        for name in records.list_mounts():
+            try:
+                self.mount_records[name] = records.mount(name)
+            except (MetadataError, OSError) as error:
+                self.mount_records[name] = error
+        named = Counter(one.cache_id for one in self.layer_records.values() if isinstance(one, LayerRecord))
+        named.update(one.mount_id for one in self.mount_records.values() if isinstance(one, MountRecord))
+        self._shared = {tree for tree, count in named.items() if count > 1}
 
-    def cannot_read(self, kind: str, name: str, error: Exception) -> None:
+    def cannot_use(self, kind: str, name: str, error: Exception) -> None:
         _log.warning("%s", error)
-        where = str(error).partition(": ")[0]
-        self.loaded.unreadable.append(Unreadable(kind, name, where, str(error)))
+        found = self._records.unreadable(kind, name, str(error))
+        self.loaded.unreadable.append(replace(found, shared=not self._shared.isdisjoint(found.trees)))
 
     def layer(self, chain_id: ChainID) -> StoredLayer:
         """The layer, with all below it; each is loaded once."""
@@ -67,7 +87,7 @@ class _Loader:
             if (parent := self.loaded.layers.get(wanted)) is not None:
                 break
             # No loop can come of this: a chain id that fits its record is the digest of the one below.
-            record = self._readable(wanted)
+            record = self._usable(wanted)
             above.append((wanted, record))
             wanted = record.parent
         for name, record in reversed(above):
@@ -78,25 +98,45 @@ class _Loader:
         assert parent is not None
         return parent
 
-    def _readable(self, chain_id: ChainID) -> LayerRecord:
-        record = self._records.layer(chain_id)
+    def _usable(self, chain_id: ChainID) -> LayerRecord:
+        record = self.layer_records.get(chain_id)
+        if record is None:
+            record = self._records.layer(chain_id)  # it came while the others were read, or this says what is missing
+        if isinstance(record, Exception):
+            raise record
         where = os.path.dirname(self._records.tar_split_path(chain_id))
         if extend_chain(record.parent, record.diff_id) != chain_id:
             raise MetadataError(f"{where}: its diff and parent belong to another layer; {_LAYER_ADVICE}")
-        if not self._driver.exists(record.cache_id):
-            raise MetadataError(
-                f"{where}: the {self._driver.name} driver has no tree {record.cache_id}; {_LAYER_ADVICE}"
-            )
+        self._check_tree(where, record.cache_id, _LAYER_ADVICE)
         return record
 
     def mount(self, name: str) -> None:
         """The read-write layer, with all below it."""
-        record = self._records.mount(name)
+        record = self.mount_records[name]
+        if isinstance(record, Exception):
+            raise record
         for tree in (record.mount_id, record.init_id):
-            if tree and not self._driver.exists(tree):
-                raise MetadataError(f"{name}: the {self._driver.name} driver has no tree {tree}; run unionfs fsck")
+            if tree:
+                self._check_tree(name, tree, "run unionfs fsck")
+        if not record.init_id and self._driver.exists(record.mount_id + INIT_SUFFIX):
+            raise MetadataError(f"{name}: has a tree {record.mount_id}{INIT_SUFFIX}, but no file init-id that names it")
         parent = None
         if record.parent:
             parent = self.layer(record.parent)
             parent.reference_count += 1
+        elif self._stands_on_something(record.init_id or record.mount_id):
+            raise MetadataError(f"{name}: its tree stands on another one, but no file parent names that")
         self.loaded.mounts[name] = StoredMount(name, record, parent)
+
+    def _check_tree(self, where: str, tree: str, advice: str) -> None:
+        if not self._driver.exists(tree):
+            raise MetadataError(f"{where}: the {self._driver.name} driver has no tree {tree}; {advice}")
+        if tree in self._shared:
+            raise MetadataError(f"{where}: names the tree {tree}, as another record does; run unionfs fsck")
+
+    def _stands_on_something(self, tree: str) -> bool:
+        try:
+            # What Docker's layered drivers tell about a tree with a parent; others do not know.
+            return "LowerDir" in self._driver.get_metadata(tree)
+        except (UnionfsError, OSError):
+            return False

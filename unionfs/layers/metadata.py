@@ -76,16 +76,25 @@ class Unreadable:
     """Something stored that cannot be used.
 
     Attributes:
-        kind: ``layer`` or ``mount``.
+        kind: ``layer``, ``mount``, or ``stray`` for what lies among the layers under a name that is none of a layer.
         name: its chain id or name.
         path: the file to look at.
         reason: one line for people, with the file in it.
+        trees: the driver's ids that it names, as far as they can be read; the one with its own files first.
+        shared: its tree is named by another record too, so one of the two means another tree.
+        parent: the chain it stands on, ``""`` for none; None when nobody can tell.
     """
 
     kind: str
     name: str
     path: str
     reason: str
+    trees: tuple[str, ...] = ()
+    shared: bool = False
+    parent: ChainID | None = None
+
+    def __str__(self) -> str:
+        return f"{'container' if self.kind == 'mount' else self.kind} {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,18 @@ class MetadataStore(Protocol):
 
         Raises:
             MetadataError: as for :meth:`layer`.
+        """
+
+    def strays(self) -> list[Unreadable]:
+        """What lies among the layers and is neither one nor on its way out. It may be one that somebody renamed."""
+
+    def unreadable(self, kind: str, name: str, reason: str) -> Unreadable:
+        """What can be read of a record that cannot be used.
+
+        Args:
+            kind: ``layer`` or ``mount``.
+            name: its chain id or name.
+            reason: why it cannot be used; begins with the path of a file and a colon.
         """
 
     def begin(self, cache_id: str, *, adopting: bool = False) -> Transaction:

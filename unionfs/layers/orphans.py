@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 
-from unionfs.drivers.contract import ListingDriver
-from unionfs.errors import LayerBusyError, MetadataError, UnionfsError
+from unionfs.errors import LayerBusyError, UnionfsError
 from unionfs.host.files import open_tree, walk_tree
-from unionfs.layers.identity import ChainID
 from unionfs.layers.store import LayerStore
 
 # Where Docker's drivers tell the directory that holds a tree's own files.
 _OWN_FILES_KEYS = ("UpperDir", "SourceDir")
 
 
-def orphaned_trees(store: LayerStore) -> list[str]:
-    """Ids of trees that neither layers nor read-write layers stand on, nor anything half done or unreadable names.
-
-    Empty for a driver that cannot list what it has.
-    """
-    driver = store.driver
-    if not isinstance(driver, ListingDriver):
-        return []
-    # First the trees and then who needs them: what is made in between is not taken for an orphan.
-    trees = driver.layer_ids()
-    needed = store.driver_ids()
-    for leftover in store.leftovers():
-        needed.update(leftover.driver_ids)
-    for one in store.unreadable:
-        with suppress(MetadataError, OSError):
-            if one.kind == "layer":
-                needed.add(store.records.layer(ChainID(one.name)).cache_id)
-            else:
-                mount = store.records.mount(one.name)
-                needed |= {mount.mount_id, mount.init_id}
-    return [tree for tree in trees if tree not in needed]
-
-
-def remove_trees(store: LayerStore, trees: list[str]) -> dict[str, str]:
+def remove_trees(store: LayerStore, trees: Iterable[str]) -> dict[str, str]:
     """Remove trees, those that others stand on last; what could not be removed, with the reason."""
     left = dict.fromkeys(trees, "")
     progress = True

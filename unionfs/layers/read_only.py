@@ -53,7 +53,8 @@ class ReadOnlyLayers(Trees):
             keep_parents: leave the layers below, even if nobody needs them now.
 
         Returns:
-            What was removed, top first; nothing for a handle on a layer that is gone already.
+            What was removed, top first; nothing for a handle on a layer that is gone already. What something that
+            cannot be read may need stays (:mod:`unionfs.layers.claims`).
 
         Raises:
             LayerNotRetainedError: ``layer`` is no handle, or was released before.
@@ -86,6 +87,9 @@ class ReadOnlyLayers(Trees):
                 _inconsistent(f"layer {current.chain_id} has no reference to give back")
             current.reference_count -= 1
             if current.reference_count or (keep_parents and current is not layer):
+                break
+            if reason := self.claims.why_layer_stays(current.chain_id):
+                _log.warning("layer %s stays: %s", current.chain_id, reason)
                 break
             if current.references:
                 current.reference_count += 1

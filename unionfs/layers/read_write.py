@@ -62,6 +62,12 @@ class ReadWriteLayers(ReadOnlyLayers):
                     raise MountNameConflictError(
                         f"mount already exists with name {name}; choose another name, or remove that one first"
                     )
+            if damaged := self.claims.find("mount", name):
+                # Its files would be nobody's then.
+                raise MountNameConflictError(
+                    f"mount already exists with name {name}, but cannot be read: {damaged.reason}; put that right, or "
+                    f"remove it with its files: unionfs container rm --force {name}"
+                )
             mount_id = new_id()
             init_id = mount_id + INIT_SUFFIX if init is not None else ""
             with self._pinned(parent) as pin, self._at_work(mount_id, init_id):
@@ -109,7 +115,15 @@ class ReadWriteLayers(ReadOnlyLayers):
             if known is not None:
                 _check_same_mount(known, record)
                 return self._rw_handle(known)
-            with self._pinned(parent) as pin, self._claimed(tree, init):
+            damaged = self.claims.find("mount", name)
+            if damaged is not None and any(
+                one not in (tree, init) and self.driver.exists(one) for one in damaged.trees
+            ):
+                raise MountNameConflictError(
+                    f"mount already exists: {name} is of the tree {damaged.trees[0]}, but cannot be read: "
+                    f"{damaged.reason}; choose another name"
+                )
+            with self._pinned(parent) as pin, self._claimed(tree, init, by=damaged):
                 stored = StoredMount(name, record, pin.layer)
                 transaction = self.records.begin_mount(name, record, adopting=True)
                 try:
@@ -126,7 +140,7 @@ class ReadWriteLayers(ReadOnlyLayers):
         pin.keep = True
         with self._mount_lock, self._layer_lock:
             self._mounts[stored.name] = stored
-            self._makes_way(stored.name)
+            self.claims.drop("mount", stored.name)
 
     def _create_trees(
         self, stored: StoredMount, mount_label: str, init: Callable[[str], None] | None, options: dict[str, str]
@@ -211,6 +225,27 @@ class ReadWriteLayers(ReadOnlyLayers):
                     stored.parent.reference_count -= 1
                     return []
                 return self._unreference(stored.parent)
+
+    def remove_unreadable_rw_layer(self, name: str) -> bool:
+        """Remove a read-write layer whose record cannot be used, with those of its trees that the record names.
+
+        Returns:
+            Whether it named a tree. If not, its files are a tree that nothing names now.
+
+        Raises:
+            MountDoesNotExistError: there is no such damaged read-write layer of this name.
+            DriverError: a tree could not be removed. The record is still there.
+        """
+        with self._names.hold(name):
+            damaged = self.claims.find("mount", name)
+            if damaged is None:
+                raise MountDoesNotExistError(f"mount does not exist: {name[:100]}; unionfs fsck tells what is damaged")
+            needed = self.driver_ids() | self.claims.trees(but=damaged)
+            trees = [tree for tree in damaged.trees if tree not in needed and not damaged.shared]
+            with self._at_work("", *trees):
+                self._remove_trees(self.records.remove_mount(name), *trees)
+            self.claims.drop("mount", name)
+            return bool(trees)
 
     def _delete_mount(self, stored: StoredMount) -> None:
         record = stored.record

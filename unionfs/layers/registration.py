@@ -129,7 +129,7 @@ class Registration(ReadOnlyLayers):
                 transaction.commit(chain_id, record)
                 pin.keep = True
                 known = self._layers[chain_id] = StoredLayer(chain_id, record, pin.layer)
-                self._makes_way(chain_id)
+                self.claims.drop("layer", chain_id)
             return self._handle(known)
 
     def adopt(self, tree: str, parent: str = "", *, record: Readable | None = None) -> LayerHandle:

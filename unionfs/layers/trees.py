@@ -18,8 +18,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from unionfs.drivers.contract import Driver, SyncingDriver
+from unionfs.drivers.contract import Driver, ListingDriver, SyncingDriver
 from unionfs.errors import LayerStoreError, UnionfsError
+from unionfs.layers.claims import Claims
 from unionfs.layers.identity import ChainID
 from unionfs.layers.layer import StoredLayer
 from unionfs.layers.loading import load
@@ -44,14 +45,19 @@ class Trees:
         self.driver = driver
         self.records = records
         loaded = load(records, driver)
-        self.unreadable: list[Unreadable] = loaded.unreadable
-        """What is stored but cannot be used, with reasons. Such a layer can be registered again, a read-write layer of
-        such a name created again."""
         self._mount_lock = threading.Lock()
         self._mounts: dict[str, StoredMount] = loaded.mounts
         self._layer_lock = threading.RLock()
         self._layers: dict[ChainID, StoredLayer] = loaded.layers
         self._busy: set[str] = set()  # trees that are being made or removed just now
+        self.claims = Claims(loaded.unreadable, driver.exists, self._layers.__contains__)
+        """What may be needed without being counted."""
+
+    @property
+    def unreadable(self) -> list[Unreadable]:
+        """What is stored but cannot be used, with reasons. Such a layer can be registered again; the name of such a
+        read-write layer is taken until the record is put right or removed."""
+        return self.claims.unreadable
 
     def recover(self) -> list[Leftover]:
         """Finish what a crash or a failure left half done; returns what is still left, which is tried again later."""
@@ -68,7 +74,7 @@ class Trees:
 
     def finish(self, leftover: Leftover) -> bool:
         """Remove what belongs to it; False if that failed, with a line in the log."""
-        needed = self.driver_ids()
+        needed = self.driver_ids() | self.claims.trees()
         try:
             for tree in leftover.driver_ids:
                 if tree not in needed:
@@ -92,10 +98,13 @@ class Trees:
         return ids - {""}
 
     @contextmanager
-    def _claimed(self, tree: str, *more: str) -> Iterator[None]:
-        """While the block runs, a tree that is no layer's yet is at work, and nobody else gets it."""
+    def _claimed(self, tree: str, *more: str, by: Unreadable | None = None) -> Iterator[None]:
+        """While the block runs, a tree that is no layer's yet is at work, and nobody else gets it.
+
+        ``by`` is the damaged record that names the tree and is replaced now.
+        """
         with self._mount_lock, self._layer_lock:
-            if tree in self._driver_ids():
+            if tree in self._driver_ids() | self.claims.trees(but=by):
                 raise LayerStoreError(f"{tree} belongs to a layer already; give the id of a tree of no layer")
             self._busy.update((tree, *more))
         try:
@@ -153,9 +162,25 @@ class Trees:
         except OSError as error:
             _log.warning("cannot delete the records of something removed, the next start will: %s", error)
 
-    def _makes_way(self, name: str) -> None:
-        """What could not be read has been replaced. The caller holds the layer lock."""
-        self.unreadable = [one for one in self.unreadable if one.name != name]
+    def orphans(self) -> dict[str, str]:
+        """Trees that no record names, each with the reason why it stays all the same, empty for one of no use.
+
+        None for a driver that cannot list what it has.
+        """
+        if not isinstance(self.driver, ListingDriver):
+            return {}
+        # First the trees and then who needs them: what is made in between is not taken for an orphan.
+        trees = self.driver.layer_ids()
+        needed = self.driver_ids() | self.claims.trees()
+        for leftover in self.leftovers():
+            needed.update(leftover.driver_ids)
+        return {tree: self.claims.why_tree_stays(tree) for tree in trees if tree not in needed}
+
+    def is_gone(self, tree: str) -> bool:
+        """Whether a tree is neither there nor named nor possibly meant by anything."""
+        if self.driver.exists(tree) or tree in self.driver_ids() | self.claims.trees():
+            return False
+        return not self.claims.why_unnamed_trees_stay()
 
     def _check_exists(self, tree: str) -> None:
         if not self.driver.exists(tree):

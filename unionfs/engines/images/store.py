@@ -17,7 +17,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
@@ -32,7 +32,7 @@ from unionfs.errors import (
     ImageNotFoundError,
     LayerDoesNotExistError,
 )
-from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore, Problem
+from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore, Problem, create_chain_id
 from unionfs.layers.disk import delete, ensure_dir, sync_dir
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
@@ -90,6 +90,8 @@ class ImageStore:
             elif name.startswith(".tmp-"):
                 with suppress(OSError):
                     os.unlink(os.path.join(self._content, name))
+        for image_id in sorted(set(self._names.all().values()) - self._images.keys() - self.unreadable.keys()):
+            self._cannot_read(image_id, "its configuration is gone")
 
     def _load(self, image_id: str) -> None:
         path = os.path.join(self._content, digits_of(image_id))
@@ -107,50 +109,29 @@ class ImageStore:
         except LayerDoesNotExistError as error:
             # The image stays on the list, so that it can be seen, removed, or pulled again.
             _log.warning("image %s lacks layers: %s", image_id, error)
+            chain = (create_chain_id(image.diff_ids[: number + 1]) for number in range(len(image.diff_ids)))
+            self.layers.claims.add_user(_user(image_id), chain)
 
     def _cannot_read(self, image_id: str, why: str) -> None:
         _log.warning("image %s cannot be read: %s; pull or import it again", image_id, why)
         self.unreadable[image_id] = why
+        self.layers.claims.add_user(_user(image_id), None)  # nobody knows which layers are its
 
-    def check(self, *, repair: bool = False) -> list[Problem]:
+    def check(self) -> list[Problem]:
         """What is wrong with the images, beside their layers; for ``unionfs fsck``.
 
-        Args:
-            repair: remove configurations that are damaged, and names that stand for nothing. One that only cannot be
-                read stays.
+        Nothing of it is repaired: without its image, a layer would be of no use to anybody.
         """
+        found = []
         with self._lock:
-            return [*self._damaged(repair), *self._incomplete(), *self._dangling(repair)]
-
-    def _damaged(self, repair: bool) -> Iterator[Problem]:
-        for image_id, why in sorted(self.unreadable.items()):
-            names = self._names.of(image_id)
-            what = why + (f" (it was {', '.join(names)})" if names else "")
-            problem = Problem("image", image_id, what, "pull or import it again")
-            path = os.path.join(self._content, digits_of(image_id))
-            if repair:
-                try:
-                    if _read_image(path, image_id) is None:
-                        self._forget(image_id)
-                        del self.unreadable[image_id]
-                        problem = replace(problem, repaired=True)
-                except (ImageError, OSError) as error:
-                    _log.info("%s stays: %s", path, error)  # it is what it was, or nobody knows
-            yield problem
-
-    def _incomplete(self) -> Iterator[Problem]:
-        for image_id, image in sorted(self._images.items()):
-            if not self.is_complete(image):
-                advice = f"pull or import it again, or remove it: unionfs image rm {image_id[7:19]}"
-                yield Problem("image", image_id, "layers of it are missing", advice)
-
-    def _dangling(self, repair: bool) -> Iterator[Problem]:
-        for name, image_id in sorted(self._names.all().items()):
-            if image_id not in self._images and image_id not in self.unreadable:
-                if repair:
-                    self._names.remove([name])
-                what = f"stands for image {image_id}, which is not here"
-                yield Problem("name", name.familiar, what, "pull or import it again", repair)
+            for image_id, why in sorted(self.unreadable.items()):
+                names = self._names.of(image_id)
+                found.append((image_id, why + (f" (it was {', '.join(names)})" if names else "")))
+            for image_id, image in sorted(self._images.items()):
+                if not self.is_complete(image):
+                    found.append((image_id, "layers of it are missing"))
+        advice = "pull or import it again, or remove it: unionfs image rm"
+        return [Problem("image", image_id, what, f"{advice} {digits_of(image_id)[:12]}") for image_id, what in found]
 
     def _forget(self, image_id: str) -> None:
         """Remove an image's names and files.
@@ -159,8 +140,7 @@ class ImageStore:
         still be found and removed.
         """
         self._names.remove([name for name, known in self._names.all().items() if known == image_id])
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._content, digits_of(image_id)))
+        delete(os.path.join(self._content, digits_of(image_id)))
         sync_dir(self._content)
         delete(os.path.join(self._metadata, digits_of(image_id)))
 
@@ -284,6 +264,7 @@ class ImageStore:
             self.unreadable.pop(image.image_id, None)
             # Only now: to give a handle back would remove a layer that nobody else holds.
             self._hold(image)
+            self.layers.claims.drop_user(_user(image.image_id))
             return self._named(image)
 
     def tag(self, text: str, name: Reference) -> Image:
@@ -332,6 +313,8 @@ class ImageStore:
             DriverError: a layer could not be removed. The image is gone; ``unionfs gc --layers`` removes it later.
         """
         with self._lock:
+            if (damaged := self._find_unreadable(text)) is not None:
+                return self._remove_unreadable(damaged)
             image = self._named(self._images[self._find(text)])
             named = self._reference_meant(text, image)
             all_names = [one for one, image_id in self._names.all().items() if image_id == image.image_id]
@@ -353,9 +336,27 @@ class ImageStore:
                 )
             self._forget(image.image_id)
             del self._images[image.image_id]
+            self.layers.claims.drop_user(_user(image.image_id))
             handle = self._handles.pop(image.image_id, None)
             layers = self.layers.release(handle) if handle is not None else []
             return Removed(tuple(sorted(one.familiar for one in all_names)), image.image_id, tuple(layers))
+
+    def _find_unreadable(self, text: str) -> str | None:
+        """The image that cannot be read and that ``text``, its name or enough of its id, stands for."""
+        with suppress(ImageError):
+            named = self._names.image_id(parse_reference(text))
+            if named is not None:
+                return named if named in self.unreadable else None
+        digits = text.removeprefix(f"{ALGORITHM}:")
+        found = [one for one in (*self.unreadable, *self._images) if digits and digits_of(one).startswith(digits)]
+        return found[0] if len(found) == 1 and found[0] in self.unreadable else None
+
+    def _remove_unreadable(self, image_id: str) -> Removed:
+        names = [one for one, known in self._names.all().items() if known == image_id]
+        self._forget(image_id)
+        del self.unreadable[image_id]
+        self.layers.claims.drop_user(_user(image_id))
+        return Removed(tuple(sorted(one.familiar for one in names)), image_id)
 
     def _reference_meant(self, text: str, image: Image) -> Reference | None:
         """The name that ``text`` is; None for an id."""
@@ -378,3 +379,8 @@ def _read_image(path: str, image_id: str) -> Image | None:
     with open(path, "rb") as file:
         contents = file.read(MAX_CONFIG_BYTES + 1)
     return parse_image(contents) if digest_of(contents) == image_id else None
+
+
+def _user(image_id: str) -> str:
+    """What an image is called among those who need layers."""
+    return f"image {digits_of(image_id)[:12]}"

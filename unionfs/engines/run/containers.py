@@ -25,6 +25,8 @@ from unionfs.engines.run.runtime import Runtime, find_runtime
 from unionfs.engines.run.users import resolve_user
 from unionfs.errors import MountNameConflictError, RunError, UnionfsError
 from unionfs.layers import LayerStore, RWLayer
+from unionfs.layers.metadata import Unreadable
+from unionfs.layers.random_ids import INIT_SUFFIX
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +216,7 @@ class Containers:
             self._end(place, rw)
             if record.remove and rw is not None:
                 self._store.release_rw_layer(rw, keep_parents=True)
-            if record.remove or rw is None:
+            if (record.remove and rw is not None) or self._store.is_gone(place.mount_id):
                 place.remove()
         finally:
             place.let_go()
@@ -228,9 +230,13 @@ class Containers:
 
         Raises:
             MountDoesNotExistError: there is no container of this name.
+            RunError: its record cannot be read, and ``force`` is off.
             ActiveMountError: see ``force``.
             DriverError: a tree could not be removed.
         """
+        damaged = self._store.claims.find("mount", name)
+        if (damaged is not None or name not in self._store.rw_layers()) and self._remove_damaged(name, damaged, force):
+            return
         place = Place(self._directory, self._store.get_mount_id(name))
         rw = self._rw_layer(name, place.mount_id)
         if force:
@@ -243,14 +249,46 @@ class Containers:
             place.remove()
             place.let_go()
 
+    def _remove_damaged(self, name: str, damaged: Unreadable | None, force: bool) -> bool:
+        """Remove a container without a record that can be used; False if there is no sign of it."""
+        trees = damaged.trees if damaged is not None else ()
+        places = [place for place in self._places() if place.mount_id in trees or self._is_lost(place, name)]
+        if damaged is None and not places:
+            return False
+        if not force:
+            reason = damaged.reason if damaged is not None else f"{places[0].path}: its read-write layer is gone"
+            raise RunError(f"container {name} cannot be read: {reason}; put that right, or remove it: --force")
+        if damaged is not None and not self._store.remove_unreadable_rw_layer(name):
+            _log.warning("container %s: nobody can tell which files were its; unionfs gc removes them", name)
+        for place in places:
+            if place.take():
+                self._end(place, None)
+                place.remove()
+                place.let_go()
+        return True
+
+    def _is_lost(self, place: Place, name: str) -> bool:
+        """Whether it is the place of a container of that name that the store knows nothing of any more."""
+        if any(mount.record.mount_id == place.mount_id for mount in self._store.rw_layers().values()):
+            return False
+        with suppress(RunError):
+            return place.record().name == name
+        return False
+
+    def claim_trees(self) -> None:
+        """Say to the store which trees the containers here need, should its own records of them be lost."""
+        for place in self._places():
+            self._store.claims.add_user(
+                f"container {place.mount_id[:_SHORT_DIGITS]}", (), (place.mount_id, place.mount_id + INIT_SUFFIX)
+            )
+
     def sweep(self) -> None:
         """End and clean up the containers whose runner died, and forget those that were removed.
 
         What cannot be cleaned up is said in the log and left for the next time.
         """
-        known = {mount.record.mount_id for mount in self._store.rw_layers().values()}
         for place in list(self._places()):
-            gone = place.mount_id not in known
+            gone = self._store.is_gone(place.mount_id)
             if not (gone or place.is_marked_running()) or not place.take():
                 continue
             try:

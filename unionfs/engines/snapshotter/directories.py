@@ -94,7 +94,7 @@ class SnapshotDirectories:
             raise SnapshotterError(
                 str(error).replace("the driver's directory", "the snapshotter's directory")
             ) from error
-        self._numbers = itertools.count(1 + max(self._present(), default=0))
+        self._numbers = itertools.count(1 + max(self.present(), default=0))
 
     def paths(self, number: int) -> SnapshotPaths:
         """The parts of a snapshot, existing or not."""
@@ -134,7 +134,7 @@ class SnapshotDirectories:
 
     def recover(self, known: Iterable[int]) -> None:
         """Delete what an earlier process left that belongs to no snapshot of ``known``; only before any is created."""
-        for number in self._present() - set(known):
+        for number in self.present() - set(known):
             self.set_aside(number)
         removal.sweep(self.snapshots)
 
@@ -147,7 +147,8 @@ class SnapshotDirectories:
                 except DriverError as error:
                     _log.warning("%s", error)
 
-    def _present(self) -> set[int]:
+    def present(self) -> set[int]:
+        """The numbers of the snapshots that have a directory."""
         return {int(name) for name in os.listdir(self.snapshots) if name.isascii() and name.isdigit()}
 
 

@@ -52,7 +52,7 @@ class UnionSnapshotter:
             if not os.path.exists(database):
                 # Only then: on a full disk it would fail, and there must be a way to remove snapshots.
                 check_filesystem(self._directories.snapshots)
-            self._store = SnapshotStore(database)
+            self._store = SnapshotStore(database, len(self._directories.present()))
             self._directories.recover(self._store.numbers())
         except BaseException:
             self._lock.release()

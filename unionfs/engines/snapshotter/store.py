@@ -98,13 +98,15 @@ class SnapshotStore:
 
     Args:
         path: its file; made where it does not exist.
+        snapshots: how many snapshots are there that it should know.
 
     Raises:
-        SnapshotterError: it is damaged, was made by a later version, or cannot be opened.
+        SnapshotterError: it is damaged, lost, was made by a later version, or cannot be opened.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, snapshots: int = 0) -> None:
         self._path = path
+        self._snapshots = snapshots
         self._guard = threading.Lock()
         try:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -124,6 +126,12 @@ class SnapshotStore:
             raise SnapshotterError(
                 f"{self._path}: was made by a later version of unionfs (format {version}, known is {SCHEMA_VERSION}); "
                 "use that version, or another --root"
+            )
+        if version == 0 and self._snapshots:
+            # Not to be made anew: what a new one does not know would be deleted.
+            raise SnapshotterError(
+                f"{self._path}: is gone or empty, but there are snapshots ({self._snapshots}) whose owners only it "
+                f"knows; bring it back, or move {os.path.dirname(self._path)} away and pull again"
             )
         run("PRAGMA journal_mode = WAL")
         # containerd's own database remembers what we have confirmed, also after a loss of power.
