@@ -46,7 +46,7 @@ class CopyUp:
 
     def _make_parts(self) -> tuple[Origins, Placing]:
         origins = Origins(self._view)
-        return origins, Placing(self._view, origins, self.ensure_directory)
+        return origins, Placing(self._view, origins, self.copy_directory)
 
     @property
     def _upper(self) -> UpperDir:
@@ -74,8 +74,10 @@ class CopyUp:
     def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
         """Copy ``inode``, which is to be changed, up now if it needs to be.
 
-        ``st`` is lstat of its real object, from somebody who has just asked for it.
+        ``st`` is lstat of its real object, from somebody who has just asked for it. From now on the ctime on disk is
+        the one to show: see :meth:`MergedView.unnoticed`.
         """
+        inode.ctime = None
         job = self.begin(inode, need, st)
         if job is None:
             return
@@ -87,9 +89,25 @@ class CopyUp:
         self.finish(job)
 
     def ensure_directory(self, directory: Inode) -> int:
-        """Copy ``directory`` up if needed and return the descriptor of its upper directory."""
-        if not directory.upper:
+        """Copy ``directory``, in which names are about to change, up if needed; returns the upper one's descriptor."""
+        if directory.upper:
+            directory.ctime = None
+        else:
             self.ensure(directory)
+        return self._view.upper_dir_fd(directory)
+
+    def copy_directory(self, directory: Inode) -> int:
+        """As :meth:`ensure_directory`, for a copy of what is in it: the merged tree shows nothing of that."""
+        missing: list[Inode] = []
+        node: Inode | None = directory
+        while node is not None and not node.upper:
+            missing.append(node)
+            node = node.parent
+        for node in reversed(missing):
+            st = self._view.real_stat(node)
+            shown_ns = self._view.ctime_ns(node, st)
+            self._directory(self._upper, node, st)
+            node.ctime = (self._view.real_stat(node).st_ctime_ns, shown_ns)
         return self._view.upper_dir_fd(directory)
 
     def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
@@ -104,7 +122,8 @@ class CopyUp:
             return self.begin_settling(inode)
         if inode.upper:
             return self._begin_data(inode, need)
-        self._ensure_parents(inode)
+        for parent, _ in list(inode.places()):
+            self.copy_directory(parent)
         if st is None:
             st = self._view.real_stat(inode)
         if inode.kind == stat.S_IFDIR:
@@ -177,17 +196,6 @@ class CopyUp:
             self._upper.discard(job.new.temp)
 
     # -- parts ------------------------------------------------------------------------------------------------
-
-    def _ensure_parents(self, inode: Inode) -> None:
-        missing: list[Inode] = []
-        for parent, _ in inode.places():
-            node: Inode | None = parent
-            while node is not None and not node.upper:
-                missing.append(node)
-                node = node.parent
-        for node in reversed(missing):
-            if not node.upper:
-                self._directory(self._upper, node, self._view.real_stat(node))
 
     def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
         """Give the copy ``target`` of ``source`` everything but its data and its place.
@@ -358,14 +366,19 @@ class CopyUp:
         path, _ = self._view.proc_path(inode)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         mark, origin = self._view.xattrs.metacopy, self._later_origin(inode)
-        return CopyUpJob(inode, os.fstat(fd), -1, fd, None, 0, sync=True, mark=mark, origin=origin)
+        st = os.fstat(fd)
+        inode.ctime = (st.st_ctime_ns, self._view.ctime_ns(inode, st))
+        return CopyUpJob(inode, st, -1, fd, None, 0, sync=True, mark=mark, origin=origin)
 
     def _later_origin(self, inode: Inode) -> Attribute | None:
         value = None if self.unsynced is None else self.unsynced.origin_of(inode)
         return None if value is None else (self._view.xattrs.origin, value)
 
     def _finish_settling(self, job: CopyUpJob) -> None:
-        self.forget_unsynced(job.inode)
+        inode = job.inode
+        self.forget_unsynced(inode)
+        if inode.ctime is not None:  # nobody has changed it meanwhile
+            inode.ctime = (os.fstat(job.target_fd).st_ctime_ns, inode.ctime[1])
         job.close()
 
     def forget_unsynced(self, inode: Inode) -> None:

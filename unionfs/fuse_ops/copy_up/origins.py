@@ -62,4 +62,4 @@ class Origins:
         directory.impure = True
         with contextlib.suppress(OSError):  # only costs the stability of inode numbers
             path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
-            os.setxattr(path, self._view.xattrs.impure, b"y")
+            self._view.unnoticed(directory, lambda: os.setxattr(path, self._view.xattrs.impure, b"y"))

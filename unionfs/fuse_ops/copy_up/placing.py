@@ -19,13 +19,13 @@ _MAKE_NAMES: Final = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make
 class Placing:
     """Puts copies that are complete into their places.
 
-    ``ensure_directory`` copies a directory up where that is needed, and returns the descriptor of its upper one.
+    ``copy_directory`` copies a directory up where that is needed, and returns the descriptor of its upper one.
     """
 
-    def __init__(self, view: MergedView, origins: Origins, ensure_directory: Callable[[Inode], int]) -> None:
+    def __init__(self, view: MergedView, origins: Origins, copy_directory: Callable[[Inode], int]) -> None:
         self._view = view
         self._origins = origins
-        self._ensure_directory = ensure_directory
+        self._copy_directory = copy_directory
         self._server_uid = os.geteuid()
 
     def directory(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
@@ -44,7 +44,7 @@ class Placing:
 
         # What is in the work directory is ours, whoever the lower one belongs to.
         may_be_moved = st.st_mode & stat.S_IWUSR or self._server_uid == 0
-        self._unseen(parent_fd, install if may_be_moved else install_and_restrict)
+        self._unseen(inode.parent, install if may_be_moved else install_and_restrict)
         self._placed(inode)
         inode.marks = set()
 
@@ -54,7 +54,7 @@ class Placing:
             self._hold(upper, inode, new, st)
         elif inode.parent is not None:
             parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
-            self._unseen(parent_fd, lambda: upper.place(new, parent_fd, name))
+            self._unseen(inode.parent, lambda: upper.place(new, parent_fd, name))
             self._placed(inode)
         else:  # unlinked in the meantime, but still open
             upper.hold(new)  # a file that never had a name could be given one later
@@ -86,21 +86,23 @@ class Placing:
         """Give a copied-up, hard-linked file its name in the upper directory."""
         hold, upper = inode.hold, self._view.upper
         assert hold is not None and upper is not None
-        parent_fd, work_fd = self._ensure_directory(parent), upper.work_fd
+        parent_fd, work_fd = self._copy_directory(parent), upper.work_fd
 
         def link() -> None:
             with contextlib.suppress(FileExistsError):
                 os.link(hold, name, src_dir_fd=work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
 
-        self._unseen(parent_fd, link)
+        self._view.unnoticed(inode, lambda: self._unseen(parent, link))
 
-    def _unseen(self, dir_fd: int, make: Callable[[], None]) -> None:
-        """Make something in an upper directory of which the merged tree is to show nothing.
+    def _unseen(self, directory: Inode, make: Callable[[], None]) -> None:
+        """Make something in the upper directory of ``directory`` of which the merged tree is to show nothing.
 
         Nor may the directory's mode forbid it, which is that of the merged one: for its owner without privilege it
         is another one meanwhile.
         """
+        dir_fd = self._view.upper_dir_fd(directory)
         before = os.stat(dir_fd)
+        shown_ns = self._view.ctime_ns(directory, before)
         may_make = before.st_mode & _MAKE_NAMES == _MAKE_NAMES
         if may_make or self._server_uid == 0 or self._server_uid != before.st_uid:
             make()
@@ -113,3 +115,4 @@ class Placing:
                 os.chmod(path, stat.S_IMODE(before.st_mode))
         with contextlib.suppress(OSError):
             os.utime(b".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+        directory.ctime = (os.stat(dir_fd).st_ctime_ns, shown_ns)

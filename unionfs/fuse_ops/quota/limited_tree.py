@@ -147,9 +147,9 @@ class _LimitedOrigins(Origins):
 
 class _LimitedPlacing(Placing):
     def __init__(
-        self, view: MergedView, origins: Origins, ensure_directory: Callable[[Inode], int], accounts: _Accounts
+        self, view: MergedView, origins: Origins, copy_directory: Callable[[Inode], int], accounts: _Accounts
     ) -> None:
-        super().__init__(view, origins, ensure_directory)
+        super().__init__(view, origins, copy_directory)
         self._accounts = accounts
 
     def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
@@ -169,7 +169,7 @@ class _LimitedCopyUp(CopyUp):
 
     def _make_parts(self) -> tuple[Origins, Placing]:
         origins = _LimitedOrigins(self._view, self._accounts)
-        return origins, _LimitedPlacing(self._view, origins, self.ensure_directory, self._accounts)
+        return origins, _LimitedPlacing(self._view, origins, self.copy_directory, self._accounts)
 
     def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
         space = self._accounts.space

@@ -88,6 +88,7 @@ def statx_with(stx: bytes, a: Attributes) -> bytes:
     fields = list(_STATX.unpack(stx))
     fields[3], fields[4], fields[5], fields[6] = a.nlink, a.uid, a.gid, a.mode
     fields[8], fields[9], fields[10] = a.ino, a.size, a.blocks
+    fields[18], fields[19] = divmod(a.ctime_ns, 1_000_000_000)
     fields[24], fields[25] = os.major(a.rdev), os.minor(a.rdev)
     return _STATX.pack(*fields)
 

@@ -39,6 +39,7 @@ class Inode:
         "bare",
         "capability",
         "children",
+        "ctime",
         "data",
         "default_acl",
         "filled",
@@ -81,6 +82,8 @@ class Inode:
         self.upper = False  # there is an object in the upper layer
         self.orphan_fd = -1  # O_PATH descriptor of an unlinked upper object
 
+        # The ctime on disk after a change of ours that nobody asked for, and the one to show in its place.
+        self.ctime: tuple[int, int] | None = None
         self.has_origin = False  # the upper object records the lower one that it was copied from
 
         # Anything but a directory:

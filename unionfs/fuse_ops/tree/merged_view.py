@@ -415,8 +415,24 @@ class MergedView:
             st.st_blksize,
             st.st_atime_ns,
             st.st_mtime_ns,
-            st.st_ctime_ns,
+            st.st_ctime_ns if inode.ctime is None else self.ctime_ns(inode, st),
         )
+
+    @staticmethod
+    def ctime_ns(inode: Inode, st: os.stat_result) -> int:
+        """When somebody changed ``inode`` last, given lstat(2) of its real object."""
+        kept = inode.ctime
+        return kept[1] if kept is not None and kept[0] == st.st_ctime_ns else st.st_ctime_ns
+
+    def unnoticed(self, inode: Inode, change: Callable[[], None]) -> None:
+        """Do ``change`` to the upper object of ``inode``, which nobody asked for: the ctime shown stays what it was.
+
+        It does so for as long as the disk has the ctime that the change left, and nobody is about to make another
+        change, which may get the same time where the clock is coarse. See :meth:`CopyUp.ensure`.
+        """
+        shown_ns = self.ctime_ns(inode, self.real_stat(inode))
+        change()
+        inode.ctime = (self.real_stat(inode).st_ctime_ns, shown_ns)
 
     def data_source(self, inode: Inode) -> tuple[LayerDir, bytes]:
         """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""
