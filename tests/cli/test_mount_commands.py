@@ -327,3 +327,12 @@ def test_help_and_version() -> None:
         done = unionfs(*words, "--help")
         assert done.returncode == 0
         assert "Usage: unionfs" in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["layer"], ["image"], ["container"], ["serve"]])
+def test_without_a_command_there_is_help(words: list[str]) -> None:
+    """As wrong usage, in lines, whatever the installed version of click would do by itself."""
+    done = unionfs(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == unionfs(*words, "--help").stdout
+    assert len(done.stderr.splitlines()) > 5

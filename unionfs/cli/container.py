@@ -9,6 +9,7 @@ import click
 
 from unionfs.cli.layer import print_changes
 from unionfs.cli.layer_output import (
+    Group,
     find_layer,
     human_size,
     json_option,
@@ -22,7 +23,7 @@ from unionfs.cli.layer_output import (
 from unionfs.errors import NotMountedError
 
 
-@click.group()
+@click.group(cls=Group)
 def container() -> None:
     """Keep containers' own files over layers: create, mount, list changes, commit."""
 

@@ -13,6 +13,7 @@ import click
 
 from unionfs.cli.image_progress import layer_bars
 from unionfs.cli.layer_output import (
+    Group,
     human_size,
     json_option,
     opened,
@@ -52,7 +53,7 @@ def _with_all_owners(command: _Command) -> _Command:
     return cast(_Command, entering)
 
 
-@click.group()
+@click.group(cls=Group)
 def image() -> None:
     """Keep images: get them from archives, directories and registries, and give them back.
 

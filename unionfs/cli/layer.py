@@ -12,6 +12,7 @@ import click
 
 from unionfs.cli.held_images import images_in
 from unionfs.cli.layer_output import (
+    Group,
     find_layer,
     human_size,
     json_option,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from unionfs.layers import Layer, LayerStore
 
 
-@click.group()
+@click.group(cls=Group)
 def layer() -> None:
     """Keep layers: register, list, check, export and remove them."""
 

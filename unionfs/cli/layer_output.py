@@ -24,6 +24,23 @@ _PIECE_BYTES = 1 << 20
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+class NoCommandError(click.UsageError):
+    """A group of commands was called without one; the message is its help."""
+
+
+class Group(click.Group):
+    """A group of commands that shows its help, as wrong usage, when it is called without one.
+
+    click does so by itself, but on another stream and with another status in each of its versions.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See :meth:`click.Command.parse_args`."""
+        if not args and self.no_args_is_help and not ctx.resilient_parsing:
+            raise NoCommandError(ctx.get_help(), ctx)
+        return super().parse_args(ctx, args)
+
+
 def store_options(command: _Command) -> _Command:
     """Add ``--root`` and ``--driver``, as the arguments ``root`` and ``driver``."""
     root = click.option(

@@ -12,6 +12,7 @@ from unionfs import __version__
 from unionfs.cli.container import container
 from unionfs.cli.image import image
 from unionfs.cli.layer import layer
+from unionfs.cli.layer_output import Group, NoCommandError
 from unionfs.cli.mount_commands import mount, mounts, umount
 from unionfs.cli.run import run, start
 from unionfs.cli.serve import serve
@@ -21,7 +22,7 @@ from unionfs.errors import UnionfsError
 _DEBUG = "UNIONFS_DEBUG"  # also tells the mount program
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", message="unionfs: version %(version)s")
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 def unionfs(debug: bool) -> None:
@@ -40,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = unionfs.main(words, prog_name="unionfs", standalone_mode=False)
+    except NoCommandError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "unionfs"
         _say(f"{error.format_message().rstrip('.')}; see {command} --help")
