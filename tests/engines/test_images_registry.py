@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from email.utils import format_datetime
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import zstandard
 
@@ -33,11 +35,11 @@ from tests.engines.fake_registry import (
 from tests.engines.image_archives import Made, index_of, sha256, to_directory, to_json, to_tar
 from tests.layers.archives import files
 from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, import_images, parse_reference
-from unionfs.engines.images.registry import Credentials, find_credentials
-from unionfs.engines.images.registry.challenge import Challenge, parse_challenges
-from unionfs.engines.images.registry.connection import Access
-from unionfs.engines.images.registry.retry import retry_after
-from unionfs.errors import ImageFormatError, RegistryError
+from unionfs.engines.images.registry import Credentials, find_credentials, run
+from unionfs.engines.images.registry.auth import Challenge, parse_challenges
+from unionfs.engines.images.registry.client import RegistryClient
+from unionfs.engines.images.registry.connection import Access, retry_after
+from unionfs.errors import ImageFormatError, ImageNotFoundError, RegistryError
 from unionfs.layers import open_store
 
 
@@ -81,13 +83,12 @@ def test_challenges(headers: list[str], expected: list[Challenge]) -> None:
 
 def test_retry_after() -> None:
     assert retry_after("7") == 7
-    assert retry_after(None) is None
+    assert retry_after(None) == 0
     later = retry_after(format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True))
-    assert later is not None
     assert 3000 < later <= 3600
     assert retry_after(format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)) == 0
     for text in ("", "soon", "-1", "9" * 30, "Mon, 99 Foo"):
-        assert retry_after(text) is None
+        assert retry_after(text) == 0
 
 
 def test_who_is_spoken_to_without_tls() -> None:
@@ -282,10 +283,19 @@ def storage() -> Iterator[FakeRegistry]:
         assert not [one for one in running.seen if "authorization" in one.headers]
 
 
-@pytest.mark.parametrize("status", [307, 308])
 @pytest.mark.parametrize(
-    ("redirected", "in_pieces"),
-    [("HEAD", False), ("POST", False), ("POST", True), ("PATCH", True), ("PUT", False), ("PUT", True), ("all", True)],
+    ("redirected", "in_pieces", "status"),
+    [
+        ("HEAD", False, 302),
+        ("POST", False, 307),
+        ("POST", True, 308),
+        ("PATCH", True, 307),
+        ("PUT", False, 308),
+        ("PUT", True, 307),
+        ("PUT", False, 301),
+        ("all", True, 307),
+        ("all", True, 308),
+    ],
 )
 def test_a_push_that_is_redirected(
     images: ImageStore, registry: FakeRegistry, storage: FakeRegistry, status: int, redirected: str, in_pieces: bool
@@ -311,8 +321,9 @@ def test_a_push_that_is_redirected(
     assert fetch(images, f"{registry.address}/app:v1").image_id == made.image_id
 
 
-@pytest.mark.parametrize("status", [301, 302, 303])
-@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize(
+    ("method", "status"), [("POST", 301), ("POST", 302), ("POST", 303), ("PUT", 302), ("PUT", 303), ("PATCH", 302)]
+)
 def test_a_push_that_would_become_a_question(
     images: ImageStore, registry: FakeRegistry, storage: FakeRegistry, status: int, method: str
 ) -> None:
@@ -326,9 +337,90 @@ def test_a_push_that_would_become_a_question(
         return None
 
     registry.hook = redirect
+    upload_bytes = 10 if method == "PATCH" else 1 << 20
     with pytest.raises(RegistryError, match=rf"\({status}\); it sends us to 'http://{storage.address}"):
-        give(images, image, f"{registry.address}/app:v1")
+        give(images, image, f"{registry.address}/app:v1", upload_bytes=upload_bytes)
     assert not registry.manifests
+
+
+def test_a_challenge_of_somebody_else_is_not_answered(
+    images: ImageStore, registry: FakeRegistry, storage: FakeRegistry
+) -> None:
+    """Not with the login, and not with a token of it: a registry may let others choose where it redirects to."""
+    registry.give(Made())
+    realm = f'Bearer realm="http://{storage.address}/token"'
+    storage.hook = lambda request: Answer(401, b"", {"WWW-Authenticate": realm})
+    registry.hook = lambda request: (
+        asking(registry, request)
+        or (Answer(307, b"", {"Location": f"http://{storage.address}/blob"}) if "/blobs/" in request.path else None)
+    )
+    with pytest.raises(RegistryError, match=r"refused app: Unauthorized \(401\)"):
+        fetch(images, f"{registry.address}/app:v1", credentials=Credentials("me", "secret"))
+    assert storage.seen
+
+
+def test_a_secret_in_a_form_is_not_redirected(
+    images: ImageStore, registry: FakeRegistry, storage: FakeRegistry
+) -> None:
+    def ask(request: Request) -> Answer:
+        if request.path.startswith("/token"):
+            return Answer(307, b"", {"Location": f"http://{storage.address}/token"})
+        return Answer(401, b"{}", {"WWW-Authenticate": f'Bearer realm="http://{registry.address}/token"'})
+
+    registry.hook = ask
+    with pytest.raises(RegistryError, match=r"gave no token \(status 307\)"):
+        fetch(images, f"{registry.address}/app:v1", credentials=Credentials(identity_token="secret"))
+    assert not storage.seen
+    with pytest.raises(RegistryError, match=r"gave no token \(status 404\)"):
+        fetch(images, f"{registry.address}/app:v1", credentials=Credentials("me", "secret"))
+    assert [one.path.partition("?")[0] for one in storage.seen] == ["/token"]
+
+
+@pytest.mark.parametrize("status", [401, 307])
+def test_a_flood_behind_a_challenge_or_a_redirect(images: ImageStore, registry: FakeRegistry, status: int) -> None:
+    """What nobody wants to know is not kept, however much it is and however it is packed."""
+    made = Made()
+    registry.give(made)
+    flood = Answer(status, bytes(1 << 26), {"Location": "/elsewhere", "WWW-Authenticate": 'Basic realm="x"'})
+    flood = packed(flood)
+    flood.body += gzip.compress(os.urandom(1 << 20), 1) * 20
+    first = iter([flood])
+    registry.hook = lambda request: next(first, None)
+    tracemalloc.start()
+    try:
+        if status == 401:
+            known = Credentials("me", "secret")
+            assert fetch(images, f"{registry.address}/app:v1", credentials=known).image_id == made.image_id
+        else:
+            with pytest.raises(ImageNotFoundError, match="has no app:v1"):
+                fetch(images, f"{registry.address}/app:v1")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:1/x", "ftp://127.0.0.1/x"])
+@pytest.mark.parametrize("method", ["GET", "POST", "token"])
+def test_nothing_is_sent_without_tls(monkeypatch: pytest.MonkeyPatch, location: str, method: str) -> None:
+    """A registry that is spoken to with TLS cannot send us away from it."""
+
+    async def answer(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+        assert request.url.scheme == "https"
+        if method == "token":
+            return httpx.Response(401, headers={"WWW-Authenticate": f'Bearer realm="{location}"'})
+        return httpx.Response(307, headers={"Location": location})
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", answer)
+
+    async def ask() -> None:
+        async with RegistryClient("quay.io", "app", Access()) as client:
+            if method == "POST":
+                await client.mount("sha256:" + "0" * 64, "other")
+            else:
+                await client.manifest("v1")
+
+    with pytest.raises(RegistryError, match="which is not safe"):
+        run(ask)
 
 
 def test_redirects_that_do_not_end(images: ImageStore, registry: FakeRegistry) -> None:

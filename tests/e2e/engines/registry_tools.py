@@ -11,12 +11,12 @@ from typing import Any
 
 from tests.layers.archives import archive, member
 from unionfs.engines.images import Image, ImageStore, LayerCompression, Platform, parse_reference
-from unionfs.engines.images.registry import Access, Patience, pull, push, run
+from unionfs.engines.images.registry import Access, RetryPolicy, pull, push, run
 from unionfs.layers import collect
 
 UNIONFS = Path(__file__).resolve().parents[3] / ".venv/bin/unionfs"
 SKOPEO = ("skopeo", "--insecure-policy")
-IMPATIENT = Access(patience=Patience(attempts=4, first_wait_s=0.01, longest_wait_s=0.05))
+IMPATIENT = Access(retry=RetryPolicy(attempts=4, first_wait_s=0.01, longest_wait_s=0.05))
 
 
 def skopeo(*words: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""One connection to a registry: requests, redirects, logins, and what a refusal means."""
+"""One connection to a registry: requests, redirects, trying again, and what a refusal means."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TypeVar
 
 import httpx
+import tenacity
+import trio
 
 from unionfs import __version__
 from unionfs.engines.images.reference import DEFAULT_REGISTRY
-from unionfs.engines.images.registry.authorization import Authorization
+from unionfs.engines.images.registry.auth import RegistryAuth, origin
 from unionfs.engines.images.registry.credentials import Credentials
-from unionfs.engines.images.registry.retry import PASSING, Patience, TryAgainError, retry_after
 from unionfs.errors import ImageError, RegistryError
 
 Content = Callable[[], AsyncIterator[bytes]]
@@ -26,16 +29,126 @@ Content = Callable[[], AsyncIterator[bytes]]
 _Result = TypeVar("_Result")
 
 _TIMEOUT = httpx.Timeout(60.0, connect=30.0, pool=None)
-_MAX_REDIRECTS = 5
-# Redirects after which a client may not ask with GET instead, which would store nothing (RFC 9110, 15.4).
-_SAME_METHOD = (307, 308)
+_MAX_REDIRECTS = 6
 _MAX_ERROR_BYTES = 1 << 16
 _MAX_TOKEN_BYTES = 1 << 20
+# Too many requests, the server's own trouble, and that of those in between.
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_ENOUGH_PROGRESS_BYTES = 1 << 16
 # A smaller blob goes up in one request, a larger one in pieces of this size, each of which can be sent again.
 _UPLOAD_BYTES = 32 << 20
 # A blob that is compressed on the way can only be got as a whole.
 _NO_ENCODING = {"Accept-Encoding": "identity"}
 _CERTIFICATE_PLACES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
+
+
+class BlobMissingError(RegistryError):
+    """A part of an image that the registry does not have."""
+
+
+class TryAgainError(Exception):
+    """It failed, and may work later.
+
+    Args:
+        reason: for people.
+        after_s: the server asked to wait for so many seconds; 0 if it did not.
+    """
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often something is tried that fails for a reason that may pass, and how long is waited in between.
+
+    Attributes:
+        attempts: that fail one after the other, without progress between them.
+        first_wait_s: doubled each time, and made a little random, so that many clients do not come back together.
+        longest_wait_s: also when the server asks for more.
+    """
+
+    attempts: int = 6
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 60.0
+
+    async def call(
+        self, registry: str, operation: Callable[[], Awaitable[_Result]], progress: Callable[[], int] = lambda: 0
+    ) -> _Result:
+        """The result of ``operation``, which is called until it has one.
+
+        Args:
+            registry: for messages.
+            operation: what to do.
+            progress: bytes that need not be transferred again; when they grew, the attempts before do not count.
+
+        Raises:
+            RegistryError: it failed for good.
+        """
+        before = progress()
+
+        def count(state: tenacity.RetryCallState) -> None:
+            nonlocal before
+            if progress() >= before + _ENOUGH_PROGRESS_BYTES:
+                before = progress()
+                state.attempt_number = 1
+            elif isinstance(_error_of(state), httpx.ConnectError):
+                state.attempt_number += 1  # who cannot even be reached is often not there at all
+
+        backoff = tenacity.wait_exponential(self.first_wait_s) + tenacity.wait_random(0, self.first_wait_s / 2)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = _error_of(state)
+            asked_s = error.after_s if isinstance(error, TryAgainError) else 0.0
+            return min(max(backoff(state), asked_s), self.longest_wait_s)
+
+        retrying = tenacity.AsyncRetrying(
+            sleep=trio.sleep,
+            stop=tenacity.stop_after_attempt(self.attempts),
+            wait=wait,
+            retry=tenacity.retry_if_exception(_may_pass),
+            after=count,
+            reraise=True,
+        )
+        try:
+            return await retrying(operation)
+        except (TryAgainError, httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            reason = str(error).replace("\n", " ")[:300] or type(error).__name__
+            if _is_certificate(error):
+                reason = f"its certificate is not trusted ({reason}); see --cert-dir, or --plain-http"
+            elif _may_pass(error):
+                reason += " (after several attempts); try again later"
+            raise RegistryError(f"{registry}: {reason}") from error
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, TryAgainError | httpx.TransportError) and not _is_certificate(error)
+
+
+def _is_certificate(error: BaseException) -> bool:
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, ssl.SSLCertVerificationError):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds that a ``Retry-After`` header asks for (RFC 9110, 10.2.3): a number of them, or a date; 0 for none."""
+    if not value:
+        return 0.0
+    if value.strip().isdecimal():
+        return float(value) if len(value) < 10 else 0.0
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +160,7 @@ class Access:
         plain_http: without TLS; None: only if it is this machine.
         cert_dir: with certificates to trust (``*.crt``) and to show (``*.cert`` with ``*.key``); ``""`` for
             ``/etc/containers/certs.d/HOST`` and ``/etc/docker/certs.d/HOST``.
-        patience: with what fails.
+        retry: of what fails.
         parallel: how many layers are transferred at the same time.
         upload_bytes: how much is sent in one request.
     """
@@ -55,7 +168,7 @@ class Access:
     credentials: Credentials | None = None
     plain_http: bool | None = None
     cert_dir: str = ""
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
     parallel: int = 4
     upload_bytes: int = _UPLOAD_BYTES
 
@@ -65,10 +178,6 @@ class Access:
             return self.plain_http
         host = httpx.URL(f"http://{registry}").host
         return host in ("localhost", "::1") or host.startswith("127.")
-
-
-class BlobMissingError(RegistryError):
-    """A part of an image that the registry does not have."""
 
 
 class Connection:
@@ -88,17 +197,20 @@ class Connection:
         self.registry = registry
         self.repository = repository
         self.access = access
-        insecure = access.insecure(registry)
         # The name that Docker's registry answers to is another than the one in images' names.
         host = "registry-1.docker.io" if registry == DEFAULT_REGISTRY else registry
-        self._base = httpx.URL(f"{'http' if insecure else 'https'}://{host}")
+        self._base = httpx.URL(f"{'http' if access.insecure(registry) else 'https'}://{host}")
+        scopes = [f"repository:{repository}:{actions}", *(f"repository:{other}:pull" for other in also_from)]
+        self._auth = RegistryAuth(registry, self._base, access.credentials, scopes, self._ask)
         self._http = httpx.AsyncClient(
+            auth=self._auth,
             verify=_certificates(registry, access.cert_dir),
             timeout=_TIMEOUT,
             headers={"User-Agent": f"unionfs/{__version__}", **_NO_ENCODING},
+            follow_redirects=True,
+            max_redirects=_MAX_REDIRECTS,
+            event_hooks={"request": [self._check_safe], "response": [_bound]},
         )
-        scopes = [f"repository:{repository}:{actions}", *(f"repository:{other}:pull" for other in also_from)]
-        self._authorization = Authorization(registry, access.credentials, scopes, self._ask, insecure=insecure)
 
     async def __aenter__(self) -> Connection:
         await self._http.__aenter__()
@@ -114,24 +226,21 @@ class Connection:
         return self._base.join(f"/v2/{self.repository}/{kind}/{name}")
 
     def location(self, response: httpx.Response) -> httpx.URL:
-        """Where a response sends us.
+        """Where a response says to go on.
 
         Raises:
-            RegistryError: nowhere, or away from TLS.
+            RegistryError: nowhere.
         """
         location = response.headers.get("Location", "")
         if not location:
             raise RegistryError(f"{self.registry} does not say where to go on")
-        url = response.request.url.join(location)
-        if url.scheme not in ("https", self._base.scheme):
-            raise RegistryError(f"{self.registry} sends us to {str(url)[:200]}, which is not safe")
-        return url
+        return response.request.url.join(location)
 
-    async def keep_trying(
+    async def retry(
         self, operation: Callable[[], Awaitable[_Result]], progress: Callable[[], int] = lambda: 0
     ) -> _Result:
-        """The result of ``operation``; see :meth:`Patience.keep_trying`."""
-        return await self.access.patience.keep_trying(self.registry, operation, progress)
+        """The result of ``operation``; see :meth:`RetryPolicy.call`."""
+        return await self.access.retry.call(self.registry, operation, progress)
 
     @asynccontextmanager
     async def request(
@@ -141,41 +250,28 @@ class Connection:
 
         Raises:
             TryAgainError: the registry has a trouble that may pass.
-            RegistryError: it refused the login, or sends us in circles.
+            RegistryError: it refused the login, or sends us in circles, to an unsafe place, or with another method.
             httpx.HTTPError: it cannot be reached.
         """
-        response = await self._send(method, url, dict(headers or {}), content)
+        body = _Body(content) if content is not None else None
+        request = self._http.build_request(method, url, headers=headers, content=body)
         try:
-            if response.status_code in PASSING:
-                reason = f"{_reason(await _start_of(response)) or response.reason_phrase} ({response.status_code})"
-                raise TryAgainError(reason, retry_after(response.headers.get("Retry-After")))
+            response = await self._http.send(request, stream=True)
+        except httpx.TooManyRedirects:
+            raise RegistryError(f"{self.registry} sends us from one place to the next; try again later") from None
+        try:
+            if response.request.method != method:
+                # After some redirects httpx asks with GET, as browsers do: nothing is stored by that.
+                raise await self.refusal(next(one for one in response.history if one.has_redirect_location))
+            await _check_passing(response)
             yield response
         finally:
             await response.aclose()
 
-    async def _send(
-        self, method: str, url: httpx.URL, headers: dict[str, str], content: Content | None
-    ) -> httpx.Response:
-        answered = False
-        for _ in range(_MAX_REDIRECTS + 2):
-            # What lets us into the registry is nobody else's business, such as of the storage that keeps its blobs.
-            ours = _origin(url) == _origin(self._base)
-            used = self._authorization.header
-            authorized = {**headers, "Authorization": used} if ours and used else headers
-            body = content() if content is not None else None
-            response = await self._http.send(
-                self._http.build_request(method, url, headers=authorized, content=body), stream=True
-            )
-            if response.status_code == 401 and ours and not answered:
-                answered = True
-                await response.aclose()
-                await self._authorization.answer(response.headers.get_list("WWW-Authenticate"), used)
-            elif response.is_redirect and (method in ("GET", "HEAD") or response.status_code in _SAME_METHOD):
-                await response.aclose()
-                url = self.location(response)
-            else:
-                return response
-        raise RegistryError(f"{self.registry} sends us from one place to the next; try again later")
+    async def _check_safe(self, request: httpx.Request) -> None:
+        """Nothing is sent without TLS unless the registry itself is spoken to so; called for each redirect too."""
+        if request.url.scheme not in ("https", self._base.scheme):
+            raise RegistryError(f"{self.registry} sends us to {str(request.url)[:200]}, which is not safe")
 
     async def refusal(self, response: httpx.Response, blob: str = "") -> ImageError:
         """What a status that was not expected means for the user.
@@ -188,8 +284,8 @@ class Connection:
             return BlobMissingError(
                 f"{self.registry} has no blob {blob} of {self.repository}; the image is incomplete there, push it again"
             )
-        if response.status_code == 401:
-            return self._authorization.refused()
+        if response.status_code == 401 and origin(response.request.url) == origin(self._base):
+            return self._auth.refused()
         reason = _reason(await _start_of(response)) or response.reason_phrase or "no reason given"
         advice = {
             403: "check that this user may do that",
@@ -202,21 +298,61 @@ class Connection:
         return RegistryError(f"{what}: {reason} ({response.status_code}); {advice}")
 
     async def _ask(self, method: str, url: str, headers: dict[str, str], fields: dict[str, str]) -> tuple[int, bytes]:
-        """See :data:`unionfs.engines.images.registry.authorization.Ask`."""
+        """See :data:`unionfs.engines.images.registry.auth.Ask`."""
         if method == "GET":
             request = self._http.build_request("GET", httpx.URL(url).copy_merge_params(fields), headers=headers)
         else:
             request = self._http.build_request(method, url, headers=headers, data=fields)
-        response = await self._http.send(request, stream=True)
+        # A form has a secret in it, which is for this server.
+        response = await self._http.send(request, stream=True, auth=None, follow_redirects=method == "GET")
         try:
-            if response.status_code in PASSING:
-                raise TryAgainError(
-                    f"{request.url.host} gave no token ({response.status_code})",
-                    retry_after(response.headers.get("Retry-After")),
-                )
+            await _check_passing(response, f"{request.url.host} gave no token: ")
             return response.status_code, await read_limited(response, _MAX_TOKEN_BYTES)
         finally:
             await response.aclose()
+
+
+class _Body:
+    """A request's body, which can be sent again: after a redirect, a login, or a failure."""
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._content()
+
+
+class _Start(httpx.AsyncByteStream):
+    """The start of a body."""
+
+    def __init__(self, whole: httpx.AsyncByteStream) -> None:
+        self._whole = whole
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        total = 0
+        async for piece in self._whole:
+            yield piece
+            total += len(piece)
+            if total > _MAX_ERROR_BYTES:
+                break
+
+    async def aclose(self) -> None:
+        await self._whole.aclose()
+
+
+async def _bound(response: httpx.Response) -> None:
+    """httpx reads all of what comes with a redirect or a challenge, however much that is; nobody wants to know it."""
+    if response.has_redirect_location or response.status_code == 401:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _Start(response.stream)
+        response.headers.pop("Content-Encoding", None)
+
+
+async def _check_passing(response: httpx.Response, what: str = "") -> None:
+    if response.status_code in _PASSING:
+        reason = _reason(await _start_of(response)) or response.reason_phrase
+        after_s = retry_after(response.headers.get("Retry-After"))
+        raise TryAgainError(f"{what}{reason} ({response.status_code})", after_s)
 
 
 def is_encoded(response: httpx.Response) -> bool:
@@ -258,10 +394,6 @@ def _reason(body: bytes) -> str:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
     return "".join(c if c.isprintable() else " " for c in text)[:200]
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
 
 
 def _certificates(registry: str, cert_dir: str) -> ssl.SSLContext:
