@@ -16,7 +16,7 @@ import pytest
 from tests.support.compiled import compiled_sources, generators
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.quota import allocation
-from unionfs.fuse_ops.quota.limited_tree import LimitedTree
+from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
 
@@ -42,7 +42,6 @@ class Rig:
             quota_bytes=1 << 30,
         )
         tree = open_tree(options)
-        assert isinstance(tree, LimitedTree)
         self.tree = tree
         self.merged, self.plain = (tree.lookup(tree.root, name) for name in (b"d", b"plain"))
         self.upper_file = tree.lookup(self.merged, b"three")
@@ -79,12 +78,8 @@ MAKERS: dict[str, list[Callable[[Rig], Made]]] = {
         lambda rig: allocation._allocated(rig.memory_fd, 0, 2 << 20),
     ],
     "_data": [lambda rig: allocation._data(rig.file_fd, 0, 2 << 20)],
-    "growing": [lambda rig: rig.tree._limit.growing(rig.file_fd, 4096)],
+    "growing": [lambda rig: cast("SpaceLimit", rig.tree.space).growing(rig.file_fd, 4096)],
     "places": [lambda rig: _two_places(rig).places()],
-    "removing": [
-        lambda rig: rig.tree._accounts.removing(None),
-        lambda rig: rig.tree._accounts.removing(rig.upper_file),
-    ],
     "staging": [
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.tree.view.upper_dir_fd(rig.plain)),
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.path_fd),

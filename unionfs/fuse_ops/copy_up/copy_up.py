@@ -22,6 +22,7 @@ from unionfs.fuse_ops.copy_up.placing import Placing
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, Unsynced, unmark
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
@@ -37,16 +38,14 @@ _LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for lar
 class CopyUp:
     """Copies objects up, one after the other or in three steps: :meth:`begin`, ``job.run()``, :meth:`finish`."""
 
-    def __init__(self, view: MergedView) -> None:
+    def __init__(self, view: MergedView, accounts: Accounts) -> None:
         self._view = view
-        self.origins, self._placing = self._make_parts()
+        self._accounts = accounts
+        self.origins = Origins(view, accounts)
+        self._placing = Placing(view, self.origins, self.copy_directory, accounts)
         view.link_held = self._placing.link_held
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
-
-    def _make_parts(self) -> tuple[Origins, Placing]:
-        origins = Origins(self._view)
-        return origins, Placing(self._view, origins, self.copy_directory)
 
     @property
     def _upper(self) -> UpperDir:
@@ -115,9 +114,16 @@ class CopyUp:
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
-        upper = self._upper
         if not self.needs(inode, need):
             return None
+        size_bytes = self._accounts.require_copy(inode, need)
+        job = self._begin(inode, need, st)
+        if job is not None:
+            self._accounts.copying(job, size_bytes)
+        return job
+
+    def _begin(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
+        upper = self._upper
         if inode.unsynced:
             return self.begin_settling(inode)
         if inode.upper:
@@ -154,6 +160,12 @@ class CopyUp:
 
     def finish(self, job: CopyUpJob) -> None:
         """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
+        try:
+            self._finish(job)
+        finally:
+            self._accounts.copied(job)
+
+    def _finish(self, job: CopyUpJob) -> None:
         if job.mark is not None:
             self._finish_settling(job)
             return
@@ -194,6 +206,7 @@ class CopyUp:
         job.close()
         if job.new is not None:
             self._upper.discard(job.new.temp)
+        self._accounts.copied(job)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -290,6 +303,7 @@ class CopyUp:
             where = b"/%s/%s" % (directory, name) if directory else b"/" + name
             try:
                 os.setxattr(path, self._view.xattrs.redirect, where, follow_symlinks=False)
+                self._accounts.changed(inode)  # an attribute can take a block
                 return
             except OSError as error:
                 if error.errno not in NO_ROOM_FOR_PATH:

@@ -10,6 +10,7 @@ from typing import Final
 
 from unionfs.fuse_ops.copy_up.copying import At, at_path
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host import syscalls
@@ -32,8 +33,9 @@ def origin_of(layer: LayerDir, source: At) -> bytes:
 class Origins:
     """Records on the copies of one tree where they are from."""
 
-    def __init__(self, view: MergedView) -> None:
+    def __init__(self, view: MergedView, accounts: Accounts) -> None:
         self._view = view
+        self._accounts = accounts
 
     def record(self, inode: Inode, st: os.stat_result, source: tuple[LayerDir, At], target: At) -> None:
         """Record that ``target`` is the copy of ``source``, the lower object of ``inode`` that has ``st``."""
@@ -63,3 +65,4 @@ class Origins:
         with contextlib.suppress(OSError):  # only costs the stability of inode numbers
             path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
             self._view.unnoticed(directory, lambda: os.setxattr(path, self._view.xattrs.impure, b"y"))
+        self._accounts.changed(directory)  # an attribute can take a block

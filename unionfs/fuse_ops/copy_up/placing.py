@@ -10,6 +10,7 @@ from typing import Final
 
 from unionfs.fuse_ops.copy_up.origins import Origins
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 
@@ -22,8 +23,11 @@ class Placing:
     ``copy_directory`` copies a directory up where that is needed, and returns the descriptor of its upper one.
     """
 
-    def __init__(self, view: MergedView, origins: Origins, copy_directory: Callable[[Inode], int]) -> None:
+    def __init__(
+        self, view: MergedView, origins: Origins, copy_directory: Callable[[Inode], int], accounts: Accounts
+    ) -> None:
         self._view = view
+        self._accounts = accounts
         self._origins = origins
         self._copy_directory = copy_directory
         self._server_uid = os.geteuid()
@@ -47,6 +51,8 @@ class Placing:
         self._unseen(inode.parent, install if may_be_moved else install_and_restrict)
         self._placed(inode)
         inode.marks = set()
+        self._accounts.changed(inode)
+        self._accounts.changed(inode.parent)
 
     def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
         """Make ``new`` the upper object of ``inode``, whose lower one has ``st``, at all its places."""
@@ -61,6 +67,9 @@ class Placing:
             inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
             os.unlink(new.temp, dir_fd=upper.work_fd)
             inode.upper = True
+        self._accounts.changed(inode)
+        for parent, _ in inode.places():
+            self._accounts.changed(parent)
 
     def _placed(self, inode: Inode) -> None:
         inode.upper = True
@@ -93,6 +102,7 @@ class Placing:
                 os.link(hold, name, src_dir_fd=work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
 
         self._view.unnoticed(inode, lambda: self._unseen(parent, link))
+        self._accounts.changed(parent)
 
     def _unseen(self, directory: Inode, make: Callable[[], None]) -> None:
         """Make something in the upper directory of ``directory`` of which the merged tree is to show nothing.

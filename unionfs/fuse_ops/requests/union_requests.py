@@ -185,7 +185,8 @@ class UnionRequests:
                 inode = moved.pop()
                 if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
                     return self._copied_up(inode, for_name(unsynced=inode.unsynced), ready)
-            return self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+            self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+            return None
 
         return ready()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
@@ -15,11 +15,10 @@ from unionfs.fuse_ops.stack.overlap import check_separate
 from unionfs.fuse_ops.stack.raw_ids import unmapped_path
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import prepare_workdir, supports_xattrs
+from unionfs.fuse_ops.tree.accounts import Accounts
+from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.overlay.format import OverlayXattrs
-
-if TYPE_CHECKING:
-    from unionfs.fuse_ops.quota.limited_tree import LimitedTree
 
 MAX_LOWER_LAYERS = 500  # as the kernel's overlayfs
 
@@ -78,7 +77,8 @@ def _assemble(
     try:
         xattrs = _usable_xattrs(options, work.fd)
         upper = UpperDir(upper_layer, work.fd, xattrs)
-        tree = _tree_type(options)(_lower_stack(options, lowers, data, xattrs), upper, cache, options, xattrs)
+        lower = _lower_stack(options, lowers, data, xattrs)
+        tree = UnionTree(lower, upper, cache, options, xattrs, _accounts(options, upper))
     except BaseException:
         os.close(work.fd)
         if work.lock_fd >= 0:
@@ -99,12 +99,15 @@ def _recover(tree: UnionTree, workdir_fd: int) -> None:
     tree.warnings.extend(warnings)
 
 
-def _tree_type(options: MountOptions) -> type[LimitedTree] | type[UnionTree]:
+def _accounts(options: MountOptions, upper: UpperDir) -> Callable[[MergedView], Accounts]:
     if not options.quota_bytes:
-        return UnionTree
-    from unionfs.fuse_ops.quota.limited_tree import LimitedTree  # here, because few mounts need it
+        return lambda view: Accounts()
+    # Here, because few mounts need it.
+    from unionfs.fuse_ops.quota.limited_accounts import LimitedAccounts
+    from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 
-    return LimitedTree
+    limit = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
+    return lambda view: LimitedAccounts(view, limit)
 
 
 def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Override
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
@@ -42,8 +43,9 @@ def check_new_name(name: bytes) -> None:
 class NamespaceChanges:
     """Creates and removes objects in the upper layer so that the merged tree changes as a plain one would."""
 
-    def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
+    def __init__(self, view: MergedView, copy_up: CopyUp, accounts: Accounts) -> None:
         self._view = view
+        self._accounts = accounts
         self._copy_up = copy_up
         self._server_ids = (os.geteuid(), os.getegid())
 
@@ -70,6 +72,7 @@ class NamespaceChanges:
         self._copy_up.require_writable()
         if self._view.ownership.overrides:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self._accounts.require_entry()
         directory_fd = self._copy_up.ensure_directory(directory)
         parent = os.stat(directory_fd)
         path = b"/proc/self/fd/%d" % directory_fd
@@ -92,7 +95,9 @@ class NamespaceChanges:
         inode = self._view.inodes.new(stat.S_IFREG, numbers.of((st.st_dev, st.st_ino)))
         inode.upper = True
         inode.orphan_fd = orphan_fd
-        return inode, OpenFile(inode, fd, writable=True)
+        file = OpenFile(inode, fd, writable=True)
+        self._accounts.changed(inode)
+        return inode, file
 
     def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
         """Make a directory."""
@@ -152,6 +157,7 @@ class NamespaceChanges:
         upper = self._copy_up.require_writable()
         check_new_name(name)
         self._require_free(directory, name)
+        self._accounts.require_entry()
         unnamed = inode.orphan and inode.hold is None
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -175,6 +181,8 @@ class NamespaceChanges:
             self._copy_up.origins.mark_impure(directory)
         self.note_nested(inode, directory)
         inode.add_place(directory, name)
+        self._accounts.changed(inode)
+        self._accounts.changed(directory)
 
     def _own_access(self, kind: int) -> int:
         """Mode bits that the server itself needs where the true mode is kept in an attribute."""
@@ -198,6 +206,7 @@ class NamespaceChanges:
         """Make an object with ``make(dir_fd, name)``, give it its owner, and put it into ``directory``."""
         upper = self._copy_up.require_writable()
         check_new_name(name)
+        self._accounts.require_entry()
         # Making the object says whether the upper layer has the name.
         look_first = not directory.upper or self.hides_lower(directory, name)
         if look_first:
@@ -237,6 +246,8 @@ class NamespaceChanges:
             inode.fresh = st
         if is_dir:
             inode.marks = set()
+        self._accounts.changed(inode)
+        self._accounts.changed(directory)
         return inode
 
     def _finish_new(
@@ -310,6 +321,10 @@ class NamespaceChanges:
         self._remove(upper, inode, directory, name)
 
     def _remove(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
+        self._accounts.removing(inode, lambda: self._remove_name(upper, inode, directory, name))
+        self._accounts.changed(directory)
+
+    def _remove_name(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
         is_dir = inode.kind == stat.S_IFDIR
         directory_fd = self._copy_up.ensure_directory(directory)
         hides = not inode.upper or self.hides_lower(directory, name)

@@ -11,6 +11,7 @@ from typing import Final
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.options import XattrPermissions
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.tree.changes import Caller
 from unionfs.fuse_ops.tree.inodes import Inode
@@ -62,8 +63,9 @@ def _in_group(caller: Caller, gid: int) -> bool:
 class MetadataChanges:
     """Changes attributes of objects, copying them up first."""
 
-    def __init__(self, view: MergedView, copy_up: CopyUp) -> None:
+    def __init__(self, view: MergedView, copy_up: CopyUp, accounts: Accounts) -> None:
         self._view = view
+        self._accounts = accounts
         self._copy_up = copy_up
         self._uncapped: Inode | None = None  # of which capabilities were the last attribute to be removed
 
@@ -81,6 +83,7 @@ class MetadataChanges:
             # capabilities, which takes these alone. Before the latter the kernel has removed them.
             if caller.uid != 0 or self._uncapped is not inode:
                 self.clear_privileges(inode, caller)
+                self._accounts.changed(inode)
             self._uncapped = None
             return None
         self._copy_up.ensure(inode, for_attributes(change.size))
@@ -97,6 +100,7 @@ class MetadataChanges:
         if change.atime_ns is not None or change.mtime_ns is not None:
             self._set_times(inode, change.atime_ns, change.mtime_ns)
             st = None
+        self._accounts.changed(inode, truncated=change.size is not None)
         return st
 
     def _real(self, inode: Inode) -> tuple[bytes, int | None, bool]:
@@ -270,6 +274,7 @@ class MetadataChanges:
         if name.startswith(b"user.fuseoverlayfs."):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         stored = self._stored_name(name)
+        self._accounts.require(len(name) + len(value))
         if not inode.upper and flags:
             self.check_xattr(inode, name, flags)
         self._copy_up.ensure(inode, ATTRIBUTES)
@@ -278,6 +283,7 @@ class MetadataChanges:
             inode.default_acl = None
         path, follow = self._view.proc_path(inode)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
+        self._accounts.changed(inode)
         if stored == CAPABILITY and any(handle.writable for handle in inode.handles or ()):
             inode.capability = value
 
@@ -310,6 +316,7 @@ class MetadataChanges:
         self._copy_up.ensure(inode, ATTRIBUTES)
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
+        self._accounts.changed(inode)
         if name == CAPABILITY:
             inode.capability = None
         self._uncapped = inode if name == CAPABILITY else None

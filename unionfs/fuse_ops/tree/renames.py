@@ -8,6 +8,7 @@ import stat
 
 from unionfs.fuse_ops.copy_up.copy_up import NO_ROOM_FOR_PATH, CopyUp
 from unionfs.fuse_ops.options import RedirectMode
+from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
@@ -19,8 +20,9 @@ from unionfs.overlay.format import WHITEOUT_DEVICE
 class Renames:
     """Moves objects; directories keep what the lower layers have in them, without copying it."""
 
-    def __init__(self, view: MergedView, copy_up: CopyUp, changes: NamespaceChanges) -> None:
+    def __init__(self, view: MergedView, copy_up: CopyUp, changes: NamespaceChanges, accounts: Accounts) -> None:
         self._view = view
+        self._accounts = accounts
         self._copy_up = copy_up
         self._changes = changes
 
@@ -49,6 +51,8 @@ class Renames:
                 raise enoent(new_name)
             if source is not target:
                 self._exchange(source, old_dir, old_name, target, new_dir, new_name)
+                for inode in (old_dir, new_dir, source, target):
+                    self._accounts.changed(inode)
             return
         if target is not None and flags & RENAME_NOREPLACE:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
@@ -59,7 +63,9 @@ class Renames:
             raise enoent(new_name)
         if target is not None:
             self._check_replaceable(source, target)
-        self._move(source, old_dir, old_name, target, new_dir, new_name)
+        self._accounts.removing(target, lambda: self._move(source, old_dir, old_name, target, new_dir, new_name))
+        for inode in (old_dir, new_dir, source):
+            self._accounts.changed(inode)
         if flags & RENAME_WHITEOUT:
             assert caller is not None
             self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)

@@ -11,7 +11,8 @@ import errno
 import logging
 import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.options import MountOptions
@@ -19,10 +20,12 @@ from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
-from unionfs.fuse_ops.tree.changes import NamespaceChanges
+from unionfs.fuse_ops.tree.accounts import Accounts
+from unionfs.fuse_ops.tree.attributes import Attributes
+from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.metadata import MetadataChanges
+from unionfs.fuse_ops.tree.metadata import AttributeChange, MetadataChanges
 from unionfs.fuse_ops.tree.need import for_writing
 from unionfs.fuse_ops.tree.open_files import OpenFile, backing_flags
 from unionfs.fuse_ops.tree.renames import Renames
@@ -36,22 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class TreeParts(NamedTuple):
-    """What changes a tree."""
-
-    copy_up: CopyUp
-    changes: NamespaceChanges
-    renames: Renames
-    metadata: MetadataChanges
-
-
 class UnionTree:
     """A union of read-only layers under an optional writable one.
 
     Made by :func:`unionfs.fuse_ops.session.assembly.open_tree`.
     """
-
-    space: SpaceLimit | None = None  # what limits the upper directory, for requests that only have a descriptor
 
     def __init__(
         self,
@@ -60,6 +52,7 @@ class UnionTree:
         cache: DescriptorCache,
         options: MountOptions,
         xattrs: OverlayXattrs,
+        make_accounts: Callable[[MergedView], Accounts] = lambda view: Accounts(),
     ) -> None:
         self._lower = lower
         self._upper = upper
@@ -69,37 +62,18 @@ class UnionTree:
         self.opens_late = False
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
-        self.copy_up, changes, renames, metadata = self._make_parts()
-
         self.root = self.view.root
         self.inodes = self.view.inodes
-        # The parts are the interface; these names make them one.
-        self.lookup = self.view.lookup
-        self.find = self.view.find
-        self.attributes = self.view.attributes
-        self.readlink = self.view.readlink
-        self.create = changes.create
-        self.create_unnamed = changes.create_unnamed
-        self.mkdir = changes.mkdir
-        self.mknod = changes.mknod
-        self.symlink = changes.symlink
-        self.link = changes.link
-        self.unlink = changes.unlink
-        self.rmdir = changes.rmdir
-        self.rename = renames.rename
-        self.set_attributes = metadata.set_attributes
-        self.clear_privileges = metadata.clear_privileges
-        self.get_xattr = metadata.get_xattr
-        self.list_xattrs = metadata.list_xattrs
-        self.set_xattr = metadata.set_xattr
-        self.check_xattr = metadata.check_xattr
-        self.has_xattr_to_remove = metadata.has_xattr_to_remove
-        self.remove_xattr = metadata.remove_xattr
+        self._accounts = make_accounts(self.view)
+        self.copy_up = CopyUp(self.view, self._accounts)
+        self._changes = NamespaceChanges(self.view, self.copy_up, self._accounts)
+        self._renames = Renames(self.view, self.copy_up, self._changes, self._accounts)
+        self._metadata = MetadataChanges(self.view, self.copy_up, self._accounts)
 
-    def _make_parts(self) -> TreeParts:
-        copy_up = CopyUp(self.view)
-        changes = NamespaceChanges(self.view, copy_up)
-        return TreeParts(copy_up, changes, Renames(self.view, copy_up, changes), MetadataChanges(self.view, copy_up))
+    @property
+    def space(self) -> SpaceLimit | None:
+        """What limits the upper directory, for requests that only have a descriptor; None: nothing."""
+        return self._accounts.space
 
     def use_writeback_cache(self, used: bool) -> None:
         """Say whether the kernel keeps modification times by itself, as it does with its writeback cache."""
@@ -114,9 +88,109 @@ class UnionTree:
     def read_only(self) -> bool:
         return self._upper is None
 
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def lookup(self, directory: Inode, name: bytes) -> Inode:
+        """The object called ``name`` in ``directory``; FileNotFoundError if the merged tree has none."""
+        return self.view.lookup(directory, name)
+
+    def find(self, directory: Inode, name: bytes) -> Inode | None:
+        """As :meth:`lookup`, None instead of an exception."""
+        return self.view.find(directory, name)
+
+    def attributes(self, inode: Inode) -> Attributes:
+        """What stat(2) shows of ``inode``."""
+        return self.view.attributes(inode)
+
+    def readlink(self, inode: Inode) -> bytes:
+        """The target of a symbolic link."""
+        return self.view.readlink(inode)
+
     def names(self, directory: Inode) -> list[bytes]:
         """The names in a directory, each once, without ``.`` and ``..``."""
         return self.view.names(directory)
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def create(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a regular file and open it with the client's ``flags``; EEXIST if the name is taken."""
+        return self._changes.create(directory, name, mode, flags, caller)
+
+    def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+        """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
+        return self._changes.create_unnamed(directory, mode, flags, caller)
+
+    def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+        """Make a directory."""
+        return self._changes.mkdir(directory, name, mode, caller)
+
+    def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
+        """Make a device, fifo, socket or regular file; a device 0:0 is a whiteout of an overlay stacked on this one."""
+        return self._changes.mknod(directory, name, mode, rdev, caller)
+
+    def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
+        """Make a symbolic link."""
+        return self._changes.symlink(directory, name, target, caller)
+
+    def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
+        """Give ``inode`` a further name."""
+        self._changes.link(inode, directory, name)
+
+    def unlink(self, directory: Inode, name: bytes) -> None:
+        """Remove a name that is not a directory's."""
+        self._changes.unlink(directory, name)
+
+    def rmdir(self, directory: Inode, name: bytes) -> None:
+        """Remove an empty directory."""
+        self._changes.rmdir(directory, name)
+
+    def rename(
+        self,
+        old_dir: Inode,
+        old_name: bytes,
+        new_dir: Inode,
+        new_name: bytes,
+        flags: int = 0,
+        caller: Caller | None = None,
+    ) -> None:
+        """renameat2(2) with its ``flags``; raises EXDEV for a directory of a lower layer when redirects are off."""
+        self._renames.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    def set_attributes(self, inode: Inode, change: AttributeChange, caller: Caller) -> os.stat_result | None:
+        """Apply ``change``; returns lstat of the real object afterwards, if that had to be asked for."""
+        return self._metadata.set_attributes(inode, change, caller)
+
+    def clear_privileges(self, inode: Inode, caller: Caller) -> None:
+        """Take setuid, setgid and file capabilities away, because ``caller`` changed the contents or the owner."""
+        self._metadata.clear_privileges(inode, caller)
+
+    def get_xattr(self, inode: Inode, name: bytes) -> bytes:
+        """The value of the attribute that a program calls ``name``; ENODATA without one."""
+        return self._metadata.get_xattr(inode, name)
+
+    def list_xattrs(self, inode: Inode, caller: Caller) -> list[bytes]:
+        """The names of the attributes that ``caller`` may see."""
+        return self._metadata.list_xattrs(inode, caller)
+
+    def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an attribute; ``flags`` are os.XATTR_CREATE and os.XATTR_REPLACE."""
+        self._metadata.set_xattr(inode, name, value, flags)
+
+    def check_xattr(self, inode: Inode, name: bytes, flags: int) -> None:
+        """Raise what setting the attribute with ``flags`` would, so that nothing is copied up for it."""
+        self._metadata.check_xattr(inode, name, flags)
+
+    def has_xattr_to_remove(self, inode: Inode, name: bytes) -> bool:
+        """Whether there is something to remove; ENODATA if not, except for ACLs of upper files."""
+        return self._metadata.has_xattr_to_remove(inode, name)
+
+    def remove_xattr(self, inode: Inode, name: bytes) -> None:
+        """Remove an attribute; ENODATA, and no copy-up, if there is none."""
+        self._metadata.remove_xattr(inode, name)
+
+    # -- files ----------------------------------------------------------------------------------------------------
 
     def open(self, inode: Inode, flags: int) -> OpenFile:
         """Open a regular file with a client's ``flags``; copies it up if they allow writing.
@@ -137,7 +211,10 @@ class UnionTree:
         if truncate:
             wanted |= os.O_TRUNC
             inode.capability = None
-        return OpenFile(inode, self._open_real(inode, wanted), writable=writable)
+        file = OpenFile(inode, self._open_real(inode, wanted), writable=writable)
+        if truncate or inode.orphan:
+            self._accounts.changed(inode, truncated=truncate)
+        return file
 
     def _open_to_read(self, inode: Inode) -> int:
         return self._open_real(inode, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -163,6 +240,7 @@ class UnionTree:
         if handle.inode.handles is None:
             handle.inode.capability = None
         self.inodes.drop_if_unneeded(handle.inode)
+        self._accounts.closed(handle.inode)
 
     def forget(self, inode: Inode, count: int) -> None:
         """The kernel gives ``count`` references back."""
@@ -174,7 +252,7 @@ class UnionTree:
     def statfs(self) -> os.statvfs_result:
         """Size and use of the file system that new data goes to."""
         layer = self._upper.layer if self._upper is not None else self._lower.layers[0]
-        return os.statvfs(b"/proc/self/fd/%d" % layer.fd)
+        return self._accounts.statvfs(os.statvfs(b"/proc/self/fd/%d" % layer.fd))
 
     def open_upper_directory(self, inode: Inode) -> int:
         """A descriptor of the upper directory of ``inode``, for fsync(2); the caller closes it. -1 without one."""
@@ -186,7 +264,8 @@ class UnionTree:
     def statistics(self) -> dict[str, int]:
         """Counters for a person who asks a running server how it is."""
         handles = sum(len(inode.handles or ()) for inode in self.inodes)
-        return {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
+        counters = {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
+        return {**counters, **self._accounts.statistics()}
 
     def hold_lock(self, fd: int) -> None:
         """Keep the descriptor whose lock says that the work directory is ours; negative when it is not."""
