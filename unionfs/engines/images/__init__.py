@@ -12,8 +12,7 @@ modules behind are these packages' own.
 """
 
 from unionfs.engines.images.archives import import_images
-from unionfs.engines.images.compress import LayerCompression
-from unionfs.engines.images.export import ExportOptions, Format, export_stream, export_to
+from unionfs.engines.images.export import ExportOptions, Format, LayerCompression, export_stream, export_to
 from unionfs.engines.images.install import Report
 from unionfs.engines.images.model import Image, ImageConfig, Platform, parse_image
 from unionfs.engines.images.reference import Reference, parse_reference

@@ -2,22 +2,30 @@
 
 All formats are an OCI image layout. An archive for Docker has a ``manifest.json`` besides, as ``docker save`` writes
 since Docker 25; ``docker load`` of any version, Podman and skopeo read it.
+
+Layers are compressed with zlib and not with ISA-L, which unpacks here: ISA-L finds other matches on other processors,
+so that the digest of a layer would depend on the machine that pushes it.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 import os
 import shutil
+import tarfile
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, cast
 
-from unionfs.engines.images.compress import LayerCompression, compressed
+import zstandard
+
+from unionfs.archive.stream import PieceStream
+from unionfs.engines.images.archives import CONTAINERD_NAME, INDEX, LAYOUT, REF_NAME
 from unionfs.engines.images.install import Report, no_report
-from unionfs.engines.images.layout_output import DirectoryOutput, Output, TarOutput, blob_name
 from unionfs.engines.images.manifest import (
     DOCKER_CONFIG,
     DOCKER_LAYER,
@@ -28,10 +36,17 @@ from unionfs.engines.images.manifest import (
     OCI_MANIFEST,
 )
 from unionfs.engines.images.model import Image, digest_of
-from unionfs.engines.images.oci_layout import CONTAINERD_NAME, INDEX, LAYOUT, REF_NAME
 from unionfs.engines.images.reference import Reference
 from unionfs.engines.images.store import ImageStore
 from unionfs.errors import ImageError
+from unionfs.layers.identity import ALGORITHM, digits_of
+
+_PIECE_BYTES = 1 << 20
+_GZIP_LEVEL = 6
+_GZIP_WINDOW = 15 + 16  # 16: with gzip's header, whose time zlib leaves 0
+_ZSTD_LEVEL = 3
+_BLOCK_BYTES = 512
+_RECORD_BYTES = 10240  # what tar fills up to
 
 
 class Format(enum.Enum):
@@ -40,6 +55,19 @@ class Format(enum.Enum):
     DOCKER = "docker-archive"
     OCI_TAR = "oci-tar"
     OCI_DIRECTORY = "oci-dir"
+
+
+class LayerCompression(enum.Enum):
+    """How layers are compressed; the value is the name for people and the suffix of the media type."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    ZSTD = "zstd"
+
+    @property
+    def suffix(self) -> str:
+        """Of an OCI media type."""
+        return "" if self is LayerCompression.NONE else f"+{self.value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +224,7 @@ def export_stream(
 
     Args:
         file: a file or a pipe.
-        rewritable: see :class:`unionfs.engines.images.layout_output.TarOutput`.
+        rewritable: see :class:`unionfs.engines.images.export.TarOutput`.
         images, image, options, report: see :func:`export_image`.
     """
     output = TarOutput(file, images.spool, rewritable=rewritable)
@@ -209,3 +237,150 @@ def _apply_umask(path: str, mode: int) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, mode & ~mask)
+
+
+class _Compressor(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+def compressed(stream: BinaryIO, how: LayerCompression) -> BinaryIO:
+    """``stream``, which is closed with the result, compressed while it is read."""
+    if how is LayerCompression.NONE:
+        return stream
+    return cast(BinaryIO, PieceStream(_pieces(stream, how)))
+
+
+def _pieces(stream: BinaryIO, how: LayerCompression) -> Iterator[bytes]:
+    compressor: _Compressor
+    if how is LayerCompression.GZIP:
+        compressor = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP_WINDOW)
+    else:
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
+    with stream:
+        while piece := stream.read(_PIECE_BYTES):
+            if out := compressor.compress(piece):
+                yield out
+        yield compressor.flush()
+
+
+# Where it goes
+
+
+class Output(Protocol):
+    """Takes the files of a layout."""
+
+    def add(self, name: str, contents: bytes) -> None:
+        """A small file."""
+
+    def add_blob(self, stream: BinaryIO, progress: Callable[[int], None]) -> tuple[str, int]:
+        """A large one, named by its digest; that, and its size in bytes."""
+
+
+class TarOutput:
+    """A tar archive, each of whose bytes follows from what is in it.
+
+    Args:
+        file: where it goes.
+        spool: makes a temporary file.
+        rewritable: ``file`` is a new one that can be written in any order. Otherwise blobs are copied aside first, as
+            their digests and sizes come before them. (What can be sought is not enough: ``>>`` writes at the end.)
+    """
+
+    def __init__(self, file: BinaryIO, spool: Callable[[], BinaryIO], *, rewritable: bool = False) -> None:
+        self._file = file
+        self._spool = spool
+        self._rewritable = rewritable
+        self._written = 0
+        for name in ("blobs/", f"blobs/{ALGORITHM}/"):
+            self._write(_header(name, 0))
+
+    def add(self, name: str, contents: bytes) -> None:
+        """See :class:`Output`."""
+        self._write(_header(name, len(contents)))
+        self._write(contents)
+        self._pad(len(contents), _BLOCK_BYTES)
+
+    def add_blob(self, stream: BinaryIO, progress: Callable[[int], None]) -> tuple[str, int]:
+        """See :class:`Output`."""
+        if not self._rewritable:
+            with self._spool() as copy:
+                digest, size = _copy(stream, copy, progress)
+                copy.seek(0)
+                self._write(_header(blob_name(digest), size))
+                shutil.copyfileobj(copy, self._file, _PIECE_BYTES)
+        else:
+            start = self._file.tell()
+            self._file.write(bytes(_BLOCK_BYTES))
+            digest, size = _copy(stream, self._file, progress)
+            self._file.seek(start)
+            self._write(_header(blob_name(digest), size))
+            self._file.seek(size, os.SEEK_CUR)
+        self._written += size
+        self._pad(size, _BLOCK_BYTES)
+        return digest, size
+
+    def finish(self) -> None:
+        """Write the end."""
+        self._write(bytes(2 * _BLOCK_BYTES))
+        self._pad(self._written, _RECORD_BYTES)
+        self._file.flush()
+
+    def _write(self, contents: bytes) -> None:
+        self._file.write(contents)
+        self._written += len(contents)
+
+    def _pad(self, size: int, unit: int) -> None:
+        self._write(bytes(-size % unit))
+
+
+class DirectoryOutput:
+    """A directory.
+
+    Args:
+        root: exists and is empty.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._blobs = os.path.join(root, "blobs", ALGORITHM)
+        os.makedirs(self._blobs)
+
+    def add(self, name: str, contents: bytes) -> None:
+        """See :class:`Output`."""
+        with open(os.path.join(self._root, name), "xb") as file:
+            file.write(contents)
+
+    def add_blob(self, stream: BinaryIO, progress: Callable[[int], None]) -> tuple[str, int]:
+        """See :class:`Output`."""
+        begun = os.path.join(self._root, ".blob")
+        with open(begun, "xb") as file:
+            digest, size = _copy(stream, file, progress)
+        os.rename(begun, os.path.join(self._root, blob_name(digest)))
+        return digest, size
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    if name.endswith("/"):
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
+    # GNU's form for what has more than 8 GiB: one block always, so it can be written after the contents.
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def blob_name(digest: str) -> str:
+    """Where a blob is in a layout."""
+    return f"blobs/{ALGORITHM}/{digits_of(digest)}"
+
+
+def _copy(stream: BinaryIO, file: BinaryIO, progress: Callable[[int], None]) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    size = 0
+    while piece := stream.read(_PIECE_BYTES):
+        digest.update(piece)
+        file.write(piece)
+        size += len(piece)
+        progress(size)
+    return f"{ALGORITHM}:{digest.hexdigest()}", size

@@ -19,8 +19,7 @@ from typing import BinaryIO, TypeVar, cast
 import outcome
 import trio
 
-from unionfs.engines.images.compress import LayerCompression, compressed
-from unionfs.engines.images.export import image_manifest
+from unionfs.engines.images.export import LayerCompression, compressed, image_manifest
 from unionfs.engines.images.install import Installation, Report, no_report
 from unionfs.engines.images.manifest import (
     DOCKER_MANIFEST,
