@@ -56,6 +56,7 @@ class Setting:
     options: tuple[str, ...] = ()
     """Further options for both."""
     transport: str = ""
+    without_speedups: bool = False
     """How our server talks to the kernel; empty for its own choice."""
     limited: bool = False
     """Ours counts what its upper directory holds, against a limit that is never reached."""
@@ -70,15 +71,17 @@ class Setting:
         """What ours is mounted with."""
         transport = (f"transport={self.transport}",) if self.transport and is_ours() else ()
         limit = (f"quota={1 << 30}",) if self.limited else ()
-        return ("redirect_dir=on", "dev", *transport, *limit, *self.options)
+        plain = ("speedups=off",) if self.without_speedups and is_ours() else ()
+        return ("redirect_dir=on", "dev", *transport, *limit, *plain, *self.options)
 
 
 PLAIN = Setting("plain", linked_lowers=False)
 LINKED = Setting("linked", linked_lowers=True)
 METACOPY = Setting("metacopy", linked_lowers=False, options=("metacopy=on",))
+SLOW = Setting("without-speedups", linked_lowers=False, without_speedups=True)
 LIMITED = Setting("limited", linked_lowers=False, limited=True)
 LIMITED_LINKED = Setting("limited-linked", linked_lowers=True, limited=True)
-SETTINGS = {s.name: s for s in (PLAIN, LINKED, METACOPY, LIMITED, LIMITED_LINKED)}
+SETTINGS = {s.name: s for s in (PLAIN, SLOW, LINKED, METACOPY, LIMITED, LIMITED_LINKED)}
 
 
 class Rig:

@@ -379,8 +379,10 @@ def op_script(failure: MismatchError) -> str:
 
 # 9,000 operations in about two minutes. The direct transport is what most mounts use.
 RUNS = [
-    ("plain", "direct", 80),
-    ("plain", "pyfuse3", 40),
+    ("plain", "direct", 60),
+    ("plain", "pyfuse3", 30),
+    ("without-speedups", "direct", 20),
+    ("without-speedups", "pyfuse3", 10),
     ("linked", "direct", 30),
     ("linked", "pyfuse3", 10),
     ("metacopy", "direct", 20),

@@ -416,7 +416,7 @@ def test_it_stays_ordinary_while_others_run(direct_box: Sandbox) -> None:
 
 def test_nobody_is_left_beside_when_the_connection_is_closed(client: int, quiet: list[bool]) -> None:
     before = os.sched_getaffinity(0)
-    connection = Connection()
+    connection = Connection(BesideClient())
     connection.beside.consider(client, IN_A_ROW)
     assert_beside(client)
     connection.close()

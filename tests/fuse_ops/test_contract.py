@@ -69,9 +69,9 @@ class Session:
     used: int = 0
 
 
-@pytest.fixture(scope="module", params=["direct", "pyfuse3"])
+@pytest.fixture(scope="module", params=["direct", "direct,speedups=off", "pyfuse3", "pyfuse3,speedups=off"])
 def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp("session")
     for name in ("lower", "upper", "work"):
         (root / name).mkdir()
     for number in range(_PLACES):

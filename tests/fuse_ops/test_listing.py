@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.sandbox import needs_root
 from unionfs.fuse_ops.options import parse_options
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.listing import DirectListing
 from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
@@ -33,6 +33,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnionTree]:
     tree = open_tree(parse_options(words).options)
     yield tree
     tree.close()
+
+
+def new_listing(tree: UnionTree, kept: listings.Listings | None = None) -> DirectListing:
+    return DirectListing(tree, PackedAttributes(tree.view), 1, 0, UnionRequests(tree, tree.options), kept)
 
 
 def entries(answer: bytes) -> list[tuple[bytes, int]]:
@@ -65,14 +69,16 @@ ALL = sorted([b".", b"..", *(b"%03d" % number for number in range(300))])
 
 
 def test_going_on_needs_nothing_that_was_kept(tree: UnionTree) -> None:
-    first = read(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, 0)
-    rest = read_all(DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead()), tree, first[-1][1])
+    first = read(DirectListing(tree, PackedAttributes(tree.view), 1, 0, UnionRequests(tree, tree.options)), tree, 0)
+    rest = read_all(
+        DirectListing(tree, PackedAttributes(tree.view), 1, 0, UnionRequests(tree, tree.options)), tree, first[-1][1]
+    )
     assert sorted([name for name, _ in first] + rest) == ALL
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgotten: bool) -> None:
-    listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
+    listing = new_listing(tree)
     seen: list[bytes] = []
     offset = 0
     while page := read(listing, tree, offset):
@@ -82,7 +88,7 @@ def test_removing_what_was_read_hides_nothing_of_the_rest(tree: UnionTree, forgo
             if not name.startswith(b"."):
                 tree.unlink(tree.root, name)
         if forgotten:
-            listing = DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead())
+            listing = new_listing(tree)
     assert sorted(seen) == ALL
     assert read_all(listing, tree) == [b".", b".."]
 
@@ -91,7 +97,7 @@ def test_names_of_one_offset_stay_together(tree: UnionTree) -> None:
     # Seven names each: some group would lie across the end of a page.
     def make() -> DirectListing:
         kept = listings.Listings(tree.view, lambda name: 3 + int(name) // 7)
-        return DirectListing(tree, PackedAttributes(tree.view), 1, 0, FileReadAhead(), kept)
+        return new_listing(tree, kept)
 
     listing = make()
     assert sorted(read_all(listing, tree)) == ALL

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from unionfs.errors import OptionError
 from unionfs.fuse_ops.options import (
+    SPEEDUPS,
     MountOptions,
     RedirectMode,
     XattrPermissions,
@@ -107,6 +108,9 @@ def test_unprivileged_dev_and_suid_are_named_as_ignored() -> None:
         ("upperdir=/u,workdir=/w,quota=0,writeback=1", "writeback", True),
         ("quota=4096", "quota_bytes", 0),  # nothing can be written
         ("debug", "debug", True),
+        ("speedups=on", "speedups", SPEEDUPS),
+        ("speedups=off", "speedups", frozenset()),
+        ("speedups=pages+inline", "speedups", frozenset({"pages", "inline"})),
         ("squash_to_root", "squash_uid", 0),
         ("squash_to_root", "squash_gid", 0),
         ("squash_to_uid=7", "squash_uid", 7),
@@ -127,7 +131,7 @@ def test_every_field_can_be_set_by_text() -> None:
             "lowerdir=/m::/d,upperdir=/u,workdir=/w,uidmapping=0:1:2,gidmapping=0:1:2,squash_to_uid=1,"
             "squash_to_gid=1,static_nlink,noacl,noxattrs,xattr_permissions=1,volatile,fsync=0,timeout=1,"
             "redirect_dir=on,metacopy=on,xino=on,userxattr,writeback=0,rw,debug,fsname=n,context=c,"
-            "passthrough=0,transport=pyfuse3,quota=1"
+            "passthrough=0,transport=pyfuse3,quota=1,speedups=off"
         )
     )
     plain = values(parsed("lowerdir=/l"))

@@ -112,7 +112,9 @@ def who_syncs(
     transport = DirectTransport(tree, options)
     transport.mount(f"/dev/fd/{answers}")
     transport.served.patience = patience
-    handle = transport.served.requests.add_file(tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR))
+    handle = transport.served.requests.add_file(
+        tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR), os.O_RDWR, cached=False
+    )
     body = p.FSYNC_IN.pack(handle, flags, 0)
     header = p.IN_HEADER.pack(p.IN_HEADER.size + len(body), code, 1, 1, 0, 0, 7, 0, 0)
     synced: list[tuple[str, bool]] = []

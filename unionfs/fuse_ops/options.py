@@ -31,6 +31,10 @@ class XattrPermissions(IntEnum):
     CONTAINERS = 2  # user.containers.override_stat
 
 
+SPEEDUPS = frozenset({"inline", "late-sync", "pages", "placement", "polling", "readahead"})
+"""What may be left out without another answer (docs/design/speedups.md)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountOptions:
     """One union mount, completely described.
@@ -61,6 +65,7 @@ class MountOptions:
     writeback: bool = True
     passthrough: bool = True
     transport: str = "auto"
+    speedups: frozenset[str] = SPEEDUPS
     read_only: bool = False
     debug: bool = False
     source: str = "unionfs"
@@ -105,6 +110,7 @@ _SETTINGS = _ONCE | {
     "writeback",
     "passthrough",
     "transport",
+    "speedups",
     "debug",
     "fsname",
 }
@@ -286,6 +292,22 @@ class _Words:
             raise OptionError(f"option {_shown(key, value)}: write {key}= with one of {', '.join(allowed)}")
         return value
 
+    def speedups(self) -> frozenset[str]:
+        """``on``, ``off``, or names with ``+`` between them."""
+        value = self.text("speedups")
+        if value in (None, "on"):
+            return SPEEDUPS
+        if value == "off":
+            return frozenset()
+        assert value is not None
+        names = frozenset(value.split("+"))
+        if not names <= SPEEDUPS:
+            raise OptionError(
+                f"option {_shown('speedups', value)}: write speedups=on, speedups=off, or some of "
+                f"{'+'.join(sorted(SPEEDUPS))}"
+            )
+        return names
+
     def switch(self, key: str, default: bool = False) -> bool:
         """``on`` or ``off``."""
         return self.choice(key, ("on", "off"), "on" if default else "off") == "on"
@@ -418,6 +440,7 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         userxattr=words.flag("userxattr"),
         writeback=words.flag("writeback", default=not quota_bytes),
         passthrough=words.flag("passthrough", default=not quota_bytes),
+        speedups=words.speedups(),
         transport=words.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
         read_only=read_only,
         debug=words.flag("debug"),

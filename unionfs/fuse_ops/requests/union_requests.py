@@ -20,6 +20,7 @@ import trio
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import Job
+from unionfs.fuse_ops.requests.observer import Observer
 from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
@@ -47,6 +48,7 @@ class UnionRequests:
         self.tree = tree
         self.options = options
         self.sync = options.fsync and not options.volatile
+        self.observer = Observer()
         self.files: dict[int, OpenFile] = {}
         self.directories: dict[int, OpenDir] = {}
         self._next_handle = 1
@@ -259,11 +261,16 @@ class UnionRequests:
 
     # -- files ------------------------------------------------------------------------------------------------
 
-    def add_file(self, file: OpenFile) -> int:
-        """The handle by which the kernel will name an open file."""
+    def add_file(self, file: OpenFile, flags: int, *, cached: bool) -> int:
+        """The handle by which the kernel will name a file that a client opened with ``flags``.
+
+        ``cached`` if the kernel may keep its contents.
+        """
         handle = self._next_handle
         self._next_handle += 1
         self.files[handle] = file
+        if cached:
+            self.observer.opened(file, flags)
         return handle
 
     def open(self, inode: Inode, flags: int, caller: Caller, *, kill: bool = False) -> OpenFile | Job[OpenFile]:
@@ -308,7 +315,7 @@ class UnionRequests:
         return self.tree.kernel_keeps_time and file.writable and not os.fstat(file.fd).st_blocks
 
     @staticmethod
-    def read_cached(fd: int, offset: int, buffer: bytearray | memoryview) -> int | None:
+    def read_cached(fd: int, buffer: bytearray | memoryview, offset: int) -> int | None:
         """Fill ``buffer`` from the page cache; None if the disk must be waited for.
 
         Returns how many bytes there are, fewer than asked for only at the end of the file.
@@ -326,11 +333,17 @@ class UnionRequests:
             return None
         return count
 
+    def file_to_read(self, handle: int, offset: int, size: int) -> OpenFile:
+        """The file behind ``handle``, of which the kernel asks for ``size`` bytes."""
+        file = self.files[handle]
+        self.observer.reads(file, offset, size)
+        return file
+
     def read(self, handle: int, offset: int, size: int) -> bytes | Job[bytes]:
         """Up to ``size`` bytes, in any kind of buffer; a job where the disk must be waited for."""
-        fd = self.files[handle].fd
+        fd = self.file_to_read(handle, offset, size).fd
         data = bytearray(size)
-        count = self.read_cached(fd, offset, data)
+        count = self.read_cached(fd, data, offset)
         if count is None:
             return Job(lambda: os.pread(fd, size, offset))
         del data[count:]

@@ -124,12 +124,15 @@ def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:
 def _lower_stack(
     options: MountOptions, lowers: list[LayerDir], data: list[LayerDir], xattrs: OverlayXattrs
 ) -> LowerStack:
-    return LowerStack(
+    stack = LowerStack(
         lowers,
         data,
         xattrs,
         follow_redirects=options.redirect_dir is not RedirectMode.NOFOLLOW,
     )
+    if "readahead" not in options.speedups:
+        stack.ahead.close()
+    return stack
 
 
 def _check_upper(options: MountOptions, upper: LayerDir) -> None:

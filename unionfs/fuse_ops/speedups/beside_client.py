@@ -36,11 +36,11 @@ class BesideClient:
     A thread or a process that is started inherits the place: leave it before, or start it by :meth:`outside`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, usable: bool = True) -> None:
         self.active = False
         self.in_doubt = False
         """Others wanted to run when it was looked at last; if they do at the next request too, this is left."""
-        self._usable = True  # until somebody is to be served here
+        self._usable = usable
         self._asked = False
         self._returns = False  # whether the thread itself goes there, since it may go back
         self._thread: IdleThread | None = None

@@ -9,13 +9,87 @@ is locked until it has the answer, and whoever stores into it waits for that, wh
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable
 from typing import Final
 
+from unionfs.fuse_ops.requests.observer import Observer
+from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.speedups.patience import Patience
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.open_files import OpenFile
 
+log = logging.getLogger(__name__)
+
 _SMALL_BYTES: Final = 128 * 1024  # what the kernel reads ahead at once
+
+
+class EarlyPages(Observer):
+    """Gives the kernel small files, and reads those ahead that come after one.
+
+    Args:
+        store: sends contents to the kernel, as those of an inode from its beginning on.
+        read: fills a buffer from an offset of a descriptor and returns how many bytes there are; None where the disk
+            would have to be waited for.
+        patience: says when it may be waited for; without it, ``read`` never waits.
+        ahead: reads files ahead.
+    """
+
+    def __init__(
+        self,
+        store: Callable[[Inode, memoryview], None],
+        read: Callable[[int, memoryview, int], int | None],
+        patience: Patience | None = None,
+        ahead: FileReadAhead | None = None,
+    ) -> None:
+        self._store = store
+        self._read = read
+        self._patience = patience
+        self._ahead = ahead
+        self._buffer: memoryview | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._ahead is not None and self._ahead.busy
+
+    def opened(self, file: OpenFile, flags: int) -> None:
+        """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
+        inode = file.inode
+        if inode.filled or file.writable or (self._patience is not None and not self._patience.may_wait()):
+            return
+        start = time.perf_counter()
+        try:
+            size = size_to_give(file, flags)
+            if size:
+                self._give(file, size)
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", inode.ino, error)
+        if self._patience is not None:
+            self._patience.waited_since(start)
+
+    def _give(self, file: OpenFile, size: int) -> None:
+        if self._ahead is not None:
+            self._ahead.opened(file.inode)
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(_SMALL_BYTES))
+        start = time.perf_counter()
+        count = self._read(file.fd, self._buffer[:size], 0)
+        if count is None:
+            return
+        if self._ahead is not None:
+            self._ahead.took(time.perf_counter() - start)
+        self._store(file.inode, self._buffer[:count])
+        file.inode.filled = True
+
+    def reads(self, file: OpenFile, offset: int, size: int) -> None:
+        if offset == 0:  # so the kernel no longer has what it was given
+            file.inode.filled = False
+
+    def listed(self, directory: Inode, names: list[bytes]) -> None:
+        if self._ahead is not None:
+            self._ahead.listed(directory, names)
 
 
 def size_to_give(file: OpenFile, flags: int) -> int:
@@ -26,22 +100,7 @@ def size_to_give(file: OpenFile, flags: int) -> int:
     inode = file.inode
     if inode.filled or inode.upper or inode.metacopy or file.writable or flags & os.O_DIRECT:
         return 0
-    if not _is_only_user(file):
+    if inode.handles is None or len(inode.handles) != 1:  # somebody else has it open
         return 0
     size_bytes = os.fstat(file.fd).st_size
     return size_bytes if size_bytes <= _SMALL_BYTES else 0
-
-
-def may_still_give(file: OpenFile) -> bool:
-    """Whether that is still so after others had their turn."""
-    return not file.inode.upper and _is_only_user(file)
-
-
-def was_read(inode: Inode) -> None:
-    """The kernel asks for the beginning of a file, so it no longer has what it was given."""
-    inode.filled = False
-
-
-def _is_only_user(file: OpenFile) -> bool:
-    handles = file.inode.handles
-    return handles is not None and len(handles) == 1

@@ -19,9 +19,10 @@ _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so m
 class Patience:
     """Watches who sends requests, and how long waiting takes."""
 
-    __slots__ = ("_not_before", "_sender", "in_a_row")
+    __slots__ = ("_not_before", "_sender", "_usable", "in_a_row")
 
-    def __init__(self) -> None:
+    def __init__(self, *, usable: bool = True) -> None:
+        self._usable = usable
         self._sender = 0
         self.in_a_row = 0  # requests of the same sender before the present one
         self._not_before = 0.0
@@ -40,7 +41,7 @@ class Patience:
 
     def may_wait(self) -> bool:
         """Whether a short wait for the disk is better done here and now."""
-        return self.in_a_row >= _IN_A_ROW and time.perf_counter() >= self._not_before
+        return self._usable and self.in_a_row >= _IN_A_ROW and time.perf_counter() >= self._not_before
 
     def waited_since(self, start: float) -> None:
         """A wait that began when time.perf_counter() was ``start`` is over."""

@@ -270,7 +270,9 @@ class UnionTree:
     def hold_lock(self, fd: int) -> None:
         """Keep the descriptor whose lock says that the work directory is ours; negative when it is not."""
         self._lock_fd = fd
-        if fd >= 0 and self._syncs and self.space is None and not self.options.metacopy and self._may_always_mark:
+        if "late-sync" not in self.options.speedups or fd < 0 or not self._syncs or self.space is not None:
+            return
+        if not self.options.metacopy and self._may_always_mark:
             self.copy_up.unsynced = Unsynced(fd)
 
     @property

@@ -9,8 +9,11 @@ from typing import Any, Final, TypeVar
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import Job, completed, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups.early_pages import EarlyPages
 from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
 from unionfs.fuse_ops.speedups.patience import Patience
+from unionfs.fuse_ops.speedups.short_reads import ShortReads
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import Connection
 from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
@@ -40,12 +43,17 @@ class Mount:
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self.tree = tree
         self.options = options
-        self.connection = Connection()
+        speedups = options.speedups
+        self.connection = Connection(BesideClient(usable="placement" in speedups))
         self.requests = UnionRequests(tree, options)
         tree.inodes.last_close.outside = self.connection.beside.outside
         self.packed = PackedAttributes(tree.view)
-        self.files_ahead = FileReadAhead()
-        self.patience = Patience()
+        self.patience = Patience(usable="inline" in speedups)
+        self.short_reads = ShortReads(self.connection.beside)
+        if "pages" in speedups:
+            ahead = FileReadAhead() if "readahead" in speedups else None
+            store, read = self.connection.store_pages, self.short_reads.read
+            self.requests.observer = EarlyPages(store, read, self.patience, ahead)
         self.passthrough: Passthrough | None = None  # once the kernel has offered it
         self.accepted: Callable[[], None] = lambda: None
         seconds = min(options.timeout_s, 1e18)

@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 class Connection:
     """The way of requests and replies. ``fd`` is negative while there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: BesideClient) -> None:
         self.fd = -1
-        self.beside = BesideClient()
+        self.beside = beside
         self.tells = log.isEnabledFor(logging.DEBUG)
         self._calls = WaitingCalls()
 
@@ -51,6 +51,12 @@ class Connection:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # the program was killed, or the mount is gone
                 log.warning("the kernel does not take an answer: %s", error)
+
+    def store_pages(self, inode: Inode, contents: memoryview) -> None:
+        """Put ``contents`` into the kernel's page cache, from the beginning of ``inode`` on."""
+        length = p.NOTIFY_STORE.size + len(contents)
+        header = p.NOTIFY_STORE.pack(length, p.NOTIFY_STORE_CODE, 0, inode.ino, 0, len(contents), 0)
+        os.writev(self.fd, [header, contents])
 
     def failure(self, request: Request, code: int, error: Exception) -> bytes:
         """The reply for a request that ``error`` has ended."""

@@ -18,7 +18,7 @@ class DirectoryAnswers(Answers):
     def __init__(self, mount: Mount) -> None:
         super().__init__(mount)
         valid = mount.valid_s, mount.valid_ns
-        self._listing = DirectListing(mount.tree, mount.packed, *valid, mount.files_ahead, tick=mount.tick)
+        self._listing = DirectListing(mount.tree, mount.packed, *valid, mount.requests, tick=mount.tick)
 
     def table(self) -> dict[Opcode, Handler]:
         """What is answered here."""

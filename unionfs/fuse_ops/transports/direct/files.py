@@ -11,8 +11,6 @@ import struct
 import time
 from typing import Final
 
-from unionfs.fuse_ops.speedups import early_pages
-from unionfs.fuse_ops.speedups.short_reads import ShortReads
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.answers import NO_REPLY, Answer, Answers, Handler, Mount
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open
@@ -33,7 +31,6 @@ class FileAnswers(Answers):
 
     def __init__(self, mount: Mount) -> None:
         super().__init__(mount)
-        self._short_reads = ShortReads(mount.connection.beside)
         # What is read, behind the header that goes before it, at the start of a page.
         self._page_buffer = memoryview(mmap.mmap(-1, _PAGE + _SHORT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -69,7 +66,8 @@ class FileAnswers(Answers):
                     self._connection.forget_attributes(inode)
         elif mode is None and self._requests.blocks_will_lie(file):
             self._connection.forget_attributes(inode)
-        return self._requests.add_file(file), opened, backing
+        cached = self._mount.keep_cache and opened & Open.KEEP_CACHE
+        return self._requests.add_file(file, flags, cached=bool(cached)), opened, backing
 
     def _open(self, request: Request) -> Answer:
         flags, open_flags = p.OPEN_IN.unpack_from(request.body)
@@ -78,29 +76,7 @@ class FileAnswers(Answers):
         return self._when_done(request, Opcode.OPEN, outcome, lambda file: self._open_reply(request, file, flags))
 
     def _open_reply(self, request: Request, file: OpenFile, flags: int) -> bytes:
-        handle, opened, backing = self._opened(file, flags)
-        if not file.writable and self._mount.keep_cache and opened & Open.KEEP_CACHE:
-            self._give_pages(file, flags)
-        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, handle, opened, backing)
-
-    def _give_pages(self, file: OpenFile, flags: int) -> None:
-        """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
-        if file.inode.filled or not self._mount.patience.may_wait():
-            return
-        start = time.perf_counter()
-        try:
-            size = early_pages.size_to_give(file, flags)
-            if size:
-                self._mount.files_ahead.opened(file.inode)
-                begin = time.perf_counter()
-                count = self._short_reads.read(file.fd, self._page_buffer[_PAGE : _PAGE + size], 0)
-                self._mount.files_ahead.took(time.perf_counter() - begin)
-                store = self._with_header(p.NOTIFY_STORE, count, p.NOTIFY_STORE_CODE, 0, file.inode.ino, 0, count, 0)
-                os.write(self._connection.fd, store)
-                file.inode.filled = True
-        except OSError as error:  # whoever reads gets the error, if it is still there
-            log.debug("nothing of %#x is given to the kernel: %s", file.inode.ino, error)
-        self._mount.patience.waited_since(start)
+        return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file, flags))
 
     def _create(self, request: Request) -> bytes:
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
@@ -126,21 +102,18 @@ class FileAnswers(Answers):
 
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        file = self._requests.files[handle]
-        fd = file.fd
+        fd = self._requests.file_to_read(handle, offset, size).fd
         if size > _LONG_READ:
             self._connection.beside.leave()
-        if offset == 0:
-            early_pages.was_read(file.inode)
         if size > _SHORT_READ:
             return self._connection.answer_in_thread(request, Opcode.READ, lambda: _contents(request, fd, offset, size))
         data = self._page_buffer[_PAGE : _PAGE + size]
         if self._mount.patience.may_wait():
             start = time.perf_counter()
-            count = self._short_reads.read(fd, data, offset)
+            count = self._mount.short_reads.read(fd, data, offset)
             self._mount.patience.waited_since(start)
         else:
-            cached = self._requests.read_cached(fd, offset, data)
+            cached = self._requests.read_cached(fd, data, offset)
             if cached is None:
                 return self._connection.answer_in_thread(
                     request, Opcode.READ, lambda: _contents(request, fd, offset, size)

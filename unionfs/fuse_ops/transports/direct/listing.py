@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from typing import Final
 
-from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
+from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.stack.lower_stack import LowerDir
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
@@ -30,12 +30,12 @@ class DirectListing:
         packed: PackedAttributes,
         valid_s: int,
         valid_ns: int,
-        files: FileReadAhead,
+        requests: UnionRequests,
         listings: Listings | None = None,
         tick: tuple[int, int] = (0, 0),
     ) -> None:
         self._tree = tree
-        self._files = files
+        self._requests = requests
         self._child = packed.child
         self._lower = tree.view.lower
         self._listings = Listings(tree.view) if listings is None else listings
@@ -63,7 +63,7 @@ class DirectListing:
         if position == count:
             self._listings.drop(directory)
             if plus:
-                self._files.listed(directory, names)
+                self._requests.observer.listed(directory, names)
         directories: list[LowerDir] | None = [] if plus and self._lower.ahead.active else None
         header = p.DIRENT.size + (_PLUS_SIZE if plus else 0)
         while position < count:

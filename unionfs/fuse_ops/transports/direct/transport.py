@@ -57,6 +57,7 @@ class DirectTransport:
         self._beside = self._connection.beside
         self._patience = self.served.patience
         self._ahead = tree.view.lower.ahead
+        self._look_again_s = _LOOK_AGAIN_S if "polling" in options.speedups else 0.0
         self._waiting = 0  # requests that are tasks of their own
         self._begun: list[tuple[Request, int, Coroutine[Any, Any, bytes]]] = []  # those that are to become such
         self._ready = select.poll()
@@ -109,7 +110,7 @@ class DirectTransport:
                 if self._stays_beside():
                     continue
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
-                if self._waiting or now() - last > _LOOK_AGAIN_S:
+                if self._waiting or now() - last > self._look_again_s:
                     await trio.lowlevel.wait_readable(fd)
                     beside.slept()
                     until = now() + _LONG_TURN_S
@@ -176,7 +177,7 @@ class DirectTransport:
         if code not in _NOBODYS and (pid or code != Opcode.WRITE):  # the kernel's cache writes by itself too
             before = self._patience.request_from(pid)
             if not before % LOOK_EVERY or self._beside.in_doubt:
-                if self._ahead.busy or self.served.files_ahead.busy:  # those who read want a processor
+                if self._ahead.busy or self.served.requests.observer.busy:  # those who read want a processor
                     before = 0
                 self._beside.consider(pid, before)
         request = Request(unique, node, uid, gid, pid, body)

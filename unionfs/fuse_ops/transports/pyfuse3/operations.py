@@ -16,7 +16,7 @@ import pyfuse3
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.speedups import early_pages
+from unionfs.fuse_ops.speedups.early_pages import EarlyPages
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode
 from unionfs.fuse_ops.tree.listing import is_listed_bare
@@ -62,6 +62,8 @@ class UnionOperations(pyfuse3.Operations):
         self.enable_writeback_cache = options.writeback and not tree.read_only
         self.enable_acl = options.acl and options.xattrs
         self.requests = self._requests = UnionRequests(tree, options)
+        if "pages" in options.speedups:
+            self.requests.observer = EarlyPages(_store_pages, self._requests.read_cached)
         self._tree = tree
         self._timeout_s = options.timeout_s
         self._keep_cache = options.timeout_s > 0
@@ -92,8 +94,8 @@ class UnionOperations(pyfuse3.Operations):
     def _made(self, inode: Inode) -> pyfuse3.EntryAttributes:
         return self._entry(self._requests.made(inode))
 
-    def _file_info(self, file: OpenFile) -> pyfuse3.FileInfo:
-        handle = pyfuse3.FileHandleT(self._requests.add_file(file))
+    def _file_info(self, file: OpenFile, flags: int) -> pyfuse3.FileInfo:
+        handle = pyfuse3.FileHandleT(self._requests.add_file(file, flags, cached=self._keep_cache))
         return pyfuse3.FileInfo(fh=handle, keep_cache=self._keep_cache)
 
     # -- names ------------------------------------------------------------------------------------------------
@@ -256,36 +258,18 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode, file = self._tree.create(self._requests.inode(parent_inode), name, mode, flags, ctx)
-        return self._file_info(file), self._made(inode)
+        return self._file_info(file, flags), self._made(inode)
 
     @_handler
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         file = await completed(self._requests.open(self._requests.inode(inode), flags, ctx))
-        info = self._file_info(file)
+        info = self._file_info(file, flags)
         if self._requests.blocks_will_lie(file):
             pyfuse3.invalidate_inode(inode, attr_only=True)
-        if self._keep_cache:
-            await self._give_pages(inode, file, info.fh, flags)
         return info
-
-    async def _give_pages(
-        self, number: pyfuse3.InodeT, file: OpenFile, handle: pyfuse3.FileHandleT, flags: pyfuse3.FlagT
-    ) -> None:
-        """Put a small file into the kernel's page cache."""
-        try:
-            size = early_pages.size_to_give(file, flags)
-            if size:
-                data = await completed(self._requests.read(handle, 0, size))
-                if early_pages.may_still_give(file):
-                    pyfuse3.notify_store(number, 0, bytes(data))
-                    file.inode.filled = True
-        except OSError as error:  # whoever reads gets the error, if it is still there
-            log.debug("nothing of %#x is given to the kernel: %s", number, error)
 
     @_handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        if off == 0:
-            early_pages.was_read(self._requests.files[fh].inode)
         return await completed(self._requests.read(fh, off, size))
 
     @_handler
@@ -352,3 +336,7 @@ class UnionOperations(pyfuse3.Operations):
     @_handler
     async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
         raise pyfuse3.FUSEError(errno.ENOSYS)  # default_permissions: the kernel decides
+
+
+def _store_pages(inode: Inode, contents: memoryview) -> None:
+    pyfuse3.notify_store(pyfuse3.InodeT(inode.ino), 0, bytes(contents))

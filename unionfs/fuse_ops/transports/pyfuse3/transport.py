@@ -56,7 +56,8 @@ class Pyfuse3Transport:
             accepted()
 
         self._operations.init = init  # type: ignore[method-assign]
-        pyfuse3_waiting.install()
+        if "polling" in self._options.speedups:
+            pyfuse3_waiting.install()
         if self._settling is None:
             await pyfuse3.main()
         else:
