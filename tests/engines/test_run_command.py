@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.engines.images.model import Platform
-from unionfs.engines.run.executable import check_command, foreign_machine
+from unionfs.engines.run.process import check_command, foreign_machine
 from unionfs.engines.run.rootfs import RootFs
 from unionfs.errors import CommandNotExecutableError, CommandNotFoundError
 
@@ -81,7 +81,7 @@ def formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     directory.mkdir()
     for name in ("register", "status"):
         (directory / name).touch()
-    monkeypatch.setattr("unionfs.engines.run.executable._BINFMT_MISC", str(directory))
+    monkeypatch.setattr("unionfs.engines.run.process._BINFMT_MISC", str(directory))
     return directory
 
 

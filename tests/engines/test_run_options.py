@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from unionfs.engines.images.model import ImageConfig
-from unionfs.engines.run import capabilities, seccomp
 from unionfs.engines.run.options import (
     RunOptions,
     Tmpfs,
@@ -20,10 +19,15 @@ from unionfs.engines.run.options import (
     parse_volume,
     read_env_file,
 )
-from unionfs.engines.run.process import arguments, make_process
+from unionfs.engines.run.privileges import (
+    ALL_CAPABILITIES,
+    DEFAULT_CAPABILITIES,
+    choose_capabilities,
+    seccomp_profile,
+)
+from unionfs.engines.run.process import User, arguments, make_process
 from unionfs.engines.run.records import Place, Record
 from unionfs.engines.run.spec import build_spec
-from unionfs.engines.run.users import User
 from unionfs.errors import RunError
 
 IMAGE = ImageConfig.model_validate(
@@ -171,12 +175,12 @@ def test_capabilities() -> None:
     assert "CAP_SYS_ADMIN" not in root["bounding"]
     other = spec(User(uid=5))["process"]["capabilities"]
     assert (other["effective"], other["permitted"]) == ([], [])
-    assert capabilities.chosen([], []) is None
-    assert capabilities.chosen(["net_admin"], ["ALL"]) == ("NET_ADMIN",)
-    assert set(capabilities.chosen([], ["CAP_MKNOD"]) or ()) == set(capabilities.DEFAULT) - {"MKNOD"}
-    assert capabilities.chosen(["all"], []) == capabilities.ALL
+    assert choose_capabilities([], []) is None
+    assert choose_capabilities(["net_admin"], ["ALL"]) == ("NET_ADMIN",)
+    assert set(choose_capabilities([], ["CAP_MKNOD"]) or ()) == set(DEFAULT_CAPABILITIES) - {"MKNOD"}
+    assert choose_capabilities(["all"], []) == ALL_CAPABILITIES
     with pytest.raises(RunError, match="there is no capability"):
-        capabilities.chosen(["FLY"], [])
+        choose_capabilities(["FLY"], [])
 
 
 def test_the_order_of_mounts_is_that_of_depth() -> None:
@@ -194,10 +198,10 @@ def test_namespaces() -> None:
 
 
 def test_refused_calls_can_be_allowed() -> None:
-    assert spec()["linux"]["seccomp"] == seccomp.profile()
+    assert spec()["linux"]["seccomp"] == seccomp_profile()
     assert "seccomp" not in spec(seccomp=False)["linux"]
     # The C library goes on with clone, whose flags can be seen, only if it is told that there is no clone3.
-    rules = {name: rule for rule in seccomp.profile()["syscalls"] for name in rule["names"]}
+    rules = {name: rule for rule in seccomp_profile()["syscalls"] for name in rule["names"]}
     assert rules["clone3"]["errnoRet"] == errno.ENOSYS
 
 

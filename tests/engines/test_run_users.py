@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from unionfs.engines.run.process import User, resolve_user
 from unionfs.engines.run.rootfs import RootFs
-from unionfs.engines.run.users import User, resolve_user
 from unionfs.errors import RunError
 
 PASSWD = """\

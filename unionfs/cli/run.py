@@ -97,7 +97,6 @@ def run(
     """
 
     with _statuses() as ended:
-        from unionfs.engines.run import capabilities
         from unionfs.engines.run.options import (
             RunOptions,
             parse_env,
@@ -106,6 +105,7 @@ def run(
             parse_volume,
             read_env_file,
         )
+        from unionfs.engines.run.privileges import choose_capabilities
         from unionfs.engines.run.records import Record
 
         options = RunOptions(
@@ -122,7 +122,7 @@ def run(
             interactive=interactive,
             terminal=tty,
             init=init,
-            capabilities=capabilities.chosen(cap_add, cap_drop),
+            capabilities=choose_capabilities(cap_add, cap_drop),
             new_privileges=not no_new_privileges,
             seccomp=not no_seccomp,
         )
@@ -151,7 +151,7 @@ def _stands_on(store: LayerStore, image: str, is_layer: bool) -> tuple[str, Imag
     """(chain id, configuration) of what the person named."""
     from unionfs.engines.images.model import ImageConfig
     from unionfs.engines.images.store import ImageStore
-    from unionfs.engines.run.executable import foreign_machine
+    from unionfs.engines.run.process import foreign_machine
 
     if is_layer:
         return find_layer(store, image).chain_id, ImageConfig.model_validate({})
@@ -163,11 +163,10 @@ def _stands_on(store: LayerStore, image: str, is_layer: bool) -> tuple[str, Imag
 
 def _run(root: str | None, driver: str, prepare: Callable[[LayerStore, Containers], Ready]) -> int:
     """Prepare a container, run it and clean up, with the store open before and after."""
-    from unionfs.engines.run.containers import Containers
+    from unionfs.engines.run.containers import Containers, open_when_free
     from unionfs.engines.run.foreground import run_in_foreground
     from unionfs.engines.run.guard import Guard
     from unionfs.engines.run.user_namespace import is_rootless, must_enter, run_inside
-    from unionfs.engines.run.waiting import open_when_free
 
     if must_enter():
         return run_inside([sys.executable, *sys.orig_argv[1:]])

@@ -64,6 +64,29 @@ def write_file(path: str, contents: bytes) -> None:
         os.close(fd)
 
 
+def replace_file(path: str, contents: bytes, mode: int = 0o600) -> None:
+    """Write a file, which takes its name when it is on stable storage.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    parent = os.path.dirname(path)
+    # Docker's name for such a file, which it ignores where it reads a directory.
+    fd, begun = tempfile.mkstemp(prefix=".tmp-", dir=parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(contents)
+            file.flush()
+            os.fsync(fd)
+        os.replace(begun, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(begun)
+        raise
+    sync_dir(parent)
+
+
 def move(old: str, new: str) -> None:
     """Rename without replacing anything, and make that last. Both paths are on one file system.
 

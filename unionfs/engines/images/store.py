@@ -28,7 +28,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unionfs.engines.images.model import MAX_CONFIG_BYTES, Image, digest_of, first_problem, parse_image
 from unionfs.engines.images.reference import Reference, parse_reference
-from unionfs.engines.images.safe_files import replace_file
 from unionfs.errors import (
     ImageError,
     ImageInUseError,
@@ -37,7 +36,7 @@ from unionfs.errors import (
     MetadataError,
 )
 from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore, Problem, create_chain_id
-from unionfs.layers.disk import delete, ensure_dir, sync_dir
+from unionfs.layers.disk import delete, ensure_dir, replace_file, sync_dir
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
 _log = logging.getLogger(__name__)

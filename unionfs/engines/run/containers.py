@@ -10,26 +10,28 @@ import errno
 import json
 import logging
 import os
+import random
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from unionfs.engines.run import host_files, spec
-from unionfs.engines.run.executable import check_command
-from unionfs.engines.run.process import make_process
+from unionfs.engines.run import spec
+from unionfs.engines.run.process import check_command, make_process, resolve_user
 from unionfs.engines.run.records import Place, Record, Running, boot_id
 from unionfs.engines.run.rootfs import RootFs
 from unionfs.engines.run.runtime import Runtime, find_runtime
-from unionfs.engines.run.users import resolve_user
-from unionfs.errors import MountNameConflictError, RunError, UnionfsError
-from unionfs.layers import LayerStore, RWLayer
+from unionfs.errors import MountNameConflictError, RunError, StoreLockedError, UnionfsError
+from unionfs.layers import LayerStore, RWLayer, open_store
 from unionfs.layers.metadata import Unreadable
 from unionfs.layers.random_ids import INIT_SUFFIX
 
 _log = logging.getLogger(__name__)
 
+_MAX_WAIT_S = 180.0
+"""For twenty others that start at once on a slow machine; a long pull is not waited for."""
 _SHORT_DIGITS = 12  # of an id as a host name
 
 
@@ -188,7 +190,7 @@ class Containers:
                     rootfs.make_dir(process.cwd)
                 except OSError as error:
                     raise RunError(f"working directory {process.cwd}: {error.strerror}; give another (-w)") from error
-        host_files.write_host_files(place.path, hostname, options.network)
+        spec.write_host_files(place.path, hostname, options.network)
         made = spec.build_spec(
             process,
             options,
@@ -339,3 +341,28 @@ def _init_program() -> str:
         if path is not None:
             return path
     raise RunError("--init needs the program catatonit; install it: apt install catatonit")
+
+
+@contextmanager
+def open_when_free(root: str | None, driver: str, max_wait_s: float = _MAX_WAIT_S) -> Iterator[LayerStore]:
+    """The store, as soon as nobody has it open: containers that start and end side by side take turns.
+
+    Args:
+        root, driver: see :func:`unionfs.layers.open_store`.
+        max_wait_s: how long to wait.
+
+    Raises:
+        StoreLockedError: somebody still has it open.
+    """
+    deadline = time.monotonic() + max_wait_s
+    while True:
+        try:
+            store = open_store(root, driver)
+            break
+        except StoreLockedError:
+            if time.monotonic() > deadline:
+                raise
+        # Not in step with the others who wait.
+        time.sleep(random.uniform(0.01, 0.05))
+    with store:
+        yield store

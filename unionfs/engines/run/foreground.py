@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import struct
 import subprocess
+import termios
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from unionfs.engines.run.console import pass_size_on, terminal_restored
 from unionfs.engines.run.containers import Ready
+from unionfs.engines.run.rootfs import RootFs
 from unionfs.engines.run.runtime import failure
 from unionfs.errors import RunError
 
@@ -23,7 +27,8 @@ _FORWARDED = {
 }
 _ENDING = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 _SI_KERNEL = 0x80  # asm-generic/siginfo.h: sent by the kernel, as by a terminal to its whole foreground group
-_PATIENCE = 3
+_PSEUDO_TERMINALS = range(136, 144)  # linux/major.h: UNIX98_PTY_SLAVE_MAJOR
+_REQUESTS_TO_KILL = 3
 """A person who asks that often wants it to end now: process 1 of a container ignores what it has no handler for."""
 
 
@@ -43,14 +48,14 @@ def run_in_foreground(ready: Ready) -> int:
         nonlocal asked
         asked += number in _ENDING
         if number == signal.SIGWINCH and ready.terminal:
-            pass_size_on(place.pid_file)
-        elif asked >= _PATIENCE:
+            _pass_size_on(place.pid_file)
+        elif asked >= _REQUESTS_TO_KILL:
             runtime.kill(ready.mount_id, "KILL")
         elif not from_terminal:
             # The runtime passes it on to the container.
             process.send_signal(number)
 
-    with terminal_restored(), supervise() as supervisor:
+    with _terminal_restored(), supervise() as supervisor:
         process = subprocess.Popen(
             command,
             stdin=None if ready.interactive or ready.terminal else subprocess.DEVNULL,
@@ -104,3 +109,41 @@ def supervise() -> Iterator[Supervisor]:
         while signal.sigtimedwait(signals, 0) is not None:
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _terminal_restored() -> Iterator[None]:
+    """Our terminal's settings are afterwards what they were, even if the runtime was killed."""
+    try:
+        before = termios.tcgetattr(0)
+    except termios.error:
+        yield
+        return
+    try:
+        yield
+    finally:
+        # From the background, this would stop us.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+        with suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSANOW, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _pass_size_on(pid_file: str) -> None:
+    """Give the container's terminal the size of ours.
+
+    runc does so by itself; crun (1.8) only at the start. Nothing is done while there is no container.
+
+    Args:
+        pid_file: with the number of the container's process 1.
+    """
+    with suppress(OSError, ValueError):
+        size = os.get_terminal_size(0)
+        with open(pid_file, encoding="ascii") as file:
+            pid = int(file.read())
+        with RootFs(f"/proc/{pid}/root") as rootfs:
+            console = rootfs.open_device("/dev/console", _PSEUDO_TERMINALS)
+        try:
+            fcntl.ioctl(console, termios.TIOCSWINSZ, struct.pack("HHHH", size.lines, size.columns, 0, 0))
+        finally:
+            os.close(console)

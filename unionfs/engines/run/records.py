@@ -22,10 +22,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unionfs.engines.images.model import ImageConfig
-from unionfs.engines.images.safe_files import replace_file
 from unionfs.engines.run.options import RunOptions
 from unionfs.errors import RunError
-from unionfs.layers.disk import ensure_dir
+from unionfs.layers.disk import ensure_dir, replace_file
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -1,4 +1,4 @@
-"""The runtime configuration (``config.json``) from which crun or runc makes a container.
+"""The runtime configuration (``config.json``) from which crun or runc makes a container, and the files it shows there.
 
 Format: OCI runtime specification 1.0, config.md and config-linux.md.
 """
@@ -6,14 +6,19 @@ Format: OCI runtime specification 1.0, config.md and config-linux.md.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
-from unionfs.engines.run import capabilities, host_files, seccomp
 from unionfs.engines.run.options import RunOptions
+from unionfs.engines.run.privileges import DEFAULT_CAPABILITIES, held_capabilities, seccomp_profile
 from unionfs.engines.run.process import Process
 
 INIT_PATH = "/dev/init"
 """Where the process 1 of :attr:`RunOptions.init` is shown; below ``/dev`` it needs no file in the image."""
+
+HOST_FILES = ("hosts", "hostname", "resolv.conf")
+"""What belongs to the machine that a container runs on; mounted over those in its ``/etc``."""
+
+_LOCALHOST = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 # The kernel's files that tell about the host or change it, and that no namespace covers.
 _MASKED_PATHS = (
@@ -53,7 +58,7 @@ def build_spec(
         process: what is started.
         options: what a person asked for.
         rootfs: the mounted root file system.
-        files: the directory with the files of :mod:`unionfs.engines.run.host_files`.
+        files: the directory with :data:`HOST_FILES`.
         hostname: the container's.
         init: the program that becomes process 1; empty for none.
         window: the size of the terminal.
@@ -69,7 +74,7 @@ def build_spec(
         "rootfsPropagation": "rslave",
     }
     if options.seccomp:
-        linux["seccomp"] = seccomp.profile()
+        linux["seccomp"] = seccomp_profile()
     return {
         "ociVersion": "1.0.0",
         "hostname": hostname,
@@ -81,8 +86,8 @@ def build_spec(
 
 
 def _process(process: Process, options: RunOptions, init: str, window: os.terminal_size | None) -> dict[str, Any]:
-    wanted = capabilities.DEFAULT if options.capabilities is None else options.capabilities
-    possible = capabilities.held()
+    wanted = DEFAULT_CAPABILITIES if options.capabilities is None else options.capabilities
+    possible = held_capabilities()
     names = [f"CAP_{name}" for name in wanted if name in possible]
     # Only root has them from the start; another user gets them from setuid programs and file capabilities.
     own = names if process.user.uid == 0 else []
@@ -119,7 +124,7 @@ def _mounts(options: RunOptions, files: str, init: str, rootless: bool) -> list[
     else:
         found.append(_mount("/sys", "sysfs", *_SAFE, "ro"))
         found.append(_mount("/sys/fs/cgroup", "cgroup", *_SAFE, "relatime", "ro"))
-    for name in host_files.NAMES:
+    for name in HOST_FILES:
         found.append(_bind(os.path.join(files, name), f"/etc/{name}", read_only=options.read_only))
     if init:
         found.append(_bind(init, INIT_PATH, read_only=True))
@@ -145,7 +150,41 @@ def _bind(source: str, destination: str, read_only: bool, extra: tuple[str, ...]
 def mount_points(options: RunOptions) -> tuple[list[str], list[str]]:
     """(directories, files) that have to be in the root file system for the mounts of :func:`build_spec`."""
     directories = ["/proc", "/dev", "/sys", "/etc", *(one.destination for one in options.tmpfs)]
-    files = [f"/etc/{name}" for name in host_files.NAMES]
+    files = [f"/etc/{name}" for name in HOST_FILES]
     for volume in options.volumes:
         (directories if os.path.isdir(volume.source) else files).append(volume.destination)
     return directories, files
+
+
+def write_host_files(directory: str, hostname: str, network: Literal["host", "none"]) -> None:
+    """Write the files of :data:`HOST_FILES`.
+
+    Args:
+        directory: where to.
+        hostname: the container's.
+        network: with the host's, its names and name servers count in the container too.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    shared = network == "host"
+    hosts = (_host_file("/etc/hosts") if shared else b"") or _LOCALHOST.encode()
+    if not hosts.endswith(b"\n"):
+        hosts += b"\n"
+    _write(directory, "hosts", hosts + f"127.0.1.1\t{hostname}\n".encode())
+    _write(directory, "hostname", f"{hostname}\n".encode())
+    _write(directory, "resolv.conf", _host_file("/etc/resolv.conf") if shared else b"")
+
+
+def _host_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _write(directory: str, name: str, contents: bytes) -> None:
+    with open(os.path.join(directory, name), "wb") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(contents)
