@@ -24,6 +24,7 @@ from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
+from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import CONTENTS, Need
@@ -38,12 +39,11 @@ _LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for lar
 class CopyUp:
     """Copies objects up, one after the other or in three steps: :meth:`begin`, ``job.run()``, :meth:`finish`."""
 
-    def __init__(self, view: MergedView, accounts: Accounts) -> None:
+    def __init__(self, view: MergedView, hard_links: HardLinks, accounts: Accounts) -> None:
         self._view = view
         self._accounts = accounts
         self.origins = Origins(view, accounts)
-        self._placing = Placing(view, self.origins, self.copy_directory, accounts)
-        view.link_held = self._placing.link_held
+        self._placing = Placing(view, self.origins, self.copy_directory, hard_links, accounts)
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
 
@@ -62,6 +62,11 @@ class CopyUp:
     def needs(self, inode: Inode, need: Need = CONTENTS) -> bool:
         """Whether ``inode`` has to be copied up before it can be changed."""
         return not inode.upper or (need.data and (inode.metacopy or inode.unsynced))
+
+    def place_names(self, inode: Inode) -> None:
+        """Make those names of a copied-up, hard-linked file that were looked up since links of the upper file."""
+        while inode.unplaced:
+            self._placing.link(inode, *next(iter(inode.unplaced)))
 
     def may_sync_later(self, inode: Inode, st: os.stat_result) -> bool:
         """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
@@ -114,6 +119,7 @@ class CopyUp:
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
+        self.place_names(inode)
         if not self.needs(inode, need):
             return None
         size_bytes = self._accounts.require_copy(inode, need)
@@ -289,7 +295,7 @@ class CopyUp:
         """
         if inode.unsynced:
             self.ensure(inode)
-        if not inode.metacopy or (inode.orphan and inode.hold is None):
+        if not inode.metacopy or (inode.orphan and inode.staged_link is None):
             return
         path, _ = self._view.proc_path(inode)
         name = inode.name

@@ -11,6 +11,7 @@ from typing import Final
 from unionfs.fuse_ops.copy_up.origins import Origins
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
+from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 
@@ -24,9 +25,15 @@ class Placing:
     """
 
     def __init__(
-        self, view: MergedView, origins: Origins, copy_directory: Callable[[Inode], int], accounts: Accounts
+        self,
+        view: MergedView,
+        origins: Origins,
+        copy_directory: Callable[[Inode], int],
+        hard_links: HardLinks,
+        accounts: Accounts,
     ) -> None:
         self._view = view
+        self._hard_links = hard_links
         self._accounts = accounts
         self._origins = origins
         self._copy_directory = copy_directory
@@ -57,13 +64,13 @@ class Placing:
     def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
         """Make ``new`` the upper object of ``inode``, whose lower one has ``st``, at all its places."""
         if inode.may_have_other_names(st):
-            self._hold(upper, inode, new, st)
+            self._stage(upper, inode, new, st)
         elif inode.parent is not None:
             parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
             self._unseen(inode.parent, lambda: upper.place(new, parent_fd, name))
             self._placed(inode)
         else:  # unlinked in the meantime, but still open
-            upper.hold(new)  # a file that never had a name could be given one later
+            upper.stage(new)  # a file that never had a name could be given one later
             inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
             os.unlink(new.temp, dir_fd=upper.work_fd)
             inode.upper = True
@@ -76,32 +83,36 @@ class Placing:
         if inode.has_origin and inode.parent is not None:
             self._origins.mark_impure(inode.parent)
 
-    def _hold(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
-        # The copy stays in the work directory for as long as the mount lives, and every name that is looked up becomes
-        # a link to it. So they remain one file, also those that nobody has looked up yet.
-        upper.hold(new)
-        inode.hold = new.temp
+    def _stage(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+        # The copy stays in the work directory for as long as there may be names of it, and every name that is looked up
+        # finds it, and becomes a link to it before anything is changed. So they remain one file.
+        upper.stage(new)
+        inode.staged_link = new.temp
         inode.upper = True
         if inode.nlink is None:
             inode.nlink = st.st_nlink
         try:
             for parent, name in list(inode.places()):
-                self.link_held(inode, parent, name)
+                self.link(inode, parent, name)
         except BaseException:
-            inode.hold, inode.upper = None, False
+            inode.staged_link, inode.upper = None, False
             raise
+        if inode.orphan:  # unlinked in the meantime, but still open
+            self._hard_links.lost_name(inode)
 
-    def link_held(self, inode: Inode, parent: Inode, name: bytes) -> None:
+    def link(self, inode: Inode, parent: Inode, name: bytes) -> None:
         """Give a copied-up, hard-linked file its name in the upper directory."""
-        hold, upper = inode.hold, self._view.upper
-        assert hold is not None and upper is not None
+        staged, upper = inode.staged_link, self._view.upper
+        assert staged is not None and upper is not None
         parent_fd, work_fd = self._copy_directory(parent), upper.work_fd
 
         def link() -> None:
             with contextlib.suppress(FileExistsError):
-                os.link(hold, name, src_dir_fd=work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
+                os.link(staged, name, src_dir_fd=work_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
 
         self._view.unnoticed(inode, lambda: self._unseen(parent, link))
+        if inode.unplaced:
+            inode.unplaced.discard((parent, name))
         self._accounts.changed(parent)
 
     def _unseen(self, directory: Inode, make: Callable[[], None]) -> None:

@@ -86,7 +86,7 @@ class LimitedAccounts(Accounts):
             self._limit.named(st.st_ino)
 
     def removing(self, inode: Inode | None, remove: Callable[[], None]) -> None:
-        if inode is None or not inode.upper or inode.orphan:
+        if inode is None or not inode.upper or (inode.orphan and inode.staged_link is None):
             remove()
             return
         dir_fd, name = self._view.upper_at(inode)

@@ -188,9 +188,22 @@ class UnionRequests:
                 if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
                     return self._copied_up(inode, for_name(unsynced=inode.unsynced), ready)
             self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
-            return None
+            return self._searched_links()
 
         return ready()
+
+    def unlink(self, directory: Inode, name: bytes) -> Job[None] | None:
+        """Remove a name that is not a directory's."""
+        self.tree.unlink(directory, name)
+        return self._searched_links()
+
+    def _searched_links(self) -> Job[None] | None:
+        """Look for further names of a file of which the last known one was removed, where there may be such."""
+        links = self.tree.hard_links
+        search = links.begin_search()
+        if search is None:
+            return None
+        return Job(search, links.finish_search, failed=lambda: links.finish_search(None))
 
     # -- attributes -------------------------------------------------------------------------------------------
 

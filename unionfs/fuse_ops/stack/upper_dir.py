@@ -65,7 +65,7 @@ class UpperDir:
         return b"/proc/self/fd/%d/%s" % (self.work_fd, name)
 
     def new_file(self) -> NewFile:
-        """Make an empty file; it gets its place by :meth:`place`, or a name in the work directory by :meth:`hold`.
+        """Make an empty file; it gets its place by :meth:`place`, or a name in the work directory by :meth:`stage`.
 
         It has no name until then where the file system can do that. That is cheaper, above all to sync, since some
         file systems sync the directory of a new name with it: ext4 without a journal takes nearly twice as long for
@@ -83,7 +83,7 @@ class UpperDir:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         return NewFile(os.open(temp, flags, 0o600, dir_fd=self.work_fd), temp, named=True)
 
-    def hold(self, new: NewFile) -> None:
+    def stage(self, new: NewFile) -> None:
         """Give ``new`` its name in the work directory, if it has none."""
         if not new.named:
             os.link(b"/proc/self/fd/%d" % new.fd, new.temp, dst_dir_fd=self.work_fd)
@@ -96,7 +96,7 @@ class UpperDir:
                 os.link(b"/proc/self/fd/%d" % new.fd, name, dst_dir_fd=dir_fd)
                 return
             except FileExistsError:  # only a rename replaces something
-                self.hold(new)
+                self.stage(new)
         self.install(self.work_fd, new.temp, dir_fd, name, directory=False)
 
     def discard(self, name: bytes) -> None:

@@ -12,6 +12,7 @@ from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Override
+from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import METADATA
@@ -43,8 +44,9 @@ def check_new_name(name: bytes) -> None:
 class NamespaceChanges:
     """Creates and removes objects in the upper layer so that the merged tree changes as a plain one would."""
 
-    def __init__(self, view: MergedView, copy_up: CopyUp, accounts: Accounts) -> None:
+    def __init__(self, view: MergedView, copy_up: CopyUp, hard_links: HardLinks, accounts: Accounts) -> None:
         self._view = view
+        self._hard_links = hard_links
         self._accounts = accounts
         self._copy_up = copy_up
         self._server_ids = (os.geteuid(), os.getegid())
@@ -158,14 +160,14 @@ class NamespaceChanges:
         check_new_name(name)
         self._require_free(directory, name)
         self._accounts.require_entry()
-        unnamed = inode.orphan and inode.hold is None
+        unnamed = inode.orphan and inode.staged_link is None
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._copy_up.ensure(inode, METADATA)
         self._copy_up.detach(inode)
         directory_fd = self._copy_up.ensure_directory(directory)
         source, follow = self._view.proc_path(inode)
-        if inode.hold is None and inode.key is None:
+        if inode.staged_link is None and inode.key is None:
             st = self._view.real_stat(inode)
             self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
         # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
@@ -327,9 +329,10 @@ class NamespaceChanges:
     def _remove_name(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
         is_dir = inode.kind == stat.S_IFDIR
         directory_fd = self._copy_up.ensure_directory(directory)
-        hides = not inode.upper or self.hides_lower(directory, name)
+        is_placed = inode.upper and (inode.unplaced is None or (directory, name) not in inode.unplaced)
+        hides = not is_placed or self.hides_lower(directory, name)
         self.keep_for_users(inode)
-        if not inode.upper:
+        if not is_placed:
             upper.whiteout(directory_fd, name)
         elif hides:
             upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
@@ -355,7 +358,7 @@ class NamespaceChanges:
 
     def keep_for_users(self, inode: Inode) -> None:
         """Before the last name of an upper object goes: keep a descriptor, if someone can still ask for it."""
-        if not inode.upper or inode.hold is not None or inode.orphan_fd >= 0 or not inode.needed:
+        if not inode.upper or inode.staged_link is not None or inode.orphan_fd >= 0 or not inode.needed:
             return
         if inode.aliases:
             return
@@ -380,18 +383,9 @@ class NamespaceChanges:
         inode.remove_place(directory, name)
         if inode.unsynced and inode.orphan:
             self._copy_up.forget_unsynced(inode)
-        if inode.hold is not None and inode.nlink == 0:
-            self._release_hold(inode)
+        if inode.staged_link is not None:
+            self._hard_links.lost_name(inode)
         elif inode.orphan_fd >= 0 and inode.parent is not None:
             os.close(inode.orphan_fd)
             inode.orphan_fd = -1
         view.inodes.drop_if_unneeded(inode)
-
-    def _release_hold(self, inode: Inode) -> None:
-        upper = self._view.upper
-        assert upper is not None
-        assert inode.hold is not None
-        if inode.needed:
-            inode.orphan_fd = os.open(inode.hold, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
-        os.unlink(inode.hold, dir_fd=upper.work_fd)
-        inode.hold = None

@@ -46,7 +46,6 @@ class Inode:
         "fresh",
         "handles",
         "has_origin",
-        "hold",
         "impure",
         "index",
         "ino",
@@ -66,6 +65,8 @@ class Inode:
         "parent",
         "redirect",
         "stack_path",
+        "staged_link",
+        "unplaced",
         "unsynced",
         "upper",
         "xwhiteouts",
@@ -91,7 +92,9 @@ class Inode:
         self.metacopy = False  # the object has metadata only
         self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
         self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
-        self.hold: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
+        self.staged_link: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
+        # Names of such a file that were looked up since, and are no links of the upper one as long as nothing changes.
+        self.unplaced: set[tuple[Inode, bytes]] | None = None
         self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
         self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities
         # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
@@ -164,6 +167,8 @@ class Inode:
             del parent.children[name]
         if self.aliases:
             self.aliases.discard((parent, name))
+        if self.unplaced:
+            self.unplaced.discard((parent, name))
         if self.parent is parent and self.name == name:
             self.parent, self.name = self.aliases.pop() if self.aliases else (None, b"")
             if not self.aliases:
@@ -243,11 +248,17 @@ class InodeTable:
         inode.key = real
         self._by_file[real] = inode
 
+    def forget_links(self, inode: Inode) -> None:
+        """Let further names of the file that ``inode`` was find another one."""
+        if inode.key is not None and self._by_file.get(inode.key) is inode:
+            del self._by_file[inode.key]
+        inode.key = None
+
     def drop_if_unneeded(self, inode: Inode) -> None:
         """Forget ``inode``, and the directories that were only kept for it."""
         node: Inode | None = inode
         while node is not None and not node.needed and node.ino != ROOT_INO and node.ino in self._by_ino:
-            if node.hold is not None or node.nlink:
+            if node.staged_link is not None or node.nlink:
                 return  # names of it that were not looked up yet must still find it
             parent = node.parent
             if node.aliases:
@@ -257,8 +268,7 @@ class InodeTable:
             if parent is not None and parent.children is not None and parent.children.get(node.name) is node:
                 del parent.children[node.name]
             del self._by_ino[node.ino]
-            if node.key is not None and self._by_file.get(node.key) is node:
-                del self._by_file[node.key]
+            self.forget_links(node)
             if node.orphan_fd >= 0:
                 self.last_close(node.orphan_fd)
                 node.orphan_fd = -1

@@ -52,7 +52,6 @@ class MergedView:
         self.trusts_blocks = True
         # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
         self.kernel_keeps_time = options.writeback
-        self.link_held: Callable[[Inode, Inode, bytes], None] | None = None  # set by CopyUp
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
         numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
         self.inodes = InodeTable(numbers)
@@ -105,8 +104,8 @@ class MergedView:
         assert self.upper is not None
         if inode.ino == ROOT_INO:
             return self.upper.layer.fd, b"."
-        if inode.hold is not None:
-            return self.upper.work_fd, inode.hold
+        if inode.staged_link is not None:
+            return self.upper.work_fd, inode.staged_link
         if inode.parent is None:
             raise enoent(inode.name)
         return self.upper_dir_fd(inode.parent), inode.name
@@ -221,9 +220,11 @@ class MergedView:
             if st.st_nlink > 1:
                 known = self.inodes.linked(real)
                 if known is not None:
-                    if known.hold is not None and self.link_held is not None:
-                        self.link_held(known, directory, name)
                     known.add_place(directory, name)
+                    if known.staged_link is not None:
+                        if known.unplaced is None:
+                            known.unplaced = set()
+                        known.unplaced.add((directory, name))
                     return known
             inode = self.inodes.new(kind, self.inodes.numbers.of(real))
             inode.lower = (hit.layer, hit.path)

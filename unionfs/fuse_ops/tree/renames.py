@@ -10,6 +10,7 @@ from unionfs.fuse_ops.copy_up.copy_up import NO_ROOM_FOR_PATH, CopyUp
 from unionfs.fuse_ops.options import RedirectMode
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges, check_new_name
+from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
 from unionfs.fuse_ops.tree.need import METADATA
@@ -20,8 +21,16 @@ from unionfs.overlay.format import WHITEOUT_DEVICE
 class Renames:
     """Moves objects; directories keep what the lower layers have in them, without copying it."""
 
-    def __init__(self, view: MergedView, copy_up: CopyUp, changes: NamespaceChanges, accounts: Accounts) -> None:
+    def __init__(
+        self,
+        view: MergedView,
+        copy_up: CopyUp,
+        changes: NamespaceChanges,
+        hard_links: HardLinks,
+        accounts: Accounts,
+    ) -> None:
         self._view = view
+        self._hard_links = hard_links
         self._accounts = accounts
         self._copy_up = copy_up
         self._changes = changes
@@ -112,6 +121,7 @@ class Renames:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from None
             raise
         inode.redirect = redirect
+        self._hard_links.redirects.add(redirect)
 
     def _move(
         self,

@@ -23,6 +23,7 @@ from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges
+from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.metadata import AttributeChange, MetadataChanges
@@ -65,9 +66,10 @@ class UnionTree:
         self.root = self.view.root
         self.inodes = self.view.inodes
         self._accounts = make_accounts(self.view)
-        self.copy_up = CopyUp(self.view, self._accounts)
-        self._changes = NamespaceChanges(self.view, self.copy_up, self._accounts)
-        self._renames = Renames(self.view, self.copy_up, self._changes, self._accounts)
+        self.hard_links = HardLinks(self.view, self._accounts)
+        self.copy_up = CopyUp(self.view, self.hard_links, self._accounts)
+        self._changes = NamespaceChanges(self.view, self.copy_up, self.hard_links, self._accounts)
+        self._renames = Renames(self.view, self.copy_up, self._changes, self.hard_links, self._accounts)
         self._metadata = MetadataChanges(self.view, self.copy_up, self._accounts)
 
     @property
@@ -292,9 +294,13 @@ class UnionTree:
             if inode.orphan_fd >= 0:
                 os.close(inode.orphan_fd)
                 inode.orphan_fd = -1
-            if inode.hold is not None and self._upper is not None:
-                self._upper.discard(inode.hold)
-                inode.hold = None
+            if inode.staged_link is not None and self._upper is not None:
+                try:
+                    self.copy_up.place_names(inode)
+                except OSError as error:
+                    log.warning("%s is unchanged under further names: %s", os.fsdecode(inode.path()), error.strerror)
+                self._upper.discard(inode.staged_link)
+                inode.staged_link = None
         self.inodes.last_close.wait()
         if self._upper is not None and self._syncs:
             self._sync_all(self._upper.layer.readable_fd)

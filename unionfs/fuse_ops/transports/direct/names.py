@@ -79,9 +79,9 @@ class NameAnswers(Answers):
         target = request.name(len(name) + 1)
         return self._new_entry(request, self._tree.symlink(self._inode(request), name, target, request))
 
-    def _unlink(self, request: Request) -> bytes:
-        self._tree.unlink(self._inode(request), request.name())
-        return self.empty(request)
+    def _unlink(self, request: Request) -> Answer:
+        outcome = self._requests.unlink(self._inode(request), request.name())
+        return self._empty_when_done(request, Opcode.UNLINK, outcome)
 
     def _rmdir(self, request: Request) -> bytes:
         self._tree.rmdir(self._inode(request), request.name())

@@ -160,7 +160,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
-        self._tree.unlink(self._requests.inode(parent_inode), name)
+        await completed(self._requests.unlink(self._requests.inode(parent_inode), name))
 
     @_handler
     async def rmdir(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:

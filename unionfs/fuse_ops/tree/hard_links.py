@@ -1,0 +1,112 @@
+"""Copied-up files of several names: they stay one file while mounted, for as long as a name is left.
+
+The copy has a name of its own in the work directory, so that a name which somebody looks up later finds it. When the
+last one that was looked up is removed, there may be others that nobody looked up, or names outside of the layer that
+count as links all the same. The layers are searched then, since a copy that nobody can find must not take room.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from functools import partial
+
+from unionfs.fuse_ops.stack.link_index import LinkIndex, index_links
+from unionfs.fuse_ops.tree.accounts import Accounts
+from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
+
+LinkSearch = Callable[[], LinkIndex]
+"""The search, which knows descriptors only: any thread may call it. It raises nothing."""
+
+
+class HardLinks:
+    """The staged links of one tree: those names in the work directory."""
+
+    def __init__(self, view: MergedView, accounts: Accounts) -> None:
+        self._view = view
+        self._accounts = accounts
+        self._nameless: list[Inode] = []  # of which it is not known whether they have a name
+        self._indexes: dict[int, LinkIndex] = {}  # by device
+        self._searching = -1  # the device of which one is made
+        self.redirects: set[bytes] = set()  # made in this mount
+
+    def lost_name(self, inode: Inode) -> None:
+        """A name of ``inode``, which has a staged link, was removed."""
+        if inode.nlink == 0:
+            self._release(inode)
+        elif inode.orphan:
+            self._nameless.append(inode)
+
+    def _release(self, inode: Inode) -> None:
+        upper = self._view.upper
+        assert upper is not None
+        assert inode.staged_link is not None
+        if inode.needed:
+            inode.orphan_fd = os.open(inode.staged_link, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
+        os.unlink(inode.staged_link, dir_fd=upper.work_fd)
+        inode.staged_link = None
+        inode.nlink = 0
+        self._view.inodes.forget_links(inode)
+
+    def begin_search(self) -> LinkSearch | None:
+        """What has to be searched now that names were removed; None: nothing. Then :meth:`finish_search`."""
+        if not self._nameless or self._searching >= 0:
+            return None
+        self._release_nameless()
+        if not self._nameless:
+            return None
+        upper, key = self._view.upper, self._nameless[0].key
+        assert upper is not None
+        assert key is not None
+        self._searching, known = key
+        fds = [entry.layer.readable_fd for entry in self._view.lower.root if entry.layer.device == self._searching]
+        upper_fd, spaces = upper.layer.readable_fd, self._view.lower.spaces
+        return lambda: index_links(fds, upper_fd, spaces, known)
+
+    def finish_search(self, index: LinkIndex | None) -> None:
+        """The search has found ``index``; None: it was not made."""
+        if index is not None:
+            self._indexes[self._searching] = index
+        self._searching = -1
+        self._release_nameless()
+
+    def _release_nameless(self) -> None:
+        left = []
+        for inode in self._nameless:
+            if inode.staged_link is None or inode.key is None or not inode.orphan:
+                continue  # it was given a name, or the last that counts was removed
+            index = self._indexes.get(inode.key[0])
+            if index is None:
+                left.append(inode)
+            elif not self._has_name(inode, index, inode.key[1]):
+                self._accounts.removing(inode, partial(self._release, inode))
+                self._view.inodes.drop_if_unneeded(inode)
+        self._nameless = left
+
+    def _has_name(self, inode: Inode, index: LinkIndex, ino: int) -> bool:
+        """Whether the merged tree has, or may have, a name of ``inode``; those found are its names from now on."""
+        if not index.complete:
+            return True
+        found = False
+        for path in index.paths(ino):
+            if self._is_at(inode, path):
+                found = True
+            elif index.may_be_moved(path, self.redirects):
+                return True
+        return found
+
+    def _is_at(self, inode: Inode, path: bytes) -> bool:
+        node = self._view.root
+        try:
+            for name in path.split(b"/"):
+                below = self._view.find(node, name) if node.kind == stat.S_IFDIR else None
+                if below is None:
+                    return False
+                node = below
+        except OSError:
+            return True  # that is not known
+        finally:
+            self._view.inodes.drop_if_unneeded(node)
+        return node is inode
