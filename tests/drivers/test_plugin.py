@@ -9,12 +9,11 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import Send
 
 from tests.drivers.plugin_server import PluginServer, plugin_server, served
 from unionfs.archive.changes import ChangeKind
@@ -24,9 +23,10 @@ from unionfs.drivers.contract import Capabilities, CreateOptions
 from unionfs.drivers.plugin import PluginDriver, connect
 from unionfs.drivers.plugin_discovery import PluginAddress, find_plugin, list_plugins, spec_directories
 from unionfs.drivers.plugin_transport import PluginTransport, PluginUnreachableError, delay_s, gives_up
-from unionfs.engines.docker_plugin.app import make_app
+from unionfs.engines.docker_plugin.app import PluginApp
+from unionfs.engines.docker_plugin.server import Exchange
 from unionfs.engines.docker_plugin.service import GraphDriverService
-from unionfs.engines.docker_plugin.session_file import SessionFile
+from unionfs.engines.docker_plugin.session import SessionFile
 from unionfs.errors import ArchiveError, DriverError, NotSupportedError
 
 
@@ -360,9 +360,12 @@ def test_changes_with_odd_fields(server: PluginServer, driver: PluginDriver) -> 
 def test_diff_that_breaks_off(server: PluginServer, driver: PluginDriver) -> None:
     driver.create("x")
 
-    async def broken(send: Send, _: dict[str, Any]) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"abc", "more_body": True})
+    async def broken(exchange: Exchange) -> None:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"abc"
+            raise OSError("the disk is gone")
+
+        await exchange.send_stream(pieces(), "application/x-tar")
 
     server.overrides["GraphDriver.Diff"] = broken
     with driver.diff("x", "") as stream:
@@ -485,7 +488,7 @@ def test_no_descriptor_is_left(driver: PluginDriver) -> None:
 
 
 def test_over_tcp(tmp_path: Path) -> None:
-    app = make_app(GraphDriverService(vfs.init, SessionFile(str(tmp_path / "session"))))
+    app = PluginApp(GraphDriverService(vfs.init, SessionFile(str(tmp_path / "session"))))
     with socket.create_server(("127.0.0.1", 0)) as listening, served(app, listening):
         (tmp_path / "net.spec").write_text(f"tcp://127.0.0.1:{listening.getsockname()[1]}")
         found = find_plugin("net", str(tmp_path / "none"), [str(tmp_path)])

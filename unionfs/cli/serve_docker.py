@@ -45,9 +45,9 @@ def docker_plugin(name: str, path: str | None, driver: str, options: tuple[str, 
     """
     from unionfs.drivers.registry import default_registry
     from unionfs.drivers.storage_options import split_option
-    from unionfs.engines.docker_plugin import listener, server
+    from unionfs.engines.docker_plugin import app, listener
     from unionfs.engines.docker_plugin.service import GraphDriverService
-    from unionfs.engines.docker_plugin.session_file import SessionFile
+    from unionfs.engines.docker_plugin.session import SessionFile
     from unionfs.errors import NotSupportedError, OptionError
 
     if not name or "/" in name:
@@ -66,7 +66,7 @@ def docker_plugin(name: str, path: str | None, driver: str, options: tuple[str, 
     service = GraphDriverService(init, SessionFile(f"{listening.path}.session"), options=options, home=home)
     try:
         logging.getLogger(__name__).info("serving driver %s on %s", driver, listening.path)
-        server.run(service, listening)
+        app.run(service, listening)
     finally:
         service.close()
         listening.close()

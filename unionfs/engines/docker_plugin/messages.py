@@ -1,4 +1,4 @@
-"""The JSON of the graph driver plugin protocol (spec section 3.4).
+"""The JSON of the graph driver plugin protocol: what the engine asks and what it is told.
 
 The engine is written in Go: it leaves out what is empty or writes ``null``, and tells keys apart without regard to
 case. Requests are read in the same way. Replies have the keys that its structures have.
@@ -6,13 +6,16 @@ case. Requests are read in the same way. Replies have the keys that its structur
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_pascal
 
 from unionfs.archive.idmapping import IdMapping, IdRange
 from unionfs.drivers.contract import CreateOptions
+
+_FAULTS = 3  # of a request, that are told
 
 
 class Request(BaseModel):
@@ -26,6 +29,23 @@ class Request(BaseModel):
         if not isinstance(fields, dict):
             return fields
         return {str(key).lower(): value for key, value in fields.items() if value is not None}
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        """The request in a body, which may be empty: all fields are optional for Go.
+
+        Raises:
+            ValueError: it is not such a request; the text is one line.
+        """
+        try:
+            return cls.model_validate(json.loads(body) if body.strip() else {})
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_context=False, include_input=False)
+            told = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in faults[:_FAULTS]]
+            more = [f"and {len(faults) - _FAULTS} more"] if len(faults) > _FAULTS else []
+            raise ValueError("; ".join([*told, *more])) from None
 
 
 class NothingRequest(Request):
@@ -89,6 +109,11 @@ class Reply(BaseModel):
     """What the engine gets; this one says that all went well."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_pascal, populate_by_name=True)
+
+    def encode(self) -> bytes:
+        """The body of the reply."""
+        # Not pydantic's own JSON, which refuses the surrogates in names that are not UTF-8.
+        return json.dumps(self.model_dump(by_alias=True)).encode() + b"\n"
 
 
 class ErrorReply(Reply):

@@ -16,8 +16,6 @@ from typing import BinaryIO, NamedTuple
 from unionfs import __version__
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Driver, InitFunc, capabilities_of
-from unionfs.engines.docker_plugin.held_layers import HeldLayers
-from unionfs.engines.docker_plugin.home_lock import HomeLock
 from unionfs.engines.docker_plugin.messages import (
     CapabilitiesMessage,
     CapabilitiesReply,
@@ -36,7 +34,7 @@ from unionfs.engines.docker_plugin.messages import (
     SizeReply,
     StatusReply,
 )
-from unionfs.engines.docker_plugin.session_file import SessionFile
+from unionfs.engines.docker_plugin.session import HeldLayers, HomeLock, SessionFile
 from unionfs.errors import DriverError, UnionfsError
 
 _log = logging.getLogger(__name__)
