@@ -43,7 +43,7 @@ def wait_until_done(ring: LookupRing) -> None:
 def make_cold(ahead: DirectoryReadAhead) -> None:
     for _ in range(2):
         ahead.took(1.0, 1, 1)
-    assert ahead.active
+    assert ahead.wants_more
 
 
 class Recorder:
@@ -125,7 +125,7 @@ class TestWhatIsRead:
         ahead = DirectoryReadAhead()
         for _ in range(100):
             ahead.took(20e-6, 1, 5)
-        assert not ahead.active
+        assert not ahead.wants_more
 
     def test_the_latest_first_and_nothing_twice(self, layer: LayerDir, ring: Recorder) -> None:
         ahead = DirectoryReadAhead()
@@ -165,7 +165,7 @@ class TestWhatIsRead:
         ahead = DirectoryReadAhead()
         make_cold(ahead)
         ahead.want([(layer, b"a")])
-        assert not ahead.active
+        assert not ahead.wants_more
         ahead.close()
 
     def test_a_fork_makes_a_ring_of_its_own(self, layer: LayerDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,8 @@ def test_a_merged_directory_is_read_in_all_layers_at_once(tmp_path: Path, ring: 
         directory = tree.lookup(tree.root, b"d")
         tree.names(tree.root)
         assert ring.names == []
-        make_cold(tree.view.lower.ahead)
+        assert isinstance(tree.view.lower.observer, DirectoryReadAhead)
+        make_cold(tree.view.lower.observer)
         assert len(tree.names(directory)) == 12
         assert ring.names == [b"d"] * 11  # the first one is read here and now
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
+from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
@@ -124,15 +125,13 @@ def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:
 def _lower_stack(
     options: MountOptions, lowers: list[LayerDir], data: list[LayerDir], xattrs: OverlayXattrs
 ) -> LowerStack:
-    stack = LowerStack(
+    return LowerStack(
         lowers,
         data,
         xattrs,
         follow_redirects=options.redirect_dir is not RedirectMode.NOFOLLOW,
+        observer=DirectoryReadAhead() if "readahead" in options.speedups else None,
     )
-    if "readahead" not in options.speedups:
-        stack.ahead.close()
-    return stack
 
 
 def _check_upper(options: MountOptions, upper: LayerDir) -> None:

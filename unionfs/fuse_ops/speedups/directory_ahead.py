@@ -12,11 +12,12 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from unionfs.fuse_ops.speedups.coldness import Coldness
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
+from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir, StackObserver
 from unionfs.host.io_uring import LookupRing
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _DIRECTORY_S: Final = 50e-6  # from memory it takes a third of it
 _ENTRY_S: Final = 1e-6  # for each name in it
 _BUSY_S: Final = 10e-3  # after the last that was wanted
+_MANY: Final = 8  # directories to merge, for which it pays to have them read in the background
 _WANTED_MAX: Final = 1024
 _REMEMBERED_MAX: Final = 1024
 _PATH_MAX: Final = 4096  # what the kernel takes at once; deeper directories are not read ahead
@@ -32,7 +34,7 @@ _NAME: Final = b"/.wh..wh..opq"  # to look up; a name that is hardly ever there,
 Place = tuple[LayerDir, bytes]  # a directory of a layer
 
 
-class DirectoryReadAhead:
+class DirectoryReadAhead(StackObserver):
     """What is wanted next, and whether the disk is slow enough to bother."""
 
     def __init__(self) -> None:
@@ -43,9 +45,10 @@ class DirectoryReadAhead:
         self._owner = 0  # the process that has the ring: a fork must not use it
         self._usable = True
         self._busy_until = 0.0
+        self._started = 0.0
 
     @property
-    def active(self) -> bool:
+    def wants_more(self) -> bool:
         """Whether directories came from the disk lately."""
         return self._coldness.is_cold and self._usable
 
@@ -53,6 +56,20 @@ class DirectoryReadAhead:
     def busy(self) -> bool:
         """Whether something may be read in the background just now."""
         return time.monotonic() < self._busy_until
+
+    def reads(self, stack: Sequence[LowerDir]) -> None:
+        """All directories of ``stack`` are about to be read."""
+        self._started = time.perf_counter()
+        if len(stack) > _MANY and self.wants_more:
+            self.will_be_read(stack[1:])
+
+    def has_read(self, index: DirIndex) -> None:
+        """They have been read."""
+        self.took(time.perf_counter() - self._started, index.depth, len(index.names))
+
+    def will_be_read(self, directories: Sequence[LowerDir]) -> None:
+        """These directories will probably be read next, the first ones first."""
+        self.want([(entry.layer, entry.path) for entry in directories])
 
     def took(self, seconds: float, directories: int, names: int) -> None:
         """Reading ``directories`` with ``names`` in them took ``seconds``."""
@@ -89,6 +106,7 @@ class DirectoryReadAhead:
             wanted.clear()
 
     def close(self) -> None:
+        """Read nothing any more."""
         if self._ring is not None and self._owner == os.getpid():
             self._ring.close()
         self._ring = None

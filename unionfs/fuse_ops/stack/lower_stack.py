@@ -10,12 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.overlay import rules
 from unionfs.overlay.format import MARK, OPAQUE_MARK, OverlayXattrs
@@ -23,8 +21,6 @@ from unionfs.overlay.rules import WHITEOUT, DirMarks
 
 if TYPE_CHECKING:
     from os import _ScandirIterator as ScandirIterator
-
-_MANY = 8  # directories to merge, for which it pays to have them read in the background
 
 
 class LowerDir(NamedTuple):
@@ -66,6 +62,32 @@ class DirIndex:
     depth: int  # directories of the stack that count; those below an opaque mark do not
 
 
+class StackObserver:
+    """Is told what is read of the layers. This one does nothing, and no answer ever depends on one."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is read in the background just now, for which a processor is wanted."""
+        return False
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether :meth:`will_be_read` is of use now."""
+        return False
+
+    def reads(self, stack: Sequence[LowerDir]) -> None:
+        """All directories of ``stack`` are about to be read."""
+
+    def has_read(self, index: DirIndex) -> None:
+        """They have been read."""
+
+    def will_be_read(self, directories: Sequence[LowerDir]) -> None:
+        """These directories will probably be read next, the first ones first."""
+
+    def close(self) -> None:
+        """The layers are about to be closed."""
+
+
 class LowerStack:
     """Lookups in the lower layers of one mount, by the rules of :mod:`unionfs.overlay.rules`.
 
@@ -83,12 +105,13 @@ class LowerStack:
         xattrs: OverlayXattrs,
         *,
         follow_redirects: bool = True,
+        observer: StackObserver | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.data_layers = tuple(data_layers)
         self.spaces = (xattrs,)
         self.follows_redirects = follow_redirects
-        self.ahead = DirectoryReadAhead()
+        self.observer = StackObserver() if observer is None else observer
         self.root = tuple(self._root_dirs())
 
     def _root_dirs(self) -> list[LowerDir]:
@@ -237,16 +260,10 @@ class LowerStack:
 
     def index(self, stack: Sequence[LowerDir]) -> DirIndex:
         """All names that ``stack`` shows. Reads every directory of it once."""
-        start = time.perf_counter()
-        if len(stack) > _MANY and self.ahead.active:
-            self.want(stack[1:])
+        self.observer.reads(stack)
         index = self._read_index(stack)
-        self.ahead.took(time.perf_counter() - start, index.depth, len(index.names))
+        self.observer.has_read(index)
         return index
-
-    def want(self, stack: Sequence[LowerDir]) -> None:
-        """Let the directories of ``stack`` be read from the disk: they will be asked for."""
-        self.ahead.want([(entry.layer, entry.path) for entry in stack])
 
     def _read_index(self, stack: Sequence[LowerDir]) -> DirIndex:
         names: dict[bytes, tuple[int, ...]] = {}

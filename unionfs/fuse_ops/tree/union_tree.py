@@ -307,7 +307,7 @@ class UnionTree:
         self._cache.close()
         if self._upper is not None:
             self._upper.close()
-        self._lower.ahead.close()
+        self._lower.observer.close()
         for layer in (*self._lower.layers, *self._lower.data_layers):
             layer.close()
         if self._lock_fd >= 0:

@@ -64,7 +64,7 @@ class DirectListing:
             self._listings.drop(directory)
             if plus:
                 self._requests.observer.listed(directory, names)
-        directories: list[LowerDir] | None = [] if plus and self._lower.ahead.active else None
+        directories: list[LowerDir] | None = [] if plus and self._lower.observer.wants_more else None
         header = p.DIRENT.size + (_PLUS_SIZE if plus else 0)
         while position < count:
             # Names of one offset come together or not at all: the kernel goes on after it.
@@ -107,7 +107,7 @@ class DirectListing:
                 answer += _PADDING[length % 8]
             position = end
         if directories:  # who is told of attributes walks on
-            self._lower.want(directories)
+            self._lower.observer.will_be_read(directories)
         p.OUT_HEADER.pack_into(answer, 0, len(answer), 0, unique)
         return bytes(answer)
 

@@ -56,7 +56,7 @@ class DirectTransport:
         self._connection = self.served.connection
         self._beside = self._connection.beside
         self._patience = self.served.patience
-        self._ahead = tree.view.lower.ahead
+        self._ahead = tree.view.lower.observer
         self._look_again_s = _LOOK_AGAIN_S if "polling" in options.speedups else 0.0
         self._waiting = 0  # requests that are tasks of their own
         self._begun: list[tuple[Request, int, Coroutine[Any, Any, bytes]]] = []  # those that are to become such
