@@ -104,10 +104,10 @@ def import_(root: str | None, driver: str, name: str, only: str, platform: str, 
             names=names,
             report=report,
         )
-        _tell(images, found, as_json)
+        _print_images(images, found, as_json)
 
 
-def _tell(images: ImageStore, found: Sequence[Image], as_json: bool) -> None:
+def _print_images(images: ImageStore, found: Sequence[Image], as_json: bool) -> None:
     if as_json:
         print_json([facts(images, images.get(one.image_id)) for one in found])
         return
@@ -196,7 +196,7 @@ def pull(root: str | None, driver: str, platform: str, as_json: bool, name: str,
     reached = _access(reference, **access)
     with opened_images(root, driver) as images, layer_bars() as report:
         one = run(lambda: fetch(images, reference, platform=chosen, access=reached, report=report))
-        _tell(images, [one], as_json)
+        _print_images(images, [one], as_json)
 
 
 @image.command()

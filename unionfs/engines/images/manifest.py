@@ -204,7 +204,7 @@ def choose(index: Index, wanted: Platform | None, what: str) -> BlobDescriptor:
     if fitting:
         return index.manifests[min(fitting)[1]]
     # As Docker: an image that does not say what it is for comes last.
-    silent = [one for one in index.manifests if one.platform is None]
+    silent = [one for one in index.manifests if one.platform is None or not one.platform.architecture]
     if silent or (len(index.manifests) == 1 and wanted is None):
         return (silent or index.manifests)[0]
     there = ", ".join(sorted({str(one.platform) for one in index.manifests}))

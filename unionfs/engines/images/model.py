@@ -50,7 +50,7 @@ class ImageConfig(_Model):
 
     Attributes:
         env: ``NAME=value`` each.
-        entrypoint, cmd: the program is the one followed by the other; a caller's own words replace ``cmd``.
+        entrypoint, cmd: the program is the one followed by the other; a caller's own arguments replace ``cmd``.
         user: ``name``, ``uid``, ``name:group`` or ``uid:gid``; ``""`` is root.
         working_dir: ``""`` is ``/``.
         labels: free keys and values.

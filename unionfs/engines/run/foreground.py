@@ -44,7 +44,7 @@ def run_in_foreground(ready: Ready) -> int:
     command = runtime.run_command(ready.mount_id, place.path, place.log, place.pid_file)
     asked = 0
 
-    def told(number: signal.Signals, from_terminal: bool) -> None:
+    def on_signal(number: signal.Signals, from_terminal: bool) -> None:
         nonlocal asked
         asked += number in _ENDING
         if number == signal.SIGWINCH and ready.terminal:
@@ -62,7 +62,7 @@ def run_in_foreground(ready: Ready) -> int:
             # Safe: no thread of ours is running.
             preexec_fn=supervisor.restore_signals,  # noqa: PLW1509
         )
-        status = supervisor.wait(process, told)
+        status = supervisor.wait(process, on_signal)
     if status != 0 and (problem := failure(place.log)):
         raise RunError(f"{runtime.name} could not run container {ready.name}: {problem}")
     return status
@@ -82,19 +82,19 @@ class Supervisor:
         """To be called in the child: it gets signals as if we had not blocked them."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
-    def wait(self, process: subprocess.Popen[bytes], told: Callable[[signal.Signals, bool], None]) -> int:
+    def wait(self, process: subprocess.Popen[bytes], on_signal: Callable[[signal.Signals, bool], None]) -> int:
         """The exit status of a child, 128 + N after signal N.
 
         Args:
             process: the child, in our process group.
-            told: called with each signal that we get, and whether it came from the terminal: then the child has got
-                it too.
+            on_signal: called with each signal that we get, and whether it came from the terminal: then the child has
+                got it too.
         """
         while process.poll() is None:
             got = signal.sigwaitinfo(_FORWARDED | {signal.SIGCHLD})
             if got.si_signo == signal.SIGCHLD:
                 continue
-            told(signal.Signals(got.si_signo), got.si_code == _SI_KERNEL)
+            on_signal(signal.Signals(got.si_signo), got.si_code == _SI_KERNEL)
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 

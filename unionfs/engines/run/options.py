@@ -100,10 +100,10 @@ def parse_volume(text: str) -> Volume:
         RunError: it is written differently, or there is no such source.
     """
     source, _, rest = text.partition(":")
-    destination, colon, words = rest.partition(":")
-    if not source or not destination or (colon and not words):
+    destination, colon, given = rest.partition(":")
+    if not source or not destination or (colon and not given):
         raise RunError(f"volume {text[:200]}: write SOURCE:DESTINATION or SOURCE:DESTINATION:ro")
-    options = set(words.split(",")) if words else set()
+    options = set(given.split(",")) if given else set()
     if unknown := options - {"ro", "rw"} - _VOLUME_NO_OPTIONS:
         raise RunError(f"volume {text[:200]}: there is no option {min(unknown)!r}; use ro, rw or z")
     if {"ro", "rw"} <= options:
@@ -122,8 +122,8 @@ def parse_tmpfs(text: str) -> Tmpfs:
     Raises:
         RunError: it is written differently.
     """
-    destination, _, words = text.partition(":")
-    options = tuple(word for word in words.split(",") if word)
+    destination, _, given = text.partition(":")
+    options = tuple(option for option in given.split(",") if option)
     for option in options:
         if _TMPFS_OPTION.match(option) is None:
             raise RunError(f"tmpfs {text[:200]}: there is no option {option}; use size=64m, mode=1777, ro or noexec")
@@ -141,30 +141,30 @@ def parse_hostname(text: str) -> str:
     return text
 
 
-def parse_env(words: Iterable[str], own: Mapping[str, str]) -> tuple[str, ...]:
+def parse_env(variables: Iterable[str], own: Mapping[str, str]) -> tuple[str, ...]:
     """``NAME=value`` as it is, ``NAME`` with the value that it has here, or left out where it has none.
 
     Args:
-        words: as they were given, the last one of a name counts.
+        variables: as they were given, the last one of a name counts.
         own: our environment.
 
     Raises:
-        RunError: a word without a name.
+        RunError: one without a name.
     """
     found = []
-    for word in words:
-        name, equals, _ = word.partition("=")
+    for variable in variables:
+        name, equals, _ = variable.partition("=")
         if not name or any(c.isspace() for c in name):
-            raise RunError(f"environment {word[:100]!r}: write NAME=value, or NAME to pass on what it is here")
+            raise RunError(f"environment {variable[:100]!r}: write NAME=value, or NAME to pass on what it is here")
         if equals:
-            found.append(word)
+            found.append(variable)
         elif name in own:
             found.append(f"{name}={own[name]}")
     return tuple(found)
 
 
 def read_env_file(path: str) -> list[str]:
-    """The words of a file with one on each line; empty lines and those that begin with ``#`` are left out.
+    """The variables of a file with one on each line; empty lines and those that begin with ``#`` are left out.
 
     Raises:
         RunError: it cannot be read.

@@ -124,16 +124,16 @@ def choose_capabilities(add: Sequence[str], drop: Sequence[str]) -> tuple[str, .
     )
 
 
-def _capability_names(words: Sequence[str]) -> set[str]:
+def _capability_names(given: Sequence[str]) -> set[str]:
     found: set[str] = set()
-    for word in words:
-        name = word.upper().removeprefix("CAP_")
+    for text in given:
+        name = text.upper().removeprefix("CAP_")
         if name == "ALL":
             found |= set(ALL_CAPABILITIES)
         elif name in ALL_CAPABILITIES:
             found.add(name)
         else:
-            raise RunError(f"there is no capability {word[:50]}; capabilities(7) has their names")
+            raise RunError(f"there is no capability {text[:50]}; capabilities(7) has their names")
     return found
 
 

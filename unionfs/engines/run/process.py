@@ -187,7 +187,7 @@ def make_process(config: ImageConfig, options: RunOptions, user: User, hostname:
 
 def _values(env: Iterable[str]) -> dict[str, str]:
     """By name; the last one of a name counts. What is no ``NAME=value`` says nothing."""
-    pairs = (word.partition("=") for word in env)
+    pairs = (variable.partition("=") for variable in env)
     return {name: value for name, equals, value in pairs if name and equals}
 
 
@@ -257,8 +257,8 @@ def _check_format(rootfs: RootFs, path: str, covers: tuple[str, ...], depth: int
                 f"cannot execute {path}: neither a program nor a script that starts with #!"
             )
         return
-    words = head[2:].split(b"\n")[0].split()
-    interpreter = posixpath.normpath(os.fsdecode(words[0])) if words else ""
+    line = head[2:].split(b"\n")[0].split()
+    interpreter = posixpath.normpath(os.fsdecode(line[0])) if line else ""
     if not interpreter.startswith("/") or _is_hidden(interpreter, covers):
         return
     try:

@@ -42,8 +42,8 @@ class Runtime:
             log: the file for the runtime's own errors, see :func:`failure`.
             pid_file: the file for the number of the container's process 1.
         """
-        words = [f"--log={log}", "--log-format=json", "run", f"--bundle={bundle}", f"--pid-file={pid_file}"]
-        return [*self._command(), *words, container_id]
+        options = [f"--log={log}", "--log-format=json", "run", f"--bundle={bundle}", f"--pid-file={pid_file}"]
+        return [*self._command(), *options, container_id]
 
     def kill(self, container_id: str, signal_name: str) -> None:
         """Send a signal to a container's process 1; nothing is said about one that has ended."""
@@ -57,9 +57,9 @@ class Runtime:
         disabled = ["--cgroup-manager=disabled"] if self.rootless and self.name == "crun" else []
         return [self.path, f"--root={self.state}", *disabled]
 
-    def _quietly(self, *words: str) -> None:
+    def _quietly(self, *arguments: str) -> None:
         subprocess.run(
-            [*self._command(), *words],
+            [*self._command(), *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_COMMAND_S,

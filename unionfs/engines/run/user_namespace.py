@@ -52,7 +52,7 @@ def run_inside(argv: Sequence[str]) -> int:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             supervisor.restore_signals()
 
-        def told(number: signal.Signals, from_terminal: bool) -> None:
+        def on_signal(number: signal.Signals, from_terminal: bool) -> None:
             # unshare itself does not listen; its one child is the command.
             if not from_terminal:
                 with suppress(OSError, IndexError), open(f"/proc/{process.pid}/task/{process.pid}/children") as found:
@@ -64,7 +64,7 @@ def run_inside(argv: Sequence[str]) -> int:
             # Safe: no thread of ours is running.
             preexec_fn=begin,  # noqa: PLW1509
         )
-        return supervisor.wait(process, told)
+        return supervisor.wait(process, on_signal)
 
 
 def _check() -> None:
