@@ -42,6 +42,9 @@ _SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 _STATX_MNT_ID: Final = 0x1000
 _STATX_MNT_ID_AT: Final = 144  # of stx_mnt_id in struct statx
 _STATX_SIZE: Final = 256
+_STATX_ATTRIBUTES_AT: Final = 8  # of stx_attributes in struct statx
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_STATX_DONT_SYNC: Final = 0x4000
 
 _MAX_HANDLE_BYTES: Final = 128  # linux/fcntl.h: MAX_HANDLE_SZ
 
@@ -173,6 +176,14 @@ def start_writing(fd: int, offset: int, length: int) -> None:
 def syncfs(fd: int) -> None:
     """Write back everything of the file system that ``fd`` (not O_PATH) is on."""
     check(_libc.syncfs(ctypes.c_int(fd)))
+
+
+def attributes_of(dir_fd: int, name: bytes) -> int:
+    """The ``STATX_ATTR_`` flags of an object (immutable, append-only and others), which is not followed if a link."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC
+    check(_libc.statx(ctypes.c_int(dir_fd), name, ctypes.c_int(flags), ctypes.c_uint(0), buffer), name)
+    return int(struct.unpack_from("=Q", buffer, _STATX_ATTRIBUTES_AT)[0])
 
 
 def mount_id(fd: int) -> int:

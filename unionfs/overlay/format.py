@@ -55,6 +55,7 @@ class OverlayXattrs:
         "opaque",
         "origin",
         "prefix",
+        "protattr",
         "redirect",
         "user",
         "whiteout",
@@ -69,6 +70,7 @@ class OverlayXattrs:
         self.origin = self.prefix + b"origin"
         self.impure = self.prefix + b"impure"
         self.metacopy = self.prefix + b"metacopy"
+        self.protattr = self.prefix + b"protattr"
         self.whiteout = self.prefix + b"whiteout"
         # A whiteout that belongs to an overlay whose upper directory is on ours: what that one would call
         # ``overlay.whiteout`` and ``overlay.opaque``, see to_stored().

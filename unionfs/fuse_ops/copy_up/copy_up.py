@@ -16,7 +16,7 @@ import os
 import stat
 
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
-from unionfs.fuse_ops.copy_up.copying import At, at_path, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.fuse_ops.copy_up.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
 from unionfs.fuse_ops.copy_up.placing import Placing
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, Unsynced, unmark
@@ -226,6 +226,11 @@ class CopyUp:
         if with_origin:
             self.origins.record(inode, st, (self._lower(inode)[0], source), target)
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
+        if inode.kind in (stat.S_IFREG, stat.S_IFDIR):
+            copy_flags(source, target)
+        protection = self._view.protection.of(inode)
+        if protection:
+            self._view.protection.record(at_path(*target), protection, follow=not target[1])
         copy_mode(*target, st)
         copy_times(*target, st)
 

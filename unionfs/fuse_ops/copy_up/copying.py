@@ -6,8 +6,10 @@ These functions know descriptors and paths only, so a worker thread can run the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import sys
 from contextlib import suppress
 
 from unionfs.host import syscalls
@@ -24,6 +26,11 @@ _READ_CHUNK = 1024 * 1024  # bytes per read where the kernel cannot copy between
 _CANNOT = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF, errno.EPERM})
 # Those that are about the file systems, not the files.
 _NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
+
+# linux/fs.h
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_COPIED_FLAGS = 0x08 | 0x80  # FS_SYNC_FL, FS_NOATIME_FL
 
 # Pairs of devices between which no file can share blocks.
 _no_reflinks: set[tuple[int, int]] = set()
@@ -155,6 +162,33 @@ def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs |
             if error.errno == errno.EPERM and name.startswith((b"trusted.", b"security.")):
                 continue  # in a user namespace these cannot be set, nor could they have any effect
             raise
+
+
+def copy_flags(source: At, target: At) -> None:
+    """Give a file or directory the flags of ``chattr +S`` and ``+A`` that ``source`` has, as the kernel does.
+
+    Where the file system has none, or the server may not read them, the copy goes without.
+    """
+    with suppress(OSError):
+        flags = _change_flags(source, 0) & _COPIED_FLAGS
+        if flags:
+            _change_flags(target, flags)
+
+
+def _change_flags(what: At, added: int) -> int:
+    """Give an object further flags; returns those that it had."""
+    dir_fd, name = what
+    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd) if name else dir_fd
+    try:
+        value = bytearray(4)
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, value)
+        flags = int.from_bytes(value, sys.byteorder)
+        if added:
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, (flags | added).to_bytes(4, sys.byteorder))
+        return flags
+    finally:
+        if name:
+            os.close(fd)
 
 
 # An empty name means, in what follows, the open file or directory ``dir_fd`` itself.

@@ -171,6 +171,7 @@ class UnionRequests:
     def link(self, inode: Inode, directory: Inode, name: bytes) -> Job[None] | None:
         """Give ``inode`` the further name ``name`` in ``directory``."""
         need = for_name(unsynced=inode.unsynced)
+        self.tree.view.protection.require_changeable(inode)
         return self._copied_up(inode, need, lambda: self.tree.link(inode, directory, name))
 
     def rename(
@@ -179,8 +180,10 @@ class UnionRequests:
         """Move a name, or exchange two; ``flags`` are those of renameat2(2)."""
         check_new_name(new_name)
         moved = [self.tree.lookup(old_dir, old_name)]
+        self.tree.view.protection.require_removable(old_dir, moved[0])
         if flags & RENAME_EXCHANGE:
             moved.append(self.tree.lookup(new_dir, new_name))
+            self.tree.view.protection.require_removable(new_dir, moved[1])
 
         def ready() -> Job[None] | None:
             while moved:
@@ -217,6 +220,7 @@ class UnionRequests:
 
         if change.kills_privileges or self._changes_nothing(inode, change):
             return then()
+        self.tree.check_change(inode, change)
         size = change.size
         if size is None:
             if inode.upper:
@@ -244,6 +248,7 @@ class UnionRequests:
         self, inode: Inode, name: bytes, value: bytes, flags: int, caller: Caller, *, drops_setgid: bool = False
     ) -> Job[None] | None:
         """Set an extended attribute; ``drops_setgid`` if it is an ACL and ``caller`` is not in the file's group."""
+        self.tree.view.protection.require_changeable(inode)
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
 
@@ -267,8 +272,7 @@ class UnionRequests:
         """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
 
         def then() -> bytes:
-            path, _ = self.tree.view.proc_path(inode)
-            return backing_calls.inode_ioctl(path, command, data, out_size)
+            return self.tree.control(inode, command, data, out_size)
 
         return self._copied_up(inode, ATTRIBUTES, then) if backing_calls.changes_inode(command) else then()
 
@@ -291,6 +295,7 @@ class UnionRequests:
         if flags & (os.O_TRUNC | os.O_ACCMODE) == os.O_RDONLY:
             return self.tree.open(inode, flags)
         truncate = bool(flags & os.O_TRUNC)
+        self.tree.view.protection.require_writable(inode, flags)
 
         def then() -> OpenFile:
             file = self.tree.open(inode, flags)
@@ -366,6 +371,8 @@ class UnionRequests:
         """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""
         file = self.files[handle]
         fd = file.fd
+        if file.appends and offset < os.fstat(fd).st_size:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         space = self.tree.space
         try:
             if space is None:
@@ -390,6 +397,7 @@ class UnionRequests:
     def fallocate(self, handle: int, mode: int, offset: int, length: int) -> Job[None] | None:
         """fallocate(2)."""
         fd, space = self.files[handle].fd, self.tree.space
+        self.tree.view.protection.require_allocatable(self.files[handle].inode, mode)
         grown = 0 if space is None else space.allocation(fd, mode, offset, length)
         return self._growing(fd, grown, lambda: backing_calls.fallocate(fd, mode, offset, length))
 

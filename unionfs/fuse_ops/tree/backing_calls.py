@@ -26,9 +26,8 @@ _GETVERSION: Final = 0x80087601
 _FSGETXATTR: Final = 0x801C581F
 _FSSETXATTR: Final = 0x401C5820
 _KNOWN: Final = frozenset({_GETFLAGS, _SETFLAGS, _GETVERSION, _FSGETXATTR, _FSSETXATTR})
-_IMMUTABLE_OR_APPEND: Final = 0x30
+_PROTECTED: Final = 0x30
 _PROJECT_INHERIT: Final = 0x20000000
-_XFLAG_IMMUTABLE_OR_APPEND: Final = 0x18
 _XFLAG_PROJECT_INHERIT: Final = 0x200
 
 _CAP_SYS_ADMIN: Final = 21
@@ -93,19 +92,6 @@ def statx_with(stx: bytes, a: Attributes) -> bytes:
     return _STATX.pack(*fields)
 
 
-def _may_set(fd: int, command: int, data: bytes) -> bool:
-    present = bytearray(28)
-    flags = int.from_bytes(data[:4], sys.byteorder)
-    if command == _SETFLAGS:
-        fcntl.ioctl(fd, _GETFLAGS, present)
-        inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _PROJECT_INHERIT
-        return not (flags & _IMMUTABLE_OR_APPEND or inherits)
-    # struct fsxattr: flags, extent size, extents, project.
-    fcntl.ioctl(fd, _FSGETXATTR, present)
-    inherits = (flags ^ int.from_bytes(present[:4], sys.byteorder)) & _XFLAG_PROJECT_INHERIT
-    return not (flags & _XFLAG_IMMUTABLE_OR_APPEND or inherits or data[12:16] != present[12:16])
-
-
 def knows_ioctl(command: int) -> bool:
     """Whether :func:`inode_ioctl` does it."""
     return command in _KNOWN
@@ -116,22 +102,37 @@ def changes_inode(command: int) -> bool:
     return command in (_SETFLAGS, _FSSETXATTR)
 
 
-def inode_ioctl(path: bytes, command: int, data: bytes, out_size: int) -> bytes:
+def inode_ioctl(path: bytes, command: int, data: bytes, out_size: int, protection: int) -> tuple[bytes, int]:
     """The ioctls behind lsattr(1) and chattr(1); ENOTTY for others.
 
-    EPERM for the flags "immutable" and "append only": set on an upper file they would stop us from doing what
-    the merged tree allows, such as a rename of its directory. EPERM also for another project: the quota that it stands
-    for is the host's.
+    The flags "immutable" and "append-only" are not on disk (:mod:`unionfs.fuse_ops.tree.protection`): ``protection``
+    says which there are, the result which there are to be, beside the output. Raises EPERM for another project: the
+    quota that it stands for is the host's.
     """
     if command not in _KNOWN:
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+    shift = 0 if command in (_GETFLAGS, _SETFLAGS) else 1  # how the flags of struct fsxattr are shifted
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if changes_inode(command) and not _may_set(fd, command, data):
+        if not changes_inode(command):
+            buffer = bytearray(max(len(data), out_size))
+            buffer[: len(data)] = data
+            fcntl.ioctl(fd, command, buffer)
+            if command != _GETVERSION:
+                buffer[0] |= protection >> shift
+            return bytes(buffer[:out_size]), protection
+        wanted = bytearray(data)
+        mask = _PROTECTED >> shift
+        protection = (wanted[0] & mask) << shift
+        wanted[0] &= ~mask & 0xFF
+        now = bytearray(len(data))
+        fcntl.ioctl(fd, _FSGETXATTR if shift else _GETFLAGS, now)
+        inherits = int.from_bytes(wanted[:4], sys.byteorder) ^ int.from_bytes(now[:4], sys.byteorder)
+        # struct fsxattr: flags, extent size, extents, project.
+        if inherits & (_XFLAG_PROJECT_INHERIT if shift else _PROJECT_INHERIT) or wanted[12:16] != now[12:16]:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-        buffer = bytearray(max(len(data), out_size))
-        buffer[: len(data)] = data
-        fcntl.ioctl(fd, command, buffer)
-        return bytes(buffer[:out_size])
+        if wanted != now:
+            fcntl.ioctl(fd, command, wanted)
+        return b"", protection
     finally:
         os.close(fd)

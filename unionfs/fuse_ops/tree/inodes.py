@@ -63,6 +63,7 @@ class Inode:
         "orphan_fd",
         "packed",
         "parent",
+        "protection",
         "redirect",
         "stack_path",
         "staged_link",
@@ -83,6 +84,7 @@ class Inode:
         self.upper = False  # there is an object in the upper layer
         self.orphan_fd = -1  # O_PATH descriptor of an unlinked upper object
 
+        self.protection: int | None = None  # flags that forbid changes; see Protection. None: not asked
         # The ctime on disk after a change of ours that nobody asked for, and the one to show in its place.
         self.ctime: tuple[int, int] | None = None
         self.has_origin = False  # the upper object records the lower one that it was copied from

@@ -14,6 +14,7 @@ from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, s
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.host.files import open_confined
 from unionfs.host.syscalls import open_handle
 from unionfs.overlay import rules
@@ -46,6 +47,7 @@ class MergedView:
         self.options = options
         self.xattrs = xattrs
         self.ownership = Ownership(options)
+        self.protection = Protection(self)
         self._cache = cache
         self._can_open_handles = True
         # Whether a file that has blocks for all its data has the data. After a crash it may have them for nothing.
@@ -308,6 +310,7 @@ class MergedView:
         """The inode of an object just made in the upper layer."""
         inode = self.inodes.new(stat.S_IFMT(st.st_mode), self.inodes.numbers.of((st.st_dev, st.st_ino)))
         inode.upper = inode.bare = True
+        inode.protection = 0
         inode.add_place(directory, name)
         return inode
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.options import XattrPermissions
+from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.tree.changes import Caller
@@ -32,6 +33,13 @@ class AttributeChange:
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    to_now: bool = False
+    """Whether the times are the present one."""
+
+    @property
+    def touches(self) -> bool:
+        """Whether all that is asked for is the present time."""
+        return self.to_now and self._leaves_rest
 
     @property
     def only_mtime(self) -> bool:
@@ -78,6 +86,7 @@ class MetadataChanges:
         """
         st: os.stat_result | None = None
         self._copy_up.require_writable()
+        self.check_change(inode, change)
         if change.kills_privileges:
             # The same request stands for root's chown(-1, -1), which takes setuid, and for his write to a file with
             # capabilities, which takes these alone. Before the latter the kernel has removed them.
@@ -102,6 +111,18 @@ class MetadataChanges:
             st = None
         self._accounts.changed(inode, truncated=change.size is not None)
         return st
+
+    def check_change(self, inode: Inode, change: AttributeChange) -> None:
+        """Raise EPERM where the flags of ``inode`` forbid ``change``, before anything is copied up for it."""
+        protection = self._view.protection
+        if change.kills_privileges or not protection.of(inode):
+            return
+        if change.only_mtime and self._view.kernel_keeps_time and inode.handles is not None:
+            return  # the kernel's, for what was written while that was allowed
+        if change.touches:
+            protection.require_touchable(inode)
+        else:
+            protection.require_changeable(inode)
 
     def _real(self, inode: Inode) -> tuple[bytes, int | None, bool]:
         """The real object as functions of :mod:`os` take it: path, ``dir_fd`` and ``follow_symlinks``.
@@ -189,6 +210,19 @@ class MetadataChanges:
         path, dir_fd, follow = self._real(inode)
         os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd, follow_symlinks=follow)
 
+    def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
+        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+        protection = self._view.protection
+        changes = backing_calls.changes_inode(command)
+        if changes:
+            self._copy_up.require_writable()
+            self._copy_up.ensure(inode, ATTRIBUTES)
+        path, _ = self._view.proc_path(inode)
+        answer, flags = backing_calls.inode_ioctl(path, command, data, out_size, protection.of(inode))
+        if changes:
+            protection.set(inode, flags)
+        return answer
+
     def clear_privileges(self, inode: Inode, caller: Caller) -> None:
         """Take setuid, setgid and file capabilities away, because ``caller`` changed the contents or the owner.
 
@@ -271,6 +305,7 @@ class MetadataChanges:
     def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an attribute; ``flags`` are os.XATTR_CREATE and os.XATTR_REPLACE."""
         self._copy_up.require_writable()
+        self._view.protection.require_changeable(inode)
         if name.startswith(b"user.fuseoverlayfs."):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         stored = self._stored_name(name)
@@ -301,6 +336,8 @@ class MetadataChanges:
     def has_xattr_to_remove(self, inode: Inode, name: bytes) -> bool:
         """Whether there is something to remove; ENODATA if not, except for ACLs of upper files (as the kernel)."""
         self._copy_up.require_writable()
+        if name != CAPABILITY:  # which goes when an append-only file is written
+            self._view.protection.require_changeable(inode)
         try:
             self.get_xattr(inode, name)
         except OSError as error:

@@ -36,7 +36,7 @@ class OpenFile:
     cache is never read from us. ``synced_size``: how large the file was at its last sync if that was short, else 0.
     """
 
-    __slots__ = ("_fd", "_open_late", "inode", "synced_size", "writable")
+    __slots__ = ("_fd", "_open_late", "appends", "inode", "synced_size", "writable")
 
     def __init__(
         self, inode: Inode, fd: int, *, writable: bool, open_late: Callable[[Inode], int] | None = None
@@ -46,6 +46,7 @@ class OpenFile:
         self.writable = writable
         self._open_late = open_late
         self.synced_size = 0
+        self.appends = False  # nothing but that, since the file was append-only when it was opened
         if inode.handles is None:
             inode.handles = []
         inode.handles.append(self)

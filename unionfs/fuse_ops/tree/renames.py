@@ -55,6 +55,8 @@ class Renames:
         self._copy_up.require_writable()
         source = self._view.lookup(old_dir, old_name)
         target = self._view.find(new_dir, new_name)
+        if target is not source:
+            self._check_protection(source, old_dir, target, new_dir)
         if flags & RENAME_EXCHANGE:
             if target is None:
                 raise enoent(new_name)
@@ -78,6 +80,14 @@ class Renames:
         if flags & RENAME_WHITEOUT:
             assert caller is not None
             self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
+
+    def _check_protection(self, source: Inode, old_dir: Inode, target: Inode | None, new_dir: Inode) -> None:
+        protection = self._view.protection
+        protection.require_removable(old_dir, source)
+        if target is not None:
+            protection.require_removable(new_dir, target)
+        else:
+            protection.require_new_name(new_dir)
 
     def _check_replaceable(self, source: Inode, target: Inode) -> None:
         source_is_dir = source.kind == stat.S_IFDIR

@@ -164,6 +164,14 @@ class UnionTree:
         """Apply ``change``; returns lstat of the real object afterwards, if that had to be asked for."""
         return self._metadata.set_attributes(inode, change, caller)
 
+    def check_change(self, inode: Inode, change: AttributeChange) -> None:
+        """Raise EPERM where the flags of ``inode`` forbid ``change``."""
+        self._metadata.check_change(inode, change)
+
+    def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
+        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+        return self._metadata.control(inode, command, data, out_size)
+
     def clear_privileges(self, inode: Inode, caller: Caller) -> None:
         """Take setuid, setgid and file capabilities away, because ``caller`` changed the contents or the owner."""
         self._metadata.clear_privileges(inode, caller)
@@ -206,6 +214,7 @@ class UnionTree:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         truncate = bool(flags & os.O_TRUNC)
         if writable or truncate:
+            self.view.protection.require_writable(inode, flags)
             self.copy_up.ensure(inode, for_writing(truncate=truncate))
         if self.opens_late and not inode.upper and not inode.metacopy:
             return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
@@ -214,6 +223,7 @@ class UnionTree:
             wanted |= os.O_TRUNC
             inode.capability = None
         file = OpenFile(inode, self._open_real(inode, wanted), writable=writable)
+        file.appends = writable and self.view.protection.of(inode) != 0
         if truncate or inode.orphan:
             self._accounts.changed(inode, truncated=truncate)
         return file

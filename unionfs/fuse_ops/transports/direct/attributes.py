@@ -57,6 +57,7 @@ class AttributeAnswers(Answers):
             change.atime_ns = now if valid & SetAttr.ATIME_NOW else _time_ns(atime, atime_ns)
         if valid & SetAttr.MTIME:
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
+        change.to_now = bool(valid & (SetAttr.ATIME_NOW | SetAttr.MTIME_NOW))
         inode = self._inode(request)
         kill = bool(valid & SetAttr.KILL_SUIDGID)
         outcome = self._requests.set_attributes(inode, change, request, kill=kill)

@@ -66,6 +66,8 @@ class FileAnswers(Answers):
                     self._connection.forget_attributes(inode)
         elif mode is None and self._requests.blocks_will_lie(file):
             self._connection.forget_attributes(inode)
+        if file.appends:  # we have to see at which offset each write is
+            opened = opened & ~Open.KEEP_CACHE | Open.DIRECT_IO
         cached = self._mount.keep_cache and opened & Open.KEEP_CACHE
         return self._requests.add_file(file, flags, cached=bool(cached)), opened, backing
 

@@ -99,6 +99,8 @@ class Passthrough:
             return False
         if not file.writable:
             return True
+        if file.appends:
+            return False
         if (os.fstat(file.fd).st_mode if mode is None else mode) & _SPECIAL_BITS:
             return False
         if inode.bare:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -25,6 +26,8 @@ from unionfs.fuse_ops.tree.open_files import OpenFile
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
+
+_NOW_NS: Final = 100_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +99,8 @@ class UnionOperations(pyfuse3.Operations):
 
     def _file_info(self, file: OpenFile, flags: int) -> pyfuse3.FileInfo:
         handle = pyfuse3.FileHandleT(self._requests.add_file(file, flags, cached=self._keep_cache))
-        return pyfuse3.FileInfo(fh=handle, keep_cache=self._keep_cache)
+        # Of an append-only file we have to see at which offset each write is.
+        return pyfuse3.FileInfo(fh=handle, direct_io=file.appends, keep_cache=self._keep_cache and not file.appends)
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -205,6 +209,8 @@ class UnionOperations(pyfuse3.Operations):
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            # libfuse puts the time in the place of "now".
+            to_now=fields.update_atime and abs(time.time_ns() - attr.st_atime_ns) < _NOW_NS,
         )
         return self._entry(await completed(self._requests.set_attributes(self._requests.inode(inode), change, ctx)))
 
