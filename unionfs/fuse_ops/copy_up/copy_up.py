@@ -78,19 +78,18 @@ class CopyUp:
     def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
         """Copy ``inode``, which is to be changed, up now if it needs to be.
 
-        ``st`` is lstat of its real object, from somebody who has just asked for it. From now on the ctime on disk is
+        ``st`` is lstat of its real object, from somebody who has just asked for it. Afterwards the ctime on disk is
         the one to show: see :meth:`MergedView.unnoticed`.
         """
-        inode.ctime = None
         job = self.begin(inode, need, st)
-        if job is None:
-            return
-        try:
-            job.run()
-        except BaseException:
-            self.abort(job)
-            raise
-        self.finish(job)
+        if job is not None:
+            try:
+                job.run()
+            except BaseException:
+                self.abort(job)
+                raise
+            self.finish(job)
+        inode.ctime = None
 
     def ensure_directory(self, directory: Inode) -> int:
         """Copy ``directory``, in which names are about to change, up if needed; returns the upper one's descriptor."""
