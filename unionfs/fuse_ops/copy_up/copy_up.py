@@ -424,4 +424,4 @@ class CopyUp:
         path, _ = self._view.proc_path(inode)
         self.origins.record_later(path, origin)
         if inode.parent is not None:
-            self.origins.mark_impure(inode.parent)
+            self.origins.arrived(inode.parent, inode.name)

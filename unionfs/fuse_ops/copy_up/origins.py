@@ -15,6 +15,7 @@ from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host import syscalls
 from unionfs.overlay.format import encode_origin
+from unionfs.overlay.rules import entry_path, has_xattr
 
 _NO_HANDLES: Final = frozenset({errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL})
 
@@ -57,8 +58,13 @@ class Origins:
         with contextlib.suppress(OSError):  # only costs the stability of its inode number
             os.setxattr(path, self._view.xattrs.origin, value, os.XATTR_CREATE)
 
-    def mark_impure(self, directory: Inode) -> None:
-        """Note on an upper directory that it has children with an origin (kernel: their d_ino must be looked up)."""
+    def arrived(self, directory: Inode, name: bytes) -> None:
+        """``name``, which has an origin, has come into an upper directory: mark that as impure.
+
+        The kernel looks the numbers of what is in such a directory up when it is listed.
+        """
+        if directory.origin_names is not None:
+            directory.origin_names.add(name)
         if directory.impure:
             return
         directory.impure = True
@@ -66,3 +72,29 @@ class Origins:
             path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
             self._view.unnoticed(directory, lambda: os.setxattr(path, self._view.xattrs.impure, b"y"))
         self._accounts.changed(directory)  # an attribute can take a block
+
+    def left(self, directory: Inode, name: bytes) -> None:
+        """``name``, which has an origin, is no longer in an upper directory: without any other it is not impure.
+
+        The kernel finds that out at the next listing. Of merged directories neither says it: they are looked into
+        anyhow.
+        """
+        if not directory.impure or directory.lowers or directory.orphan:
+            return
+        dir_fd = self._view.upper_dir_fd(directory)
+        if directory.origin_names is None:
+            directory.origin_names = self._names_with_origin(directory, dir_fd)
+        directory.origin_names.discard(name)
+        if not directory.origin_names:
+            directory.impure, directory.origin_names = False, None
+            with contextlib.suppress(OSError):
+                os.removexattr(b"/proc/self/fd/%d" % dir_fd, self._view.xattrs.impure)
+
+    def _names_with_origin(self, directory: Inode, dir_fd: int) -> set[bytes]:
+        children = directory.children or {}
+        found = set()
+        for name in map(os.fsencode, os.listdir(b"/proc/self/fd/%d" % dir_fd)):
+            child = children.get(name)
+            if has_xattr(entry_path(dir_fd, name), self._view.xattrs.origin) if child is None else child.has_origin:
+                found.add(name)
+        return found

@@ -81,7 +81,7 @@ class Placing:
     def _placed(self, inode: Inode) -> None:
         inode.upper = True
         if inode.has_origin and inode.parent is not None:
-            self._origins.mark_impure(inode.parent)
+            self._origins.arrived(inode.parent, inode.name)
 
     def _stage(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
         # The copy stays in the work directory for as long as there may be names of it, and every name that is looked up

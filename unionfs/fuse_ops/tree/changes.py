@@ -184,7 +184,7 @@ class NamespaceChanges:
         if inode.nlink is not None:
             inode.nlink += 1
         if inode.has_origin:
-            self._copy_up.origins.mark_impure(directory)
+            self._copy_up.origins.arrived(directory, name)
         self.note_nested(inode, directory)
         inode.add_place(directory, name)
         self._accounts.changed(inode)
@@ -388,6 +388,8 @@ class NamespaceChanges:
             else:
                 inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
         inode.remove_place(directory, name)
+        if inode.has_origin:
+            self._copy_up.origins.left(directory, name)
         if inode.unsynced and inode.orphan:
             self._copy_up.forget_unsynced(inode)
         if inode.staged_link is not None:

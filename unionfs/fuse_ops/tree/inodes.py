@@ -60,6 +60,7 @@ class Inode:
         "name",
         "nested",
         "nlink",
+        "origin_names",
         "orphan_fd",
         "packed",
         "parent",
@@ -117,6 +118,7 @@ class Inode:
         self.index: DirIndex | None = None  # the names in ``lowers``, once needed
         self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed
         self.default_acl: bool | None = None  # whether what is made in it gets its access from there; None: not asked
+        self.origin_names: set[bytes] | None = None  # what is in it and has an origin, once needed
         self.impure = False  # the upper directory may hold files that came from elsewhere (overlay.origin)
         self.xwhiteouts = False  # the upper directory may hold xattr whiteouts
 

@@ -175,7 +175,9 @@ class Renames:
             changes.removed(target, new_dir, new_name)
         source.remove_place(old_dir, old_name)
         source.add_place(new_dir, new_name)
-        self._after_move(source, new_dir)
+        self._after_move(source, new_dir, new_name)
+        if source.has_origin:
+            self._copy_up.origins.left(old_dir, old_name)
         view.inodes.drop_if_unneeded(old_dir)
 
     def _exchange(
@@ -190,14 +192,18 @@ class Renames:
         second.remove_place(second_dir, second_name)
         first.add_place(second_dir, second_name)
         second.add_place(first_dir, first_name)
-        self._after_move(first, second_dir)
-        self._after_move(second, first_dir)
+        self._after_move(first, second_dir, second_name)
+        self._after_move(second, first_dir, first_name)
+        if first.has_origin and not second.has_origin:
+            self._copy_up.origins.left(first_dir, first_name)
+        elif second.has_origin and not first.has_origin:
+            self._copy_up.origins.left(second_dir, second_name)
 
     def _dir_fd(self, directory: Inode) -> int:
         # Asked anew for each use: opening one directory may close another's descriptor.
         return self._view.upper_dir_fd(directory)
 
-    def _after_move(self, inode: Inode, directory: Inode) -> None:
+    def _after_move(self, inode: Inode, directory: Inode, name: bytes) -> None:
         if inode.has_origin:
-            self._copy_up.origins.mark_impure(directory)
+            self._copy_up.origins.arrived(directory, name)
         self._changes.note_nested(inode, directory)
