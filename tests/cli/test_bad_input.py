@@ -54,6 +54,7 @@ def a_file(box: Sandbox) -> str:
 
 WRONG_WORDS: dict[str, Callable[[Sandbox], tuple[list[str], list[str]]]] = {
     "missing layer": lambda b: (["-o", f"lowerdir={b.root}/none", b.target], [f"{b.root}/none"]),
+    "mount point that the server needs": (lambda b: (["-o", layer_options(b), "/proc"], ["/proc", "choose another"])),
     "one missing layer of several": lambda b: (
         ["-o", f"lowerdir={b.lowers[0]}:{b.root}/none", b.target],
         [f"{b.root}/none"],

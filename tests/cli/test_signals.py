@@ -202,23 +202,32 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_killed_while_it_unmounts_leaves_nobody_waiting(mounted: Sandbox) -> None:
+def test_killed_while_it_unmounts_leaves_nobody_waiting(box: Sandbox) -> None:
     """The trap: a server that waits in the kernel for itself can never be killed."""
-    pid = server_of(mounted.target)
-    with user_with_dirty_data(mounted) as fd:
+    box.lower().file("name", b"text")
+    for _ in range(50):
+        assert unionfs_mount("-o", layer_options(box) + ",passthrough=0", box.target).returncode == 0
+        pid = server_of(box.target)
         try:
-            os.kill(pid, signal.SIGTERM)
-            assert wait_until(lambda: children(pid) != [], END_S)
-            os.kill(pid, signal.SIGSTOP)
-            (helper,) = children(pid)
-            time.sleep(0.5)
-            assert is_running(helper), "nobody waits for the server"
+            with user_with_dirty_data(box) as fd:
+                os.kill(pid, signal.SIGTERM)
+                helpers: list[int] = []
+                while not helpers and is_mounted(box.target):
+                    helpers = children(pid)
+                # The helper asks the server something. As a rule it is answered in no time, so it takes some attempts.
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.1)
+                caught = bool(helpers) and is_running(helpers[0])
+                os.kill(pid, signal.SIGKILL)
+                assert ended(pid)
+                assert all(ended(helper) for helper in helpers)
+                with pytest.raises(OSError, match="not connected"):
+                    os.fstatvfs(fd)
         finally:
-            os.kill(pid, signal.SIGKILL)
-        assert ended(pid)
-        assert ended(helper)
-        with pytest.raises(OSError, match="not connected"):
-            os.fstatvfs(fd)
+            take_down(box.target, [pid])
+        if caught:
+            return
+    raise AssertionError("no helper was seen to wait for the server")
 
 
 def foreground(box: Sandbox, *words: str) -> subprocess.Popen[str]:

@@ -586,6 +586,28 @@ def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch
         assert wait_until(served, END_S)
 
 
+def test_mount_that_covers_the_code(layers: Sandbox, supervisor: Supervisor) -> None:
+    """The supervisor's copies go on to serve, and it does not take the covered files for other ones."""
+    upper, work = layers.new_dir("covering"), layers.new_dir("covering.work")
+    done = unionfs_mount("-o", f"lowerdir={PACKAGE},upperdir={upper},workdir={work}", PACKAGE)
+    assert (done.returncode, done.stderr) == (0, "")
+    covering = server_of(PACKAGE)
+    watchdog = threading.Timer(END_S, os.kill, [covering, signal.SIGKILL])
+    watchdog.start()
+    try:
+        assert supervisor.serves(covering)
+        for _ in range(2):
+            with mounted(layers) as pid:
+                assert supervisor.serves(pid)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(covering, number)
+        assert wait_until(lambda: not is_running(covering), END_S)
+        assert not is_mounted(PACKAGE)
+    finally:
+        watchdog.cancel()
+        assert take_down(PACKAGE, [covering]) == []
+
+
 def test_idle_one_ends_itself(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_supervisor(os.path.join(layers.root, "run"), "--idle", "1") as running:
         monkeypatch.setenv(wire.SWITCH, running.path)

@@ -6,6 +6,7 @@ and nothing that only people need at all.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
@@ -134,6 +135,9 @@ def _serve(
         gc.freeze()
         gc.enable()
         logs.to_stderr(options.debug)
+        # From here on nothing is imported, and no path is named that the mount may cover.
+        logs.read_no_files()
+        system_log = logs.SystemLog()
 
         def become_daemon() -> None:
             nonlocal in_background
@@ -143,11 +147,10 @@ def _serve(
                 for fd in fds:
                     os.close(fd)
                 ready()
-                logs.to_syslog()
+                logs.to_system_log(system_log)
                 in_background = True
 
-        tree = open_tree(options)
-        try:
+        with contextlib.closing(system_log), contextlib.closing(open_tree(options)) as tree:
             for warning in tree.warnings:
                 _say(warning)
             run_session(
@@ -158,15 +161,13 @@ def _serve(
                 statistics=getattr(tree, "statistics", None),
                 supervised=supervised,
             )
-        finally:
-            tree.close()
         return 0
 
     def tell(text: str) -> None:
         if not in_background:
             _say(text)
         else:
-            import logging
+            import logging  # loaded long ago
 
             logging.getLogger(__name__).error("%s", text)
 
@@ -176,6 +177,8 @@ def _serve(
 def _checked_target(target: str) -> str:
     """``target`` as an absolute path without links, known to be a directory that we can mount on."""
     path = mountinfo.canonical(target)
+    if path == "/proc":
+        raise MountError("mount point /proc: the server itself needs what is there; choose another")
     top = mountinfo.top_mount(path)
     if top is not None and top.is_union:
         raise MountError(_occupied(target, path))

@@ -32,13 +32,20 @@ def inherited_fds() -> list[int]:
     return [fd for fd in fds if fd > 2 and _is_open(fd)]
 
 
-def release_caller() -> None:
-    """Give up what is the caller's: his standard descriptors and his working directory."""
+def open_null() -> int:
+    """A descriptor for :func:`release_caller`."""
+    return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+def release_caller(null: int) -> None:
+    """Give up what is the caller's: his standard descriptors, ``null`` in their place, and his working directory.
+
+    Names no path but the root: a mount that was made meanwhile may cover any other.
+    """
     # The directory that we were started in may have to be unmounted while we live.
     os.chdir("/")
     sys.stdout.flush()
     sys.stderr.flush()
-    null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
@@ -73,9 +80,10 @@ def _serve_and_exit(serve: Callable[[Ready], int], writing: int) -> None:
     status = 1
     try:
         os.setsid()
+        null = open_null()
 
         def ready() -> None:
-            release_caller()
+            release_caller(null)
             # Fails when the parent was killed while it waited: then nobody knows of the mount, and it must end.
             os.write(writing, b"r")
             os.close(writing)

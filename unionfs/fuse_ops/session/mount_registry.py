@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,29 +79,43 @@ def is_alive(record: MountRecord) -> bool:
     return process_start(record.pid) == record.started
 
 
-def add(record: MountRecord) -> str | None:
-    """Write ``record`` and return the path of its file, or None when no place for it is writable."""
-    text = record.to_json()
-    for directory in run_directories():
-        path = os.path.join(directory, f"{record.minor}.json")
-        temporary = f"{path}.new"  # a minor has one mount, so what a killed server left there is overwritten
-        try:
-            os.makedirs(directory, mode=0o755, exist_ok=True)
-            with open(temporary, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(text)
-            os.rename(temporary, path)
-        except OSError:
-            continue
-        return path
-    return None
+class RecordPlace:
+    """Where a server puts its record: directories that are opened before its mount may cover them."""
 
+    def __init__(self) -> None:
+        self._directories: list[int] = []
+        self._written: tuple[int, str] | None = None
+        for directory in run_directories():
+            with suppress(OSError):
+                os.makedirs(directory, mode=0o755, exist_ok=True)
+                self._directories.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
-def remove(path: str, pid: int) -> None:
-    """Delete the file at ``path``, unless the minor was taken over by a mount of another process meanwhile."""
-    record = _read(path)
-    if record is not None and record.pid == pid:
-        _unlink(path)
+    def write(self, record: MountRecord) -> None:
+        """Write ``record`` to the first of them that takes it; nowhere when none does."""
+        name = f"{record.minor}.json"
+        temporary = f"{name}.new"  # a minor has one mount, so what a killed server left there is overwritten
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+        for directory in self._directories:
+            with suppress(OSError):
+                with open(os.open(temporary, flags, 0o644, dir_fd=directory), "wb") as file:
+                    os.fchmod(file.fileno(), 0o644)
+                    file.write(record.to_json())
+                os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+                self._written = directory, name
+                return
+
+    def close(self) -> None:
+        """Remove what was written, unless the minor was taken over by a mount of another process meanwhile."""
+        if self._written is not None:
+            directory, name = self._written
+            with suppress(OSError):
+                record = _read(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory))
+                if record is not None and record.pid == os.getpid():
+                    os.unlink(name, dir_fd=directory)
+        for directory in self._directories:
+            os.close(directory)
+        self._directories.clear()
+        self._written = None
 
 
 def find(minor: int) -> MountRecord | None:
@@ -151,9 +166,9 @@ def _files() -> list[str]:
     return files
 
 
-def _read(path: str) -> MountRecord | None:
+def _read(file_or_path: str | int) -> MountRecord | None:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(file_or_path, encoding="utf-8", errors="surrogateescape") as file:
             fields: dict[str, Any] = json.load(file)
         return MountRecord(**fields)
     except (OSError, ValueError, TypeError):

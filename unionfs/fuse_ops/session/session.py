@@ -6,8 +6,6 @@ import errno
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -52,6 +50,7 @@ def run_session(
         finally:
             session.finish()
     finally:
+        session.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING_SIGNALS)
 
 
@@ -73,7 +72,9 @@ class _Session:
         self._statistics = statistics
         self._supervised = supervised
         self._mount: mountinfo.Mount | None = None
-        self._record_path: str | None = None
+        # Opened now, since the mount may cover them.
+        self._record_place = mount_registry.RecordPlace()
+        self._fusermount = unmount.open_fusermount()
         self._accepted = trio.Event()
         self._announced = False
         self._gone = False
@@ -94,12 +95,15 @@ class _Session:
         self._transport.close()
         point = self._mount_point()
         if point is not None:
-            try:
-                unmount.unmount(point, lazy=True)
-            except OSError as error:
-                log.warning("cannot unmount %s: %s", point, error.strerror)
-        if self._record_path is not None:
-            mount_registry.remove(self._record_path, os.getpid())
+            status, said = unmount.start_helper("detach", point, self._fusermount).result()
+            if status:
+                log.warning("cannot unmount %s: %s", point, said or os.strerror(status))
+
+    def close(self) -> None:
+        """Give up what was opened before the mount."""
+        self._record_place.close()
+        if self._fusermount is not None:
+            os.close(self._fusermount)
 
     async def _main(self) -> None:
         with self._cancel_scope:
@@ -161,7 +165,7 @@ class _Session:
         point = self._mount_point()
         if point is not None:
             # Nobody waits for it: it may itself wait for us to close /dev/fuse.
-            subprocess.Popen(_helper_command("detach", point), stderr=subprocess.DEVNULL, cwd="/")
+            unmount.start_helper("detach", point, self._fusermount)
         self._cancel_scope.cancel()
 
     async def _helper(self, action: str) -> int:
@@ -169,14 +173,11 @@ class _Session:
         point = self._mount_point()
         if point is None:
             return errno.EINVAL
-        process = await trio.lowlevel.open_process(
-            _helper_command(action, point), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/"
-        )
-        assert process.stderr is not None
-        said = b"".join([chunk async for chunk in process.stderr])
-        status = await process.wait()
+        helper = unmount.start_helper(action, point, self._fusermount)
+        await trio.lowlevel.wait_readable(helper.pidfd)
+        status, said = helper.result()
         if status not in (0, errno.EBUSY):
-            log.warning("%s of %s: %s", action, point, said.decode(errors="replace").strip())
+            log.warning("%s of %s: %s", action, point, said or os.strerror(status))
         return status
 
     def _mount_point(self) -> str | None:
@@ -196,7 +197,7 @@ class _Session:
             return
         pid = os.getpid()
         options = self._options
-        self._record_path = mount_registry.add(
+        self._record_place.write(
             mount_registry.MountRecord(
                 minor=self._mount.minor,
                 target=self._mount.mount_point,
@@ -230,7 +231,3 @@ def _find_mount(target: str) -> mountinfo.Mount | None:
     except (OSError, StopIteration):  # before Linux 6.16
         return None
     return next((mount for mount in mountinfo.read_mounts() if mount.minor == minor and mount.major == 0), None)
-
-
-def _helper_command(action: str, point: str) -> list[str]:
-    return [sys.executable, "-I", "-S", unmount.__file__, action, point]

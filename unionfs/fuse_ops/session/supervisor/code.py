@@ -22,9 +22,10 @@ class LoadedCode:
         return all(_state(path) == state for path, state in self._states.items())
 
 
-def _state(path: str) -> tuple[int, int, int, int] | None:
+def _state(path: str) -> tuple[int, int, int] | None:
+    # Not the device: a mount that shows the same files may cover the installation.
     try:
         info = os.stat(path)
     except OSError:
         return None
-    return info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size
+    return info.st_ino, info.st_mtime_ns, info.st_size

@@ -15,7 +15,7 @@ from unionfs.fuse_ops.session.supervisor.caller import Identity, examine
 from unionfs.fuse_ops.session.supervisor.code import LoadedCode
 from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
-from unionfs.host.daemon import Ready, release_caller
+from unionfs.host.daemon import Ready, open_null, release_caller
 from unionfs.host.process_title import set_title
 
 Serve = Callable[[Sequence[str], Ready], int]
@@ -152,8 +152,10 @@ def _more(connection: socket.socket) -> bytes:
 
 
 def _serve(connection: socket.socket, request: wire.Request, serve: Serve) -> int:
+    null = open_null()
+
     def ready() -> None:
-        release_caller()
+        release_caller(null)
         # Fails when the caller was killed while it waited: then nobody knows of the mount, and it must end.
         connection.sendall(wire.READY)
         connection.close()
