@@ -91,6 +91,9 @@ INFO = Info(
         ("name~=|^default|,labels.plain==1", True),
         ("name~=^sha", False),
         ("labels.plain==1,kind==view", False),
+        ("name~=(?i)SHA256", True),
+        ("name~=\\pL", True),
+        ("labels.q~=/^(s+)+$/", False),
     ],
 )
 def test_filter(text: str, matches: bool) -> None:
@@ -103,6 +106,36 @@ def test_filter(text: str, matches: bool) -> None:
 def test_a_filter_that_cannot_be_understood(text: str) -> None:
     with pytest.raises(SnapshotArgumentError, match=re.escape(repr(text))):
         compile_filters([text])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("(?=a)", "invalid perl operator"),
+        (r"(a)\1", "invalid escape sequence"),
+        ("a{1001}", "invalid repetition size"),
+        ("(((a{30}){30}){30}){30}", "invalid repetition size|too large"),
+        ("(x|y" * 3000, "missing"),
+    ],
+)
+def test_regular_expressions_are_those_of_go(value: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SnapshotArgumentError, match=f"is no regular expression of RE2 .*{said}") as caught:
+        compile_filters([f"name~=/{value}/"])
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", ["^(a+)+$", "(a|aa)+$", "(a*)*b", "(.*,){11}P", "^(([a-z])+.)+[A-Z]([a-z])+$"])
+def test_no_regular_expression_takes_long(value: str) -> None:
+    """Python's own ``re`` takes longer than a person lives."""
+    info = replace(INFO, labels={"a": "a" * 4000 + "!"})
+    assert not compile_filters([f"labels.a~=/{value}/"])(info)
+
+
+def test_filters_are_of_some_length() -> None:
+    with pytest.raises(SnapshotArgumentError, match="the filters have 16385 bytes; make them at most 16384"):
+        compile_filters(["name==" + "a" * 16378, "n"])
 
 
 def test_one_of_several_filters_is_enough() -> None:

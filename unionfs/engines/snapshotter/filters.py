@@ -10,6 +10,8 @@ r"""containerd's filter expressions (pkg/filters), for what a snapshotter lists.
     value     = anything without "," and white space | quoted
     quoted    = as in Go: "..." with backslash escapes; a value also between / / or | |, with \/ and \| only
 
+Regular expressions are RE2's, as Go's are: matching one takes time linear in the text, whatever it is.
+
 A list of filters matches when one of them does. Fields of a snapshot are ``name``, ``parent``, ``kind`` (view, active,
 committed) and ``labels.KEY``; there are no others, so that a selector with another name matches nothing.
 """
@@ -20,11 +22,20 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import re2
 
 from unionfs.engines.snapshotter.contract import Info
 from unionfs.errors import SnapshotArgumentError
 
 Matcher = Callable[[Info], bool]
+
+FILTERS_MAX_BYTES = 1 << 14
+"""What the filters of one list may have together; containerd sends some hundred."""
+
+_PROGRAM_MAX_BYTES = 1 << 18  # of a compiled regular expression
+_SHOWN = 200  # characters of a filter, in a message
 
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATOR = re.compile(r"==|!=|~=")
@@ -36,8 +47,11 @@ def compile_filters(filters: Sequence[str]) -> Matcher:
     """A function that tells whether a snapshot matches one of ``filters``; without any, every snapshot does.
 
     Raises:
-        SnapshotArgumentError: a filter cannot be understood; the message says where.
+        SnapshotArgumentError: a filter cannot be understood; the message says where. Or they are too long.
     """
+    size = sum(len(text.encode()) for text in filters)
+    if size > FILTERS_MAX_BYTES:
+        raise SnapshotArgumentError(f"the filters have {size} bytes; make them at most {FILTERS_MAX_BYTES}")
     compiled = [_Parser(text).parse() for text in filters]
     if not compiled:
         return lambda info: True
@@ -49,7 +63,7 @@ class _Selector:
     path: tuple[str, ...]
     operator: str
     value: str
-    pattern: re.Pattern[str] | None
+    pattern: Any  # re2's compiled expression; None for the other operators
 
     def matches(self, info: Info) -> bool:
         found = _field(info, self.path)
@@ -58,7 +72,7 @@ class _Selector:
         if self.operator == "!=":
             return (found or "") != self.value
         if self.pattern is not None:
-            return self.pattern.search(found or "") is not None
+            return self.pattern.search((found or "").encode()) is not None
         return found is not None and found == self.value
 
 
@@ -100,11 +114,18 @@ class _Parser:
         if operator is None:
             return _Selector(tuple(path), "", "", None)
         value = self._value(operator == "~=")
+        return _Selector(tuple(path), operator, value, self._pattern(value) if operator == "~=" else None)
+
+    def _pattern(self, value: str) -> Any:
+        options = re2.Options()
+        options.max_mem = _PROGRAM_MAX_BYTES
+        options.never_capture = True
+        options.log_errors = False  # it would print them
         try:
-            pattern = re.compile(value) if operator == "~=" else None
-        except re.error as error:
-            raise self._fault(f"{value!r} is no regular expression ({error})") from None
-        return _Selector(tuple(path), operator, value, pattern)
+            return re2.compile(value.encode(), options)
+        except re2.error as error:
+            why = error.args[0].decode(errors="replace")
+            raise self._fault(f"{value[:_SHOWN]!r} is no regular expression of RE2 ({why[:_SHOWN]})") from None
 
     def _component(self) -> str:
         if self._text.startswith('"', self._at):
@@ -148,4 +169,6 @@ class _Parser:
         self._at += len(word)
 
     def _fault(self, what: str) -> SnapshotArgumentError:
-        return SnapshotArgumentError(f"filter {self._text!r}: at character {self._at + 1}: {what}; correct the filter")
+        return SnapshotArgumentError(
+            f"filter {self._text[:_SHOWN]!r}: at character {self._at + 1}: {what}; correct the filter"
+        )
