@@ -373,3 +373,16 @@ def test_size_counts_what_the_upper_adds(upper: Path, lower: Path) -> None:
 def test_change_string() -> None:
     """moby's TestChangeString."""
     assert [str(Change(b"/file", kind)) for kind in ChangeKind] == ["C /file", "A /file", "D /file"]
+
+
+def test_holes_are_not_read_to_compare_them(tmp_path: Path) -> None:
+    """A copied-up file of 256 GiB of nothing is compared at once; only what is data in one of them is read."""
+    size = 1 << 38
+    for name, end in (("lower", b"one"), ("upper", b"one"), ("other", b"two")):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "f", "wb") as file:
+            file.seek(size)
+            file.write(end)
+        os.utime(tmp_path / name / "f", (5, 5))
+    assert listed(tmp_path / "upper", tmp_path / "lower") == []
+    assert listed(tmp_path / "other", tmp_path / "lower") == ["C /f"]

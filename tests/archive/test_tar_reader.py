@@ -153,6 +153,33 @@ def test_base_256_numbers() -> None:
     assert (found.uid, found.mtime_ns) == (3_000_000, -2_000_000_000)
 
 
+@pytest.mark.parametrize(
+    ("field", "record", "uid"),
+    [
+        (-1, b"", 0),
+        (-2, b"", 4294967294),
+        (4294967295, b"", 0),
+        (4294967294, b"", 4294967294),
+        (0, b"10 uid=-1\n", 0),
+        (0, b"10 uid=-2\n", 4294967294),
+        (0, b"18 uid=4294967295\n", 0),
+        (5, b"8 uid=0\n", 0),
+    ],
+)
+def test_owners_below_zero(field: int, record: bytes, uid: int) -> None:
+    """macOS' nobody is -2; -1 leaves the owner to chown(2), as every engine does (golang's archive/tar, umoci)."""
+    block = patched(encode_entry(TarEntry(b"f")), 108, (field & (1 << 64) - 1 | (1 << 63)).to_bytes(8, "big"))
+    block = patched(block, 116, (field & (1 << 64) - 1 | (1 << 63)).to_bytes(8, "big"))
+    header = entry("p", record + record.replace(b"uid", b"gid"), kind=b"x") if record else b""
+    ((found, _),) = read(archive(header + block))
+    assert (found.uid, found.gid) == (uid, uid)
+
+
+def test_mode_below_zero() -> None:
+    ((found, _),) = read(archive(patched(encode_entry(TarEntry(b"f")), 100, b"\xff" * 7 + b"\xed")))
+    assert found.mode == 0o7755
+
+
 def test_signed_checksum_of_old_writers() -> None:
     block = encode_entry(TarEntry(b"f"))
     block = b"\xe9" + block[1:]
@@ -192,8 +219,9 @@ def damaged() -> dict[str, bytes]:
         "zeros between": good + bytes(512) + good,
         "size is not a number": patched(good, 124, b"9999999999x\0"),
         "size is out of range": patched(good, 124, b"\xff" * 12),
-        "uid is out of range": patched(good, 108, b"\xff" * 8),
-        "no id that Linux has": patched(good, 108, b"\x80\0\0\0\xff\xff\xff\xff"),
+        "uid is out of range": patched(good, 108, b"\xff\xff\xff\xfe" + bytes(4)),
+        "uid is not a number in range": archive(entry("p", b"19 uid=-4294967297\n", kind=b"x"), good),
+        "no id that Linux has": patched(good, 108, b"\x80\0\0\1" + bytes(4)),
         "more than the 1 MiB": patched(pax, 124, b"00100000000\0"),
         "malformed record": archive(entry("p", b"99 path=abc\n", kind=b"x"), good),
         "malformed record ": archive(entry("p", b"0 path=abc\n", kind=b"x"), good),

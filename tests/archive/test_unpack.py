@@ -389,6 +389,50 @@ def test_xattr_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         )
 
 
+@pytest.mark.parametrize("name", ["com.apple.provenance", "com.apple.quarantine", "system.nfs4_acl", "bad", "x" * 300])
+def test_xattrs_of_other_systems_are_left_out(root: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """ko-build/ko#1525, moby/moby#47962: a file from macOS; docker 20.10, podman, umoci and containerd take it."""
+    apply(root, entry("app", b"x", xattrs={name: b"1", "user.kept": b"2"}), directory("d", xattrs={name: b"1"}))
+    assert os.listxattr(root / "app") == ["user.kept"]
+    assert os.listxattr(root / "d") == []
+    assert sum("not set" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "blocks"),
+    [
+        (bytes(1 << 20), 0),
+        (bytes((1 << 20) - 100), 0),
+        (bytes(5000) + b"x" + bytes(1 << 20), 1),
+        (bytes(8192) + b"x" * 4096 + bytes(4096) + b"x" * 100 + bytes(4096), 2),
+        (b"x" + bytes(8190) + b"x", 2),
+        (bytes(3 << 20) + b"end", 1),
+        (b"", 0),
+    ],
+)
+def test_zeros_take_no_space(root: Path, data: bytes, blocks: int) -> None:
+    """moby/moby#5419: the holes that are streamed as zeros are holes again."""
+    apply(root, entry("f", data))
+    assert (root / "f").read_bytes() == data
+    assert (root / "f").stat().st_blocks == blocks * 8
+
+
+def test_sparse_entry_with_zeros_in_its_pieces(root: Path) -> None:
+    """GNU sparse 0.1: the pieces need not be whole pages, nor full of data."""
+    pieces = [(100, 5000), (9000, 20000)]
+    stored = b"a" * 5000 + b"b" * 10 + bytes(19980) + b"c" * 10
+    text = ",".join(f"{at},{size}" for at, size in pieces).encode()
+    body = b"".join(b"%d %s\n" % (len(r) + 4, r) for r in (b"GNU.sparse.map=" + text, b"GNU.sparse.size=1000000"))
+    apply(root, entry("p", body, kind=b"x"), entry("f", stored))
+    expected = bytearray(1_000_000)
+    at = 0
+    for start, size in pieces:
+        expected[start : start + size] = stored[at : at + size]
+        at += size
+    assert (root / "f").read_bytes() == expected
+    assert (root / "f").stat().st_blocks <= 4 * 8
+
+
 def test_global_headers_are_passed_over(root: Path) -> None:
     """TestXGlobalNoParent, TestTypeXGlobalHeaderDoesNotFail"""
     apply(root, entry("no/such/parent/pax_global_header", b"18 comment=hello!\n", kind=b"g"), entry("f"))

@@ -169,8 +169,11 @@ def _same_contents(new: Node, old: Node) -> bool:
 
 
 def _same_bytes(a: int, b: int) -> bool:
-    offset = 0
+    """Whether two files of the same length have the same contents; what is a hole in both is not read."""
+    offset, size = 0, os.fstat(a).st_size
     while True:
+        if offset < size:
+            offset = min(next_data(a, offset, size), next_data(b, offset, size))
         left = os.pread(a, _COMPARE_BYTES, offset)
         right = os.pread(b, len(left) or 1, offset)
         if left != right:
@@ -178,3 +181,15 @@ def _same_bytes(a: int, b: int) -> bool:
         if not left:
             return True
         offset += len(left)
+
+
+def next_data(fd: int, offset: int, size: int) -> int:
+    """Where data begins at or after ``offset`` in a file of ``size`` bytes; ``size`` if there is a hole up to there."""
+    try:
+        return min(size, os.lseek(fd, offset, os.SEEK_DATA))
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            return size if os.fstat(fd).st_size >= size else offset
+        if error.errno == errno.EINVAL:  # a file system that cannot tell
+            return offset
+        raise

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from unionfs.archive.changes import Change, ChangeKind, Origin
-from unionfs.archive.compare import CAPABILITY_XATTR, comparable_xattrs
+from unionfs.archive.compare import CAPABILITY_XATTR, comparable_xattrs, next_data
 from unionfs.archive.idmapping import MapOwner
 from unionfs.archive.overlay_view import (
     ALL_PREFIXES,
@@ -243,7 +243,7 @@ def _read_exactly(fd: int, entry: TarEntry) -> Iterator[bytes]:
     while offset < size:
         end = size
         if sparse:
-            offset_of_data = _next_data(fd, offset, size)
+            offset_of_data = next_data(fd, offset, size)
             while offset < offset_of_data:
                 piece = _ZEROS[: min(_PIECE_BYTES, offset_of_data - offset)]
                 offset += len(piece)
@@ -260,17 +260,6 @@ def _read_exactly(fd: int, entry: TarEntry) -> Iterator[bytes]:
                 )
             offset += len(piece)
             yield piece
-
-
-def _next_data(fd: int, offset: int, size: int) -> int:
-    try:
-        return min(size, os.lseek(fd, offset, os.SEEK_DATA))
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # nothing but a hole up to the end
-            return size if os.fstat(fd).st_size >= size else offset
-        if error.errno == errno.EINVAL:  # a file system that cannot tell
-            return offset
-        raise
 
 
 def _next_hole(fd: int, offset: int, size: int) -> int:

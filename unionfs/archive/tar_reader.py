@@ -41,7 +41,9 @@ _PIECE_BYTES = 1 << 20
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _MAX_OFFSET = (1 << 63) - 1
 _MAX_SPARSE_PIECES = 1 << 16
-_MAX_ID = (1 << 32) - 2  # (uid_t)-1 means "leave it" to chown(2), so nobody has it
+_MAX_ID = (1 << 32) - 1
+# Numbers that may be negative, and how far: macOS has -1 and -2 for owners, a mode is cut to its bits anyhow.
+_LOWEST = {"uid": -(1 << 31), "gid": -(1 << 31), "mode": -(1 << 63)}
 
 RawSink = Callable[[bytes], None]
 """Gets every byte of the stream that is not contents: headers, padding, the end."""
@@ -236,7 +238,7 @@ class TarReader:
         return body[:size]
 
     def _number(self, field: bytes, what: str) -> int:
-        """A number field, octal or base-256; never negative."""
+        """A number field, octal or base-256; see ``_LOWEST`` for what can be negative."""
         if field[0] & 0x80:
             value = int.from_bytes(field, "big") & ~(0x80 << (8 * (len(field) - 1)))
             if field[0] & 0x40:
@@ -246,7 +248,7 @@ class TarReader:
             if parsed is None:
                 raise self._broken(f"has a header whose {what} is not a number")
             value = parsed
-        if what != "mtime" and not 0 <= value <= _MAX_OFFSET:
+        if not _LOWEST.get(what, 0) <= value <= _MAX_OFFSET and what != "mtime":
             raise self._broken(f"has a header whose {what} is out of range")
         return value
 
@@ -316,9 +318,9 @@ class TarReader:
             elif key == b"size":
                 entry.size = entry.stored_size = self._pax_number(key, value)
             elif key == b"uid":
-                entry.uid = self._pax_number(key, value)
+                entry.uid = self._pax_id(key, value)
             elif key == b"gid":
-                entry.gid = self._pax_number(key, value)
+                entry.gid = self._pax_id(key, value)
             elif key == b"mtime":
                 entry.mtime_ns = self._pax_time(key, value)
             elif key == b"atime":
@@ -328,6 +330,13 @@ class TarReader:
         if value.isdigit() and len(value) <= 19 and int(value) <= _MAX_OFFSET:
             return int(value)
         raise self._broken(f"has a PAX header whose {show(key)} is not a number in range")
+
+    def _pax_id(self, key: bytes, value: bytes) -> int:
+        sign = -1 if value.startswith(b"-") else 1
+        number = sign * self._pax_number(key, value[1:] if sign < 0 else value)
+        if number < _LOWEST[key.decode()]:
+            raise self._broken(f"has a PAX header whose {show(key)} is not a number in range")
+        return number
 
     def _pax_time(self, key: bytes, value: bytes) -> int:
         """Nanoseconds of a decimal number of seconds, exactly: a float would lose the last digits."""
@@ -346,6 +355,7 @@ class TarReader:
             raise ArchiveError(
                 f"{entry.shown_name()}: owner {entry.uid}:{entry.gid} is no id that Linux has; make the archive again"
             )
+        entry.uid, entry.gid = _linux_id(entry.uid), _linux_id(entry.gid)
 
     def _old_sparse(self, entry: TarEntry, block: bytes) -> None:
         """GNU's own sparse format: four pieces in the header, more in blocks after it."""
@@ -438,6 +448,14 @@ def _octal(field: bytes) -> int | None:
         return int(digits, 8) if digits.isdigit() else None
     except ValueError:
         return None
+
+
+def _linux_id(number: int) -> int:
+    """The id that chown(2) makes of a number: ids have 32 bits, and -1 leaves the owner, who is root here.
+
+    Negative ones are macOS': nobody is -2 there.
+    """
+    return 0 if number & _MAX_ID == _MAX_ID else number & _MAX_ID
 
 
 def _text(field: bytes) -> bytes:

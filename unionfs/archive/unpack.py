@@ -58,7 +58,12 @@ _MAX_NAME_BYTES = 1 << 15
 # They would stand for nothing, for the directory itself and for the one above it.
 _INVALID_WHITEOUTS = (WHITEOUT_PREFIX, WHITEOUT_PREFIX + b".", WHITEOUT_PREFIX + b"..")
 
+# What a file system for containers has; the others are those of other systems (com.apple., system.nfs4_acl).
+_LINUX_XATTRS = ("user.", "trusted.", "security.", "system.posix_acl_")
+_PAGE_BYTES = 4096
+_ZERO_PAGE = bytes(_PAGE_BYTES)
 _NO_SUPPORT = frozenset({errno.ENOTSUP, errno.ENOSYS})
+_FOREIGN = _NO_SUPPORT | {errno.EINVAL, errno.ERANGE}
 
 
 class WhiteoutMode(enum.Enum):
@@ -412,6 +417,7 @@ class _Unpacker:
                 )
             stashed, contents = found
             entry.kind, entry.size, entry.sparse = REGULAR, stashed.size, stashed.sparse
+            entry.stored_size = stashed.stored_size
             self._regular(entry, parent, name, contents)
             return
         if not target:
@@ -498,7 +504,9 @@ class _Unpacker:
 
     def _xattr_failed(self, entry: TarEntry, name: str, error: OSError) -> None:
         shown = show(name.encode("utf-8", "surrogateescape"))
-        if error.errno == errno.EPERM or (error.errno in _NO_SUPPORT and self._options.best_effort_xattrs):
+        foreign = not name.startswith(_LINUX_XATTRS) and error.errno in _FOREIGN
+        lenient = self._options.best_effort_xattrs and error.errno in _NO_SUPPORT
+        if error.errno == errno.EPERM or foreign or lenient:
             if not self._xattr_warned:
                 _log.warning("%s: xattr %s not set (%s); further ones are not logged", entry.shown_name(), shown, error)
                 self._xattr_warned = True
@@ -517,26 +525,45 @@ def _times(entry: TarEntry) -> tuple[int, int]:
 
 
 def _write(fd: int, entry: TarEntry, contents: Iterator[bytes]) -> None:
-    if entry.sparse is None:
-        for piece in contents:
-            _write_all(fd, piece)
-        return
-    os.ftruncate(fd, entry.size)
-    pieces = iter(entry.sparse)
-    offset = left = 0
+    """Write what is stored at the places that it is from; pages of zeros become holes, as they mostly were."""
+    pieces = iter(entry.sparse if entry.sparse is not None else [(0, entry.stored_size)])
+    offset = left = written = 0
     for piece in contents:
-        view = memoryview(piece)
-        while view:
+        at = 0
+        while at < len(piece):
             while not left:
                 offset, left = next(pieces)
-                os.lseek(fd, offset, os.SEEK_SET)
-            part = view[:left]
-            _write_all(fd, part)
-            left -= len(part)
-            view = view[len(part) :]
+            size = min(left, len(piece) - at)
+            for start, end in _data_in(piece, at, at + size, offset):
+                written = _write_at(fd, memoryview(piece)[start:end], offset + start - at)
+            at += size
+            offset += size
+            left -= size
+    if written < entry.size:
+        os.ftruncate(fd, entry.size)
 
 
-def _write_all(fd: int, piece: bytes | memoryview) -> None:
-    view = memoryview(piece)
-    while view:
-        view = view[os.write(fd, view) :]
+def _data_in(piece: bytes, start: int, end: int, offset: int) -> Iterator[tuple[int, int]]:
+    """The ranges of ``piece`` without its pages of zeros; ``start`` is at ``offset`` in the file."""
+    first = at = start
+    page_end = start + _PAGE_BYTES - offset % _PAGE_BYTES
+    while at < end:
+        page_end = min(page_end, end)
+        # Looking at two bytes spares the comparison for nearly all pages with something in them.
+        if not (piece[at] or piece[page_end - 1]) and piece[at:page_end] == _ZERO_PAGE[: page_end - at]:
+            if first < at:
+                yield first, at
+            first = page_end
+        at = page_end
+        page_end += _PAGE_BYTES
+    if first < end:
+        yield first, end
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> int:
+    """Write all of ``data`` at ``offset``; where that ends."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data = data[written:]
+        offset += written
+    return offset
