@@ -18,12 +18,13 @@ import pytest
 
 from tests.archive.trees import opaque, whiteout, write
 from unionfs.archive.changes import Change, ChangeKind, changes_of_trees, changes_of_upper
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, XattrSelection, pack_changes, pack_tree
 from unionfs.archive.stream import PieceStream
 from unionfs.archive.tar_format import TarEntry, encode_entry
 from unionfs.archive.tar_reader import TarReader
 from unionfs.errors import ArchiveError
+from unionfs.overlay.idmap import IdRange
 
 CAPABILITY_2 = bytes.fromhex("0100000200200000000000000000000000000000")
 CAPABILITY_3 = bytes.fromhex("0100000300200000000000000000000000000000e8030000")

@@ -14,12 +14,13 @@ import pytest
 from tests.archive.tars import apply, archive, directory, entry, hard_link, symlink
 from tests.archive.trees import describe, opaque, whiteout, write
 from unionfs.archive.changes import changes_of_trees
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, pack_changes, pack_tree
 from unionfs.archive.sizes import tree_size
 from unionfs.archive.stream import PieceStream
 from unionfs.archive.unpack import DevicePolicy, UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError
+from unionfs.overlay.idmap import IdRange
 
 OVERLAY = UnpackOptions(whiteouts=WhiteoutMode.OVERLAY)
 KEEP = UnpackOptions(whiteouts=WhiteoutMode.KEEP)
@@ -269,9 +270,11 @@ def test_unpack_layer_creates_implied_directories_through_lower_layer_symlink(ro
 
 
 def test_symlink_to_nowhere_as_a_parent(root: Path) -> None:
-    os.symlink("nowhere", root / "link")
-    with pytest.raises(ArchiveError, match=r"link: is a symlink to nowhere"):
-        apply(root, entry("link/f"))
+    """What it names is made, inside: as containerd and umoci do."""
+    os.symlink("/var/nowhere/../run", root / "link")
+    os.symlink("../../outside", root / "up")
+    apply(root, entry("link/f"), entry("up/g"))
+    assert tree(root) == ["link", "outside/", "outside/g", "up", "var/", "var/run/", "var/run/f"]
 
 
 def test_file_as_a_parent(root: Path) -> None:

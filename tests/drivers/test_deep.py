@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.drivers.rig import Rig
-from unionfs.archive.rooted import RootedDir
+from unionfs.host.files import RootedDir
 
 LAYERS = 100
 FILES = 100

@@ -13,7 +13,7 @@ import pytest
 from tests.drivers.rig import INITS, LAYERED, Rig, got, make_rig
 from tests.drivers.trees import lines, make_base, write
 from tests.support.mounts import servers_of, wait_until
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import kernel_overlay, layered, overlay_home, union
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.kernel_overlay import KernelMounter
@@ -27,6 +27,7 @@ from unionfs.errors import (
     OptionError,
     PrerequisitesError,
 )
+from unionfs.overlay.idmap import IdRange
 
 
 def mode(path: str) -> int:

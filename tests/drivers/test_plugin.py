@@ -17,7 +17,7 @@ import pytest
 
 from tests.drivers.plugin_server import PluginServer, plugin_server, served
 from unionfs.archive.changes import ChangeKind
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import plugin, vfs
 from unionfs.drivers.contract import Capabilities, CreateOptions
 from unionfs.drivers.plugin import PluginDriver, connect
@@ -28,6 +28,7 @@ from unionfs.engines.docker_plugin.server import Exchange
 from unionfs.engines.docker_plugin.service import GraphDriverService
 from unionfs.engines.docker_plugin.session import SessionFile
 from unionfs.errors import ArchiveError, DriverError, NotSupportedError
+from unionfs.overlay.idmap import IdRange
 
 
 @pytest.fixture

@@ -446,8 +446,8 @@ def test_readers_follow_a_copy_up(tree: UnionTree) -> None:
 
 def test_truncation_at_open_copies_no_data(tree: UnionTree, monkeypatch: pytest.MonkeyPatch) -> None:
     for how in (
-        "unionfs.fuse_ops.copy_up.copying.syscalls.reflink",
-        "unionfs.fuse_ops.copy_up.copying.os.copy_file_range",
+        "unionfs.overlay.copying.syscalls.reflink",
+        "unionfs.overlay.copying.os.copy_file_range",
     ):
         monkeypatch.setattr(how, lambda *args: pytest.fail("data was copied"))
     handle = tree.open(tree.lookup(tree.root, b"file"), os.O_WRONLY | os.O_TRUNC)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unionfs.archive import rooted
+from unionfs.host import syscalls
 
 
 class Steps:
@@ -44,14 +44,14 @@ sys.addaudithook(_audited)  # it cannot be taken away again
 def counted_steps() -> Iterator[Steps]:
     """Count what os.open and openat2(2) look up in this block."""
     steps = Steps()
-    call = rooted._libc.syscall
+    call = syscalls._syscall
 
     def syscall(*arguments: Any) -> int:
         steps.add(next((a.value for a in arguments if isinstance(a, ctypes.c_char_p)), None))
         return int(call(*arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooted._libc, "syscall", syscall)
+        patch.setattr(syscalls, "_syscall", syscall)
         _active.append(steps)
         try:
             yield steps

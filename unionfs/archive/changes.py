@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from unionfs.archive.compare import Same, exact_same, naive_same
-from unionfs.archive.overlay_view import ALL_PREFIXES, MergedView, Node, OpenMerged, PlainView, View
-from unionfs.archive.rooted import RootedDir
+from unionfs.archive.overlay_view import ALL_SPACES, MergedView, Node, OpenMerged, PlainView, View
 from unionfs.errors import LayerError
+from unionfs.host.files import RootedDir
+from unionfs.overlay.rules import Spaces
 
 _KEPT_IN_ALL = 64  # directories held open, of all layers
 
@@ -74,8 +75,7 @@ def changes_of_upper(
     lowers: Sequence[str | bytes],
     *,
     data_only: Sequence[str | bytes] = (),
-    prefixes: Sequence[str] = ALL_PREFIXES,
-    opaque_root: bool = False,
+    spaces: Spaces = ALL_SPACES,
 ) -> Iterator[Change]:
     """The changes that an overlay upper directory makes to its lower layers.
 
@@ -87,21 +87,20 @@ def changes_of_upper(
         upper: the upper directory (an overlay2 ``diff`` directory).
         lowers: the lower directories, top first; none for a base layer, of which everything is added.
         data_only: lowers after ``::``, reached by metadata-only copies alone.
-        prefixes: the xattr name spaces of the mount that wrote the upper directory. Give the one it used where that
+        spaces: the xattr name spaces of the mount that wrote the upper directory. Give the one it used where that
             is known: an overlay by root takes ``user.overlay.`` for ordinary xattrs, and a container can set them.
-        opaque_root: an opaque xattr on the root of a layer counts; the kernel ignores it.
 
     Raises:
-        LayerError: one of the directories is missing or is no directory.
+        LayerError: one of the directories is missing or is no directory, or an object in them has an invalid redirect.
     """
     with ExitStack() as stack:
         keep = max(_KEPT_IN_ALL // (1 + len(lowers)), 2)
         top = _open_layer(stack, upper, keep)
         below = [_open_layer(stack, lower, keep) for lower in lowers]
         data = [_open_layer(stack, lower, 0) for lower in data_only]
-        new = MergedView([top, *below], data, prefixes=prefixes, opaque_root=opaque_root)
-        old = MergedView(below, data, prefixes=prefixes, opaque_root=opaque_root) if below else None
-        yield from _Comparison(new, old, exact_same(prefixes), upper=top).changes()
+        new = MergedView([top, *below], data, spaces=spaces)
+        old = MergedView(below, data, spaces=spaces) if below else None
+        yield from _Comparison(new, old, exact_same(spaces), upper=top).changes()
 
 
 def changes_of_trees(new: str | bytes, old: str | bytes | None, *, all_xattrs: bool = False) -> Iterator[Change]:

@@ -5,16 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from unionfs.archive.overlay_view import (
-    ALL_PREFIXES,
-    Node,
-    Place,
-    entry_path,
-    get_xattr,
-    list_xattrs,
-)
+from unionfs.archive.overlay_view import ALL_SPACES, Node, Place
+from unionfs.overlay.format import FUSE_OVERLAYFS_PREFIX
+from unionfs.overlay.rules import Spaces, entry_path
 
 CAPABILITY_XATTR = "security.capability"
 
@@ -23,6 +18,7 @@ Same = Callable[[Node, Node], bool]
 
 _NS_PER_S = 1_000_000_000
 _COMPARE_BYTES = 1 << 20
+_NO_XATTR = frozenset({errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOTDIR})
 _COMPARED_NAMESPACES = ("user.", "trusted.", "system.posix_acl_")
 
 
@@ -37,7 +33,7 @@ def naive_same(all_xattrs: bool) -> Same:
         all_xattrs: compare user, trusted and ACL xattrs too, instead of ``security.capability`` only.
     """
 
-    everything = ALL_PREFIXES if all_xattrs else None
+    everything = ALL_SPACES if all_xattrs else None
 
     def same(new: Node, old: Node) -> bool:
         a, b = new.stat, old.stat
@@ -52,14 +48,14 @@ def naive_same(all_xattrs: bool) -> Same:
     return same
 
 
-def exact_same(prefixes: Sequence[str]) -> Same:
+def exact_same(spaces: Spaces) -> Same:
     """The comparison for an entry of an upper directory with what it covers.
 
     Nanosecond mtimes, all xattrs that belong to the entry, symlink targets, and at last the contents, so that an
     edit that keeps size and mtime is seen, and a file that was copied up but never changed is not listed.
 
     Args:
-        prefixes: the xattr name spaces that are the overlay's own.
+        spaces: the name spaces of xattrs that are the overlay's own.
     """
 
     def same(new: Node, old: Node) -> bool:
@@ -68,7 +64,7 @@ def exact_same(prefixes: Sequence[str]) -> Same:
             return False
         if not stat.S_ISDIR(a.st_mode) and (a.st_size != b.st_size or a.st_mtime_ns != b.st_mtime_ns):
             return False
-        if _xattrs(new, prefixes) != _xattrs(old, prefixes):
+        if _xattrs(new, spaces) != _xattrs(old, spaces):
             return False
         if stat.S_ISLNK(a.st_mode):
             return _target(new) == _target(old)
@@ -105,27 +101,27 @@ def _target(node: Node) -> bytes:
         os.close(fd)
 
 
-def _xattrs(node: Node, prefixes: Sequence[str] | None) -> dict[str, bytes]:
-    """All xattrs but those of an overlay with these prefixes; None: the capability only."""
+def _xattrs(node: Node, spaces: Spaces | None) -> dict[str, bytes]:
+    """All xattrs but those of an overlay with these name spaces; None: the capability only."""
     fd, name = _parent_fd(node.place)
     try:
         path = entry_path(fd, name)
-        if prefixes is not None:
-            return comparable_xattrs(path, prefixes)
+        if spaces is not None:
+            return comparable_xattrs(path, spaces)
         value = get_xattr(path, CAPABILITY_XATTR)
         return {} if value is None else {CAPABILITY_XATTR: value}
     finally:
         os.close(fd)
 
 
-def comparable_xattrs(path: bytes | int, prefixes: Sequence[str] = ALL_PREFIXES) -> dict[str, bytes]:
+def comparable_xattrs(path: bytes | int, spaces: Spaces = ALL_SPACES) -> dict[str, bytes]:
     """The xattrs that belong to an entry itself: overlay's own left out, those of a nested overlay unescaped.
 
     ``security.*`` other than the capability is the host's policy (SELinux labels, IMA), not the entry's.
     """
     found: dict[str, bytes] = {}
     for name in list_xattrs(path):
-        shown = _shown_name(name, prefixes)
+        shown = _shown_name(name, spaces)
         if shown is None:
             continue
         value = get_xattr(path, name)
@@ -134,16 +130,37 @@ def comparable_xattrs(path: bytes | int, prefixes: Sequence[str] = ALL_PREFIXES)
     return found
 
 
-def _shown_name(name: str, prefixes: Sequence[str]) -> str | None:
+def _shown_name(name: str, spaces: Spaces) -> str | None:
     if name == CAPABILITY_XATTR:
         return name
-    if not name.startswith(_COMPARED_NAMESPACES):
+    stored = os.fsencode(name)
+    if not name.startswith(_COMPARED_NAMESPACES) or stored.startswith(FUSE_OVERLAYFS_PREFIX):
         return None
-    for prefix in prefixes:
-        if name.startswith(prefix):
-            short = name[len(prefix) :]
-            return prefix + short[len("overlay.") :] if short.startswith("overlay.") else None
-    return name
+    for space in spaces:
+        if space.is_private(stored):
+            return None
+        stored = space.to_shown(stored)
+    return os.fsdecode(stored)
+
+
+def list_xattrs(path: bytes | int) -> list[str]:
+    """Names of the xattrs of ``path``, not followed, sorted; none where the file system has no xattrs."""
+    try:
+        return sorted(os.listxattr(path, follow_symlinks=isinstance(path, int)))
+    except OSError as error:
+        if error.errno in _NO_XATTR:
+            return []
+        raise
+
+
+def get_xattr(path: bytes | int, name: str) -> bytes | None:
+    """The value of one xattr of ``path``, not followed; None when it is not there."""
+    try:
+        return os.getxattr(path, name, follow_symlinks=isinstance(path, int))
+    except OSError as error:
+        if error.errno in _NO_XATTR:
+            return None
+        raise
 
 
 def _same_contents(new: Node, old: Node) -> bool:

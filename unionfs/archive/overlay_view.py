@@ -1,14 +1,7 @@
 """The merged view of overlay layer directories, read from disk without mounting anything.
 
-It answers "what is at this name" for a stack of layer directories the way the kernel's overlayfs does, and
+It answers "what is at this name" for a stack of layer directories by the rules of :mod:`unionfs.overlay.rules`, and
 says *where* the answer lies: change lists compare such answers, archives read their contents.
-
-On-disk forms understood (sources: the kernel's Documentation/filesystems/overlayfs.rst; the AUFS names of the
-OCI image layer specification; fuse-overlayfs): whiteouts as character device 0:0, as an empty file with the
-``overlay.whiteout`` xattr in a directory whose ``overlay.opaque`` is ``x``, and as ``.wh.NAME``; opaque directories
-as ``overlay.opaque=y`` and as a ``.wh..wh..opq`` entry; ``overlay.redirect`` (relative and absolute) on
-directories and files; ``overlay.metacopy``. The xattr prefixes are ``trusted.overlay.``, ``user.overlay.`` and, for
-opaque directories, ``user.fuseoverlayfs.``.
 """
 
 from __future__ import annotations
@@ -22,20 +15,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from unionfs.archive.rooted import RootedDir, split_path
+from unionfs.errors import LayerError
+from unionfs.host.files import RootedDir, join
+from unionfs.overlay import rules
+from unionfs.overlay.format import MARK, META_MARK, TRUSTED, USER
+from unionfs.overlay.rules import Entry, Spaces
 
-WHITEOUT_PREFIX = b".wh."
-WHITEOUT_META_PREFIX = b".wh..wh."
-OPAQUE_MARKER = b".wh..wh..opq"
-
-TRUSTED_PREFIX = "trusted.overlay."
-USER_PREFIX = "user.overlay."
-FUSE_OVERLAYFS_PREFIX = "user.fuseoverlayfs."
-ALL_PREFIXES = (TRUSTED_PREFIX, USER_PREFIX, FUSE_OVERLAYFS_PREFIX)
+ALL_SPACES: Spaces = (TRUSTED, USER)
 
 # There is nothing at the name; ENAMETOOLONG: such a name cannot exist on the file system.
-_ABSENT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
-_NO_XATTR_ERRNOS = frozenset({errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EACCES})
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 
 
 class Place(NamedTuple):
@@ -95,20 +84,6 @@ class View(Protocol):
     def open(self, node: Node) -> OpenNode: ...
 
 
-def entry_path(dir_fd: int, name: bytes) -> bytes:
-    """A path of ``name`` in ``dir_fd`` for the xattr calls, which take no directory descriptor."""
-    return b"/proc/self/fd/%d/%s" % (dir_fd, name)
-
-
-def _lstat(dir_fd: int, name: bytes) -> os.stat_result | None:
-    try:
-        return os.lstat(name, dir_fd=dir_fd)
-    except OSError as error:
-        if error.errno in _ABSENT_ERRNOS:
-            return None
-        raise
-
-
 def _list_names(dir_fd: int) -> list[bytes]:
     return [os.fsencode(name) for name in os.listdir(dir_fd)]
 
@@ -148,31 +123,13 @@ class _OpenPlain:
         return set(_list_names(self._fd))
 
     def lookup(self, name: bytes) -> Node | None:
-        info = _lstat(self._fd, name)
-        if info is None:
-            return None
+        try:
+            info = os.lstat(name, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
         return _plain_node(Place(self._place.layer, join(self._place.rel, name)), info)
-
-
-def join(parent: bytes, name: bytes) -> bytes:
-    """``parent/name``, with the root as the empty path."""
-    return parent + b"/" + name if parent else name
-
-
-class _Hit(NamedTuple):
-    """What one layer says about a name."""
-
-    whiteout: bool
-    stat: os.stat_result | None
-    place: Place | None
-    stop: bool  # layers further down do not count any more
-    redirect: bytes | None  # the name or path to look for in the layers further down
-    metacopy: bool  # a regular file whose contents lie further down
-
-
-_NOTHING = _Hit(False, None, None, False, None, False)
-_WHITEOUT = _Hit(True, None, None, True, None, False)
-_DEAD_END = _Hit(False, None, None, True, None, False)
 
 
 class MergedView:
@@ -181,58 +138,77 @@ class MergedView:
     Args:
         layers: the layer directories, top first.
         data_only: layers that only absolute redirects of metadata-only copies reach (``::`` in ``lowerdir``).
-        prefixes: the xattr name spaces that are the overlay's own; xattrs in others are the entries'.
-        opaque_root: an opaque xattr on a layer's root hides the layers below. The kernel never takes a root for
-            opaque, whatever its xattr says (checked on 6.18).
+        spaces: the name spaces of xattrs that are the overlay's own; xattrs in others are the entries'.
     """
 
     def __init__(
-        self,
-        layers: Sequence[RootedDir],
-        data_only: Sequence[RootedDir] = (),
-        *,
-        prefixes: Sequence[str] = ALL_PREFIXES,
-        opaque_root: bool = False,
+        self, layers: Sequence[RootedDir], data_only: Sequence[RootedDir] = (), *, spaces: Spaces = ALL_SPACES
     ) -> None:
         self.layers = tuple(layers)
-        self.prefixes = tuple(prefixes)
-        self._opaque_root = opaque_root
+        self.spaces = spaces
         self._data_only = tuple(data_only)
         self._index = {layer: i for i, layer in enumerate(self.layers)}
-
-    def root(self) -> Node:
         places = []
         for layer in self.layers:
             places.append(Place(layer, b""))
-            # The marker file is AUFS', and there a root may be opaque.
-            if _lstat(layer.fd, OPAQUE_MARKER) is not None:
+            # An attribute at the top of a layer is nothing to the kernel (checked on 6.18); the mark is AUFS'.
+            if rules.is_marked_opaque(layer.fd):
                 break
-            if self._opaque_root and is_opaque(overlay_xattrs(layer.fd, self.prefixes)):
-                break
-        stack = tuple(places)
-        return Node(os.fstat(self.layers[0].fd), stack[0], stack[0], stack, stack)
+        self._root = tuple(places)
+
+    def root(self) -> Node:
+        return self.directory(self._root)
+
+    def directory(self, stack: Sequence[Place]) -> Node:
+        """The directory that those of ``stack``, which must exist, make together."""
+        places = tuple(stack)
+        top = places[0]
+        fd = top.layer.open(top.rel, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return Node(os.fstat(fd), top, top, places, places)
+        finally:
+            os.close(fd)
 
     def open(self, node: Node) -> OpenMerged:
         """Open the directory ``node`` of this view."""
         return OpenMerged(self, node.stack)
 
-    def index(self, layer: RootedDir) -> int:
-        """The position of ``layer``, 0 at the top."""
-        return self._index[layer]
+    def root_below(self, layer: RootedDir) -> tuple[Place, ...]:
+        """The tops of the layers below ``layer``: where its absolute redirects start."""
+        return tuple(place for place in self._root if self._index[place.layer] > self._index[layer])
+
+    def is_last(self, layer: RootedDir) -> bool:
+        """Whether no other is below ``layer``."""
+        return self._index[layer] >= self._index[self._root[-1].layer]
+
+    def walk(self, stack: Sequence[Place], path: bytes) -> Node | None:
+        """What the directories of ``stack`` show at ``path``, a path of one or more components."""
+        node: Node | None = None
+        for name in path.split(b"/"):
+            if not stack:
+                return None
+            with OpenMerged(self, stack) as directory:
+                node = directory.lookup(name)
+            if node is None:
+                return None
+            stack = node.stack
+        return node
 
     def find_data(self, path: bytes) -> Place | None:
-        """The regular file at the absolute ``path`` of a data-only layer."""
+        """The regular file at ``path`` in one of the data-only layers."""
         for layer in self._data_only:
-            hit = probe_path(layer, path, self.prefixes)
-            if hit.stat is not None and stat.S_ISREG(hit.stat.st_mode):
-                return hit.place
+            try:
+                os.close(layer.open_file(path))
+            except OSError:
+                continue
+            return Place(layer, path)
         return None
 
 
 class _Part(NamedTuple):
     place: Place
     fd: int
-    xattr_whiteouts: bool
+    xwhiteouts: bool
 
 
 class OpenMerged:
@@ -245,7 +221,8 @@ class OpenMerged:
             for place in stack:
                 fd = place.layer.open_dir(place.rel)
                 undo.callback(os.close, fd)
-                self._parts.append(_Part(place, fd, _has_xattr_whiteouts(fd, view.prefixes)))
+                marks = rules.read_marks(rules.entry_path(fd, b"."), view.spaces)
+                self._parts.append(_Part(place, fd, marks.xwhiteouts))
             self._close = undo.pop_all()
 
     def __enter__(self) -> OpenMerged:
@@ -258,206 +235,88 @@ class OpenMerged:
 
     def top_names(self) -> set[bytes]:
         """Names about which the top layer's directory says something."""
-        return _visible_names(self._parts[0].fd)
+        return _spoken_of(self._parts[0].fd)
 
     def names(self) -> set[bytes]:
         """Names about which any layer says something."""
         names: set[bytes] = set()
         for part in self._parts:
-            names |= _visible_names(part.fd)
+            names |= _spoken_of(part.fd)
         return names
 
     def lookup(self, name: bytes) -> Node | None:
-        """What the merged directory shows at ``name``."""
-        search = name  # the name in this directory's parts, or an absolute path in whole layers
-        parts = iter(self._parts)
-        below = 0  # after an absolute redirect: the next layer to look into
-        top: _Hit | None = None
-        data: Place | None = None
+        """What the merged directory shows at ``name``; raises :class:`LayerError` for an invalid redirect."""
+        return self._lookup(name, 0)
+
+    def _lookup(self, name: bytes, start: int) -> Node | None:
+        """As :meth:`lookup`, in the parts from ``start`` on."""
+        top: os.stat_result | None = None
         dirs: list[Place] = []
-        metacopy = False
-        while True:
-            if search.startswith(b"/"):
-                if below >= len(self._view.layers):
+        for i in range(start, len(self._parts)):
+            part = self._parts[i]
+            found = self._probe(i, name)
+            hides = found.hides
+            if found.st is not None:
+                place = Place(part.place.layer, join(part.place.rel, name))
+                if not stat.S_ISDIR(found.st.st_mode):
+                    if top is not None:
+                        break  # a file below a directory: hidden
+                    data = self._data(i, name, found) if found.metacopy else place
+                    return Node(found.st, place, data, (), (found.st.st_dev, found.st.st_ino))
+                top = top or found.st
+                dirs.append(place)
+                if rules.is_marked_opaque(part.fd, name):
                     break
-                hit = probe_path(self._view.layers[below], search, self._view.prefixes)
-                below += 1
-            else:
-                part = next(parts, None)
-                if part is None:
+                if found.redirect is not None:
+                    dirs += self._behind(i, found.redirect)
                     break
-                hit = _probe(part.place, part.fd, search, part.xattr_whiteouts, self._view.prefixes)
-                below = self._view.index(part.place.layer) + 1
-            if hit.stat is not None and hit.place is not None:
-                is_dir = stat.S_ISDIR(hit.stat.st_mode)
-                if top is None:
-                    top = hit
-                    metacopy = hit.metacopy
-                elif is_dir != bool(dirs):
-                    break  # a file below a directory, or a directory below a file: hidden
-                if is_dir:
-                    dirs.append(hit.place)
-                else:
-                    data = None if hit.metacopy else hit.place
-                    metacopy = hit.metacopy
-                    if not hit.metacopy:
-                        break
-            if hit.stop:
+            if hides:
                 break
-            if hit.redirect is not None:
-                search = _redirected(search, hit.redirect)
-        if top is None or top.stat is None or top.place is None:
+        if top is None:
             return None
-        if metacopy and data is None and search.startswith(b"/"):
-            data = self._view.find_data(search)
-        stack = tuple(dirs)
-        identity: object = stack or (top.stat.st_dev, top.stat.st_ino)
-        return Node(top.stat, top.place, data, stack, identity)
+        return Node(top, dirs[0], dirs[0], tuple(dirs), tuple(dirs))
+
+    def _probe(self, i: int, name: bytes) -> Entry:
+        part = self._parts[i]
+        last = i + 1 == len(self._parts) and self._view.is_last(part.place.layer)
+        try:
+            return rules.probe(part.fd, name, self._view.spaces, xwhiteouts=part.xwhiteouts, last=last)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EACCES):
+                raise
+            where = join(part.place.layer.path, join(part.place.rel, name))
+            raise LayerError(
+                f"{os.fsdecode(where)}: {error.strerror}; mend or remove it, no overlay shows it"
+            ) from error
+
+    def _behind(self, i: int, redirect: bytes) -> tuple[Place, ...]:
+        """The directories that the redirect of a directory in part ``i`` continues with."""
+        if redirect.startswith(b"/"):
+            node = self._view.walk(self._view.root_below(self._parts[i].place.layer), redirect[1:])
+        else:
+            node = self._lookup(redirect, i + 1)
+        return node.stack if node is not None else ()
+
+    def _data(self, i: int, name: bytes, found: Entry) -> Place | None:
+        """Where the contents of the metadata-only copy ``name`` of part ``i`` lie."""
+        if found.redirect is None:
+            node = self._lookup(name, i + 1)
+        elif not found.redirect.startswith(b"/"):
+            node = self._lookup(found.redirect, i + 1)
+        else:
+            path = found.redirect[1:]
+            node = self._view.walk(self._view.root_below(self._parts[i].place.layer), path)
+            if node is None:
+                return self._view.find_data(path)
+        return node.data if node is not None and stat.S_ISREG(node.stat.st_mode) else None
 
 
-def _redirected(search: bytes, redirect: bytes) -> bytes:
-    """The path to look for further down, after ``redirect`` was found on the object at ``search``."""
-    if redirect.startswith(b"/") or not search.startswith(b"/"):
-        return redirect
-    return search[: search.rindex(b"/") + 1] + redirect
-
-
-def _visible_names(dir_fd: int) -> set[bytes]:
+def _spoken_of(dir_fd: int) -> set[bytes]:
     """The names in a layer's directory, and those that its ``.wh.`` entries speak about."""
     names = set()
     for name in _list_names(dir_fd):
-        if not name.startswith(WHITEOUT_PREFIX):
+        if not rules.is_mark(name):
             names.add(name)
-        elif not name.startswith(WHITEOUT_META_PREFIX) and len(name) > len(WHITEOUT_PREFIX):
-            names.add(name[len(WHITEOUT_PREFIX) :])
+        elif not name.startswith(META_MARK) and len(name) > len(MARK):
+            names.add(name[len(MARK) :])
     return names
-
-
-def _probe(parent: Place, dir_fd: int, name: bytes, xattr_whiteouts: bool, prefixes: Sequence[str]) -> _Hit:
-    """What the layer directory ``parent``, open as ``dir_fd``, says about ``name``."""
-    if name.startswith(WHITEOUT_PREFIX):
-        return _NOTHING
-    info = _lstat(dir_fd, name)
-    # A ".wh." entry beside the name itself speaks about the layers below only (OCI image-spec, layer.md).
-    hides = _lstat(dir_fd, WHITEOUT_PREFIX + name) is not None
-    if info is None:
-        return _WHITEOUT if hides else _NOTHING
-    place = Place(parent.layer, join(parent.rel, name))
-    if stat.S_ISCHR(info.st_mode):
-        return _WHITEOUT if info.st_rdev == 0 else _Hit(False, info, place, True, None, False)
-    if not stat.S_ISDIR(info.st_mode) and not stat.S_ISREG(info.st_mode):
-        return _Hit(False, info, place, True, None, False)
-    xattrs = overlay_xattrs(entry_path(dir_fd, name), prefixes)
-    redirect = xattrs.get("redirect")
-    if redirect is not None and not _valid_redirect(redirect):
-        redirect, hides = None, True
-    if stat.S_ISREG(info.st_mode):
-        if xattr_whiteouts and info.st_size == 0 and "whiteout" in xattrs:
-            return _WHITEOUT
-        return _Hit(False, info, place, hides, redirect, "metacopy" in xattrs)
-    opaque = hides or is_opaque(xattrs) or _has_marker(dir_fd, name)
-    return _Hit(False, info, place, opaque, redirect, False)
-
-
-def _valid_redirect(redirect: bytes) -> bool:
-    """Whether a redirect is a single name or an absolute path; one with ``..`` would lead out of the layer."""
-    parts = split_path(redirect)
-    return bool(parts) and b".." not in parts and (redirect.startswith(b"/") or parts == [redirect])
-
-
-def _has_marker(dir_fd: int, name: bytes) -> bool:
-    try:
-        return _lstat(dir_fd, name + b"/" + OPAQUE_MARKER) is not None
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a symlink took the directory's place meanwhile
-            return False
-        raise
-
-
-def probe_path(layer: RootedDir, path: bytes, prefixes: Sequence[str]) -> _Hit:
-    """What ``layer`` says about the absolute ``path``, obeying the redirects and opacity met on the way."""
-    parts = split_path(path)
-    redirect: bytes | None = None
-    stop = False
-    place = Place(layer, b"")
-    hit = _NOTHING
-    for i, name in enumerate(parts):
-        try:
-            fd = layer.open_dir(place.rel)
-        except OSError as error:
-            if error.errno in (*_ABSENT_ERRNOS, errno.ELOOP):
-                return _DEAD_END
-            raise
-        try:
-            hit = _probe(place, fd, name, _has_xattr_whiteouts(fd, prefixes), prefixes)
-        finally:
-            os.close(fd)
-        if hit.place is None or hit.stat is None:
-            if redirect is not None:
-                redirect += _absolute(parts[i:])
-            return hit._replace(stop=hit.stop or stop, redirect=redirect)
-        if hit.redirect is not None:
-            # Below this layer the rest of the path continues from where the redirect points.
-            ancestors = _absolute(parts[:i]) if redirect is None else redirect[: redirect.rindex(b"/")]
-            target = hit.redirect if hit.redirect.startswith(b"/") else ancestors + b"/" + hit.redirect
-            redirect = target
-        elif redirect is not None:
-            redirect += b"/" + name
-        last = i == len(parts) - 1
-        if not last and not stat.S_ISDIR(hit.stat.st_mode):
-            return _DEAD_END
-        stop = stop or hit.stop
-        place = hit.place
-    return hit._replace(stop=stop, redirect=redirect)
-
-
-def _absolute(parts: Sequence[bytes]) -> bytes:
-    return b"".join(b"/" + part for part in parts)
-
-
-def overlay_xattrs(path: bytes | int, prefixes: Sequence[str] = ALL_PREFIXES) -> dict[str, bytes]:
-    """Overlay's own xattrs of ``path`` (not followed) by their name without the prefix; the first prefix counts."""
-    found: dict[str, bytes] = {}
-    for name in list_xattrs(path):
-        for prefix in prefixes:
-            short = name[len(prefix) :]
-            # "overlay." again is an xattr of an overlay nested in this one, none of ours.
-            if name.startswith(prefix) and not short.startswith("overlay."):
-                value = get_xattr(path, name)
-                if value is not None:
-                    found.setdefault(short, value)
-    return found
-
-
-def is_opaque(xattrs: dict[str, bytes]) -> bool:
-    """Whether a directory with these :func:`overlay_xattrs` hides what is below it."""
-    return xattrs.get("opaque", b"").startswith(b"y")
-
-
-def list_xattrs(path: bytes | int) -> list[str]:
-    """Names of the xattrs of ``path``, sorted; none where the file system has no xattrs."""
-    try:
-        if isinstance(path, int):
-            return sorted(os.listxattr(path))
-        return sorted(os.listxattr(path, follow_symlinks=False))
-    except OSError as error:
-        if error.errno in _NO_XATTR_ERRNOS or error.errno in _ABSENT_ERRNOS:
-            return []
-        raise
-
-
-def get_xattr(path: bytes | int, name: str) -> bytes | None:
-    """The value of one xattr; None when it is not there."""
-    try:
-        if isinstance(path, int):
-            return os.getxattr(path, name)
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in _NO_XATTR_ERRNOS or error.errno in _ABSENT_ERRNOS:
-            return None
-        raise
-
-
-def _has_xattr_whiteouts(fd: int, prefixes: Sequence[str]) -> bool:
-    """Whether files in the open directory can be whiteouts by xattr, which is what the value ``x`` says."""
-    return any(get_xattr(fd, prefix + "opaque") == b"x" for prefix in prefixes)

@@ -19,19 +19,9 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from unionfs.archive.changes import Change, ChangeKind, Origin
-from unionfs.archive.compare import CAPABILITY_XATTR, comparable_xattrs, next_data
+from unionfs.archive.compare import CAPABILITY_XATTR, comparable_xattrs, get_xattr, next_data
 from unionfs.archive.idmapping import MapOwner
-from unionfs.archive.overlay_view import (
-    ALL_PREFIXES,
-    OPAQUE_MARKER,
-    WHITEOUT_PREFIX,
-    entry_path,
-    get_xattr,
-    is_opaque,
-    join,
-    overlay_xattrs,
-)
-from unionfs.archive.rooted import RootedDir, open_regular
+from unionfs.archive.overlay_view import ALL_SPACES
 from unionfs.archive.tar_format import (
     BLOCK_DEVICE,
     CHAR_DEVICE,
@@ -47,6 +37,10 @@ from unionfs.archive.tar_format import (
     show,
 )
 from unionfs.errors import ArchiveError
+from unionfs.host.files import RootedDir, join, open_regular
+from unionfs.overlay import rules
+from unionfs.overlay.format import MARK, OPAQUE_MARK
+from unionfs.overlay.rules import Spaces, entry_path
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +71,7 @@ class PackOptions:
         to_container: maps the owner on disk to that in the archive; None: unchanged.
         owner: (uid, gid) for every entry instead of its own.
         xattrs: which extended attributes to write.
-        prefixes: the xattr name spaces that are the overlay's own, see
+        spaces: the name spaces of xattrs that are the overlay's own, see
             :func:`unionfs.archive.changes.changes_of_upper`.
     """
 
@@ -86,7 +80,7 @@ class PackOptions:
     to_container: MapOwner | None = None
     owner: tuple[int, int] | None = None
     xattrs: XattrSelection = XattrSelection.CAPABILITY
-    prefixes: Sequence[str] = ALL_PREFIXES
+    spaces: Spaces = ALL_SPACES
 
 
 _DEFAULT = PackOptions()
@@ -182,7 +176,7 @@ class _Packer:
 
     def _map_owner(self, entry: TarEntry) -> None:
         # A whiteout belongs to nobody: the kernel makes it as the host's root, whatever the container's ids are.
-        is_whiteout = entry.name.rpartition(b"/")[2].startswith(WHITEOUT_PREFIX)
+        is_whiteout = entry.name.rpartition(b"/")[2].startswith(MARK)
         if self._options.to_container is not None and not is_whiteout:
             try:
                 entry.uid, entry.gid = self._options.to_container(entry.uid, entry.gid)
@@ -196,7 +190,7 @@ class _Packer:
 
     def _xattrs(self, path: bytes) -> dict[str, bytes]:
         if self._options.xattrs is XattrSelection.ALL:
-            found = comparable_xattrs(path, self._options.prefixes)
+            found = comparable_xattrs(path, self._options.spaces)
         else:
             value = get_xattr(path, CAPABILITY_XATTR)
             found = {} if value is None else {CAPABILITY_XATTR: value}
@@ -292,12 +286,13 @@ class _TreePacker(_Packer):
                 if error.errno in _GONE:
                     continue
                 raise _fail(rel, error) from error
+            xwhiteouts = self._marks(dir_fd, b".").xwhiteouts
             try:
                 while names:
                     base = names.pop()
                     name = join(rel, base)
                     try:
-                        yield from self._object(dir_fd, base, name)
+                        yield from self._object(dir_fd, base, name, xwhiteouts)
                         is_dir = stat.S_ISDIR(os.lstat(base, dir_fd=dir_fd).st_mode)
                     except OSError as error:
                         if error.errno in _GONE:
@@ -334,20 +329,16 @@ class _TreePacker(_Packer):
         finally:
             os.close(fd)
 
-    def _object(self, dir_fd: int, base: bytes, name: bytes) -> Iterator[bytes]:
+    def _object(self, dir_fd: int, base: bytes, name: bytes, xwhiteouts: bool) -> Iterator[bytes]:
         info = os.lstat(base, dir_fd=dir_fd)
-        if self._options.convert_whiteouts and stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
-            yield self._whiteout(name, info)
-            return
+        if self._options.convert_whiteouts:
+            if rules.stat_entry(dir_fd, base, self._options.spaces, xwhiteouts=xwhiteouts) is rules.WHITEOUT:
+                yield self._whiteout(name, info)
+                return
+            self._refuse_other_layers(entry_path(dir_fd, base), name, info)
         entry = self._entry(dir_fd, base, name, info)
         if entry is None:
             return
-        if self._options.convert_whiteouts and entry.kind in (DIRECTORY, REGULAR):
-            overlay = overlay_xattrs(entry_path(dir_fd, base), self._options.prefixes)
-            if entry.kind == REGULAR and entry.size == 0 and "whiteout" in overlay:
-                yield self._whiteout(name, info)
-                return
-            self._refuse_other_layers(name, overlay)
         if entry.kind == REGULAR:
             yield from self._contents(entry, lambda: open_regular(dir_fd, base))
             return
@@ -355,10 +346,19 @@ class _TreePacker(_Packer):
         if entry.kind == DIRECTORY and self._options.convert_whiteouts:
             yield from self._opaque_marker(dir_fd, base, name, entry)
 
-    @staticmethod
-    def _refuse_other_layers(name: bytes, overlay: dict[str, bytes]) -> None:
-        what = "renamed by a redirect" if "redirect" in overlay else "a metadata-only copy, or one not synced yet"
-        if "redirect" in overlay or "metacopy" in overlay:
+    def _marks(self, dir_fd: int, base: bytes) -> rules.DirMarks:
+        return rules.read_marks(entry_path(dir_fd, base), self._options.spaces)
+
+    def _refuse_other_layers(self, path: bytes, name: bytes, info: os.stat_result) -> None:
+        spaces = self._options.spaces
+        what = ""
+        if stat.S_ISDIR(info.st_mode):
+            marks = rules.read_marks(path, spaces)
+            if marks.redirect is not None and not marks.opaque:
+                what = "renamed by a redirect"
+        elif stat.S_ISREG(info.st_mode) and rules.is_metacopy(path, spaces):
+            what = "a metadata-only copy, or one not synced yet"
+        if what:
             raise ArchiveError(
                 f"{show(name)}: is {what}, its contents are in another layer; "
                 "unmount the layer if it is mounted, or pack its changes over its lowers instead"
@@ -367,7 +367,7 @@ class _TreePacker(_Packer):
     def _whiteout(self, name: bytes, info: os.stat_result) -> bytes:
         parent, _, base = name.rpartition(b"/")
         entry = TarEntry(
-            name=join(parent, WHITEOUT_PREFIX + base),
+            name=join(parent, MARK + base),
             mode=0o600,
             uid=info.st_uid,
             gid=info.st_gid,
@@ -378,9 +378,9 @@ class _TreePacker(_Packer):
 
     def _opaque_marker(self, dir_fd: int, base: bytes, name: bytes, entry: TarEntry) -> Iterator[bytes]:
         """The ``.wh..wh..opq`` entry that comes right after an opaque directory's own."""
-        if is_opaque(overlay_xattrs(entry_path(dir_fd, base), self._options.prefixes)):
+        if self._marks(dir_fd, base).opaque:
             yield encode_entry(
-                TarEntry(name=join(name, OPAQUE_MARKER), mode=entry.mode & 0o777, uid=entry.uid, gid=entry.gid)
+                TarEntry(name=join(name, OPAQUE_MARK), mode=entry.mode & 0o777, uid=entry.uid, gid=entry.gid)
             )
 
 
@@ -413,7 +413,7 @@ class _ChangePacker(_Packer):
     def _deletion(self, name: bytes) -> bytes:
         parent, _, base = name.rpartition(b"/")
         # Mode and owner zero as in Docker's; the time is zero too where Docker writes the current one.
-        entry = TarEntry(name=join(parent, WHITEOUT_PREFIX + base), mode=0)
+        entry = TarEntry(name=join(parent, MARK + base), mode=0)
         self._set_owner(entry)
         return encode_entry(entry)
 

@@ -1,4 +1,7 @@
-"""The directory that an archive is unpacked into: finding parents, making room, removing trees.
+"""The directory that an archive is unpacked into: finding parents, making room, removing what is older.
+
+Every path is opened without following links (:func:`unionfs.host.files.open_confined`). A link on the way is read
+here and followed inside the target, as a process with its root there would follow it.
 
 A parent directory is opened once and kept while entries for it come, and let go as soon as anything is removed
 that could have been part of its path.
@@ -10,216 +13,332 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from unionfs.archive.removal import remove_all_but, remove_tree
-from unionfs.archive.rooted import (
-    DIRECTORY_FLAGS,
-    HAVE_OPENAT2,
-    RESOLVE_IN_ROOT,
-    RESOLVE_NO_MAGICLINKS,
-    RootedDir,
-    openat2,
-)
+from unionfs.archive.overlay_view import MergedView, Node, OpenMerged, Place, PlainView, View
 from unionfs.archive.tar_format import show
 from unionfs.errors import ArchiveError
+from unionfs.host.files import DIRECTORY_FLAGS, RootedDir, join, open_confined, remove_tree, walk_tree
+from unionfs.host.syscalls import has_openat2
+from unionfs.overlay.copying import copy_attributes, copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.overlay.format import META_MARK, OverlayXattrs, is_whiteout
+from unionfs.overlay.rules import entry_path
 
-_CACHED_PARENTS = 32
-_CHUNK_BYTES = 3500  # of a path handed to the kernel at once; PATH_MAX is 4096
+_CACHED = 32
 _PARENT_MODE = 0o755
+NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ASIDE = META_MARK + b"aside"  # no entry of an archive has such a name
+ACCESS_ACL = "system.posix_acl_access"
+DEFAULT_ACL = "system.posix_acl_default"
+
+# path_resolution(7): so many links in one path. Those that lead far are a means to waste time.
+_MAX_LINKS = 40
+_MAX_LINK_STEPS = 1024
+_PATH_MAX = 4096
+
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class Parent(NamedTuple):
-    """An open directory of the target."""
+    """An open directory of the target.
+
+    Attributes:
+        path: where it is, free of links.
+        inherits: whether what is made in it gets an ACL from it.
+    """
 
     fd: int
     inode: int
+    path: bytes
+    inherits: bool
+
+
+class _Made:
+    """What comes from this archive: the directories that are new, and the names in others."""
+
+    def __init__(self) -> None:
+        self._new: set[int] = set()
+        self._names: dict[int, set[bytes]] = {}
+        self._copies: dict[int, set[bytes]] = {}
+
+    def add(self, directory: int, name: bytes) -> None:
+        """``name`` in the directory of this inode number is an entry's."""
+        self._copies.get(directory, set()).discard(name)
+        if directory not in self._new:
+            self._names.setdefault(directory, set()).add(name)
+
+    def add_copy(self, directory: int, name: bytes) -> None:
+        """``name`` is there only because something beneath it or another name of it is needed."""
+        self._copies.setdefault(directory, set()).add(name)
+
+    def add_directory(self, inode: int, *, new: bool) -> None:
+        """A directory was made, in which nothing is known; ``new``: all that will be in it is the archive's."""
+        self._names.pop(inode, None)
+        self._copies.pop(inode, None)
+        (self._new.add if new else self._new.discard)(inode)
+
+    def discard(self, directory: int, name: bytes) -> None:
+        """``name`` is gone."""
+        self._names.get(directory, set()).discard(name)
+        self._copies.get(directory, set()).discard(name)
+
+    def is_new(self, inode: int) -> bool:
+        """Whether the directory was made for the archive."""
+        return inode in self._new
+
+    def has(self, directory: int, name: bytes) -> bool:
+        """Whether ``name`` is the archive's."""
+        if directory in self._new:
+            return name not in self._copies.get(directory, ())
+        return name in self._names.get(directory, ())
 
 
 class Target:
-    """The target directory of an unpack.
+    """The target directory of an unpack that takes it for a complete tree.
 
     Args:
         root: the directory.
         parents_owner: (uid, gid) of directories made because an entry needs them.
-        remember: keep a note of what was made, which :meth:`remove_older` needs.
-        opaque_xattr: for an overlay layer directory, the name of the xattr that marks an opaque directory.
 
     Raises:
         ArchiveError: there is no openat2(2) here.
     """
 
-    def __init__(
-        self, root: RootedDir, parents_owner: tuple[int, int], *, remember: bool, opaque_xattr: str | None = None
-    ) -> None:
-        if not HAVE_OPENAT2:
+    def __init__(self, root: RootedDir, parents_owner: tuple[int, int]) -> None:
+        if not has_openat2():
             raise ArchiveError(
                 "unpacking needs openat2(2), which the kernel or a seccomp filter refuses; "
                 "use Linux 5.6 or later and a current container runtime"
             )
         self.root = root
         self._parents_owner = parents_owner
-        self._cache: OrderedDict[bytes, Parent] = OrderedDict()
+        self._view: View = PlainView(root)
+        self._space: OverlayXattrs | None = None
+        self._parents: OrderedDict[bytes, Parent] = OrderedDict()
         self._retired: list[int] = []
-        self._opaque_xattr = opaque_xattr
-        self._made: set[tuple[int, bytes]] | None = set() if remember else None
-        self._top = Parent(os.dup(root.fd), os.fstat(root.fd).st_ino)
+        self._made = _Made()
+        self._cleaned: set[int] = set()  # directories that hold nothing older than the archive
+        self._times: dict[tuple[int, int], tuple[bytes, int, int]] = {}
+        self._has_lowers = False
+        self._link_on_way = False  # where the last path that was not found has a link
+        self._following = False
+        self._top = self._opened(os.dup(root.fd), b"")
 
     def close(self) -> None:
         """Close every descriptor."""
-        self._forget_parents()
+        self._forget()
         self._close_retired()
         os.close(self._top.fd)
 
     def remember(self, parent: Parent, name: bytes) -> None:
         """Note that ``name`` in ``parent`` comes from this archive."""
-        if self._made is not None:
-            self._made.add((parent.inode, name))
+        self._made.add(parent.inode, name)
 
     # Parents
 
     def parent(self, parts: Sequence[bytes]) -> Parent:
         """The directory at ``parts``, made with mode 0755 where it is missing.
 
-        Symlinks on the way are followed inside the target. It stays open until the next removal or until enough
-        others were asked for, so it serves one entry.
+        Links on the way are followed inside the target, also to what is missing. It stays open until the next removal
+        or until enough others were asked for, so it serves one entry.
 
         Raises:
             OSError: something on the way is not a directory.
         """
         self._close_retired()
+        return self._found(parts) or self._reached(parts)
+
+    def _found(self, parts: Sequence[bytes]) -> Parent | None:
+        """The directory at ``parts`` if it is there and no link is on the way."""
         if not parts:
             return self._top
         path = b"/".join(parts)
-        found = self._cache.get(path)
-        if found is not None:
-            self._cache.move_to_end(path)
-            return found
-        fd = self._open_or_make(parts)
-        parent = Parent(fd, os.fstat(fd).st_ino)
-        self._cache[path] = parent
-        if len(self._cache) > _CACHED_PARENTS:
-            os.close(self._cache.popitem(last=False)[1].fd)
-        return parent
-
-    @contextmanager
-    def existing_parent(self, parts: Sequence[bytes]) -> Iterator[Parent]:
-        """The directory at ``parts``, which must be there; links are followed inside the target."""
-        fd = self._resolve(parts)
+        known = self._parents.get(path)
+        if known is not None:
+            self._parents.move_to_end(path)
+            return known
         try:
-            yield Parent(fd, os.fstat(fd).st_ino)
-        finally:
-            os.close(fd)
+            fd = open_confined(self.root.fd, path, DIRECTORY_FLAGS)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            self._link_on_way = error.errno == errno.ELOOP
+            return None
+        return self._keep(path, self._opened(fd, path))
 
-    def open_existing_dir(self, path: bytes) -> int:
-        """A readable descriptor of the directory ``path``, itself not a symlink."""
-        parts = [part for part in path.split(b"/") if part]
-        if not parts:
-            return os.open(b".", DIRECTORY_FLAGS, dir_fd=self.root.fd)
-        with self.existing_parent(parts[:-1]) as parent:
-            return os.open(parts[-1], DIRECTORY_FLAGS, dir_fd=parent.fd)
-
-    def _resolve(self, parts: Sequence[bytes]) -> int:
-        if not parts:
-            return os.dup(self.root.fd)
+    def _reached(self, parts: Sequence[bytes]) -> Parent:
+        """The directory at ``parts``, found and made step by step."""
         path = b"/".join(parts)
-        if len(path) > _CHUNK_BYTES:
-            return self._resolve_long(parts)
-        return openat2(self.root.fd, path, DIRECTORY_FLAGS & ~os.O_NOFOLLOW, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+        above = [known for known in self._parents if path.startswith(known + b"/")]
+        done = max(above, key=len, default=b"")
+        base = self._parents[done] if done else self._top
+        for name in path[len(done) :].lstrip(b"/").split(b"/"):
+            done = join(done, name)
+            base = self._keep(done, self._step(base, name))
+        return base
 
-    def _resolve_long(self, parts: Sequence[bytes]) -> int:
-        """A path longer than the kernel takes at once, one component at a time; symlinks do not count there."""
-        fd = os.dup(self.root.fd)
-        try:
-            for part in parts:
-                inner = os.open(part, DIRECTORY_FLAGS, dir_fd=fd)
-                os.close(fd)
-                fd = inner
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
+    def find(self, parts: Sequence[bytes]) -> Parent | None:
+        """The directory at ``parts`` if the target has it, links followed."""
+        self._close_retired()
+        found = self._found(parts)
+        if found is None and (self._link_on_way or self._has_lowers):
+            names, node = self.resolve(parts)
+            found = self._found(names) if node is not None and names != list(parts) else None
+        return found
 
-    def _open_or_make(self, parts: Sequence[bytes]) -> int:
+    def _step(self, above: Parent, name: bytes) -> Parent:
+        """The directory ``name`` in ``above``, made if it is missing."""
+        path = join(above.path, name)
         try:
-            return self._resolve(parts)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise
-        # One step at a time from the top, so that each part is made inside of the one that is there already.
-        fd = os.dup(self.root.fd)
-        try:
-            for i in range(len(parts)):
-                inner = self._step(fd, parts, i)
-                os.close(fd)
-                fd = inner
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _step(self, above: int, parts: Sequence[bytes], i: int) -> int:
-        """A descriptor of the directory ``parts[i]`` in ``above``, which is the one at the parts before it."""
-        name = parts[i]
-        try:
-            return os.open(name, DIRECTORY_FLAGS, dir_fd=above)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-        opaque = False
-        try:
-            info = os.lstat(name, dir_fd=above)
+            return self._opened(os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd), path)
         except FileNotFoundError:
-            pass
-        else:
-            if stat.S_ISLNK(info.st_mode):
-                return self._through_link(parts[: i + 1])
-            if self._opaque_xattr is None or not stat.S_ISCHR(info.st_mode) or info.st_rdev != 0:
-                raise NotADirectoryError(errno.ENOTDIR, f"{show(b'/'.join(parts[: i + 1]))} is not a directory")
-            # The archive deleted the name first: what it puts there now must not merge with what is below.
-            os.unlink(name, dir_fd=above)
-            opaque = True
-        os.mkdir(name, 0o700, dir_fd=above)
-        self.remember(Parent(above, os.fstat(above).st_ino), name)
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above)
+            return self._missing(above, name)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+        info = os.lstat(name, dir_fd=above.fd)
+        if stat.S_ISLNK(info.st_mode):
+            return self._linked(above, name)
+        return self._blocked(above, name, info)
+
+    def _linked(self, above: Parent, name: bytes) -> Parent:
+        if self._following:  # names that were just found to be none are links now: somebody plays
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(join(above.path, name)))
+        names, _ = self.resolve([*above.path.split(b"/"), name])
+        self._following = True
         try:
+            found = self._found(names) or self._reached(names)
+        finally:
+            self._following = False
+        return found._replace(fd=os.dup(found.fd))  # it is kept under two names
+
+    def _missing(self, above: Parent, name: bytes) -> Parent:
+        os.mkdir(name, 0o700, dir_fd=above.fd)
+        self.remember(above, name)
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd)
+        try:
+            self._new_directory(fd, new=True)
             os.fchown(fd, *self._parents_owner)
-            if opaque:
-                self._make_opaque(fd)
+            if above.inherits:
+                drop_acls(fd)
             os.fchmod(fd, _PARENT_MODE)
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        return self._opened(fd, join(above.path, name))
 
-    def _through_link(self, parts: Sequence[bytes]) -> int:
-        try:
-            return self._resolve(parts)
-        except FileNotFoundError:
-            raise ArchiveError(
-                f"{show(b'/'.join(parts))}: is a symlink to nowhere where a directory is needed; "
-                "remove it or make the archive again"
-            ) from None
+    def _blocked(self, above: Parent, name: bytes, info: os.stat_result) -> Parent:
+        raise _no_directory(join(above.path, name))
 
-    def _forget_parents(self) -> None:
+    def resolve(self, parts: Sequence[bytes]) -> tuple[list[bytes], Node | None]:
+        """The names that ``parts`` lead to when links are followed inside the target, and the directory there, if any.
+
+        Raises:
+            OSError: something on the way is no directory; there are too many links.
+        """
+        names: list[bytes] = []
+        nodes: list[Node | None] = [self._view.root()]
+        todo = list(reversed(parts))
+        is_long = sum(map(len, parts)) + len(parts) > _PATH_MAX  # nobody follows links in these, nor does the kernel
+        links = steps = 0
+        while todo:
+            name = todo.pop()
+            if name in (b"", b"."):
+                continue
+            if name == b"..":
+                if names:
+                    names.pop()
+                    nodes.pop()
+                continue
+            node = self._look(nodes[-1], name)
+            if node is None or node.is_dir:
+                names.append(name)
+                if is_long:
+                    nodes.clear()
+                nodes.append(node)
+                continue
+            if not stat.S_ISLNK(node.stat.st_mode):
+                raise _no_directory(b"/".join((*names, name)))
+            inner = _read_link(node).split(b"/")
+            links += 1
+            steps += len(inner)
+            if is_long or links > _MAX_LINKS or steps > _MAX_LINK_STEPS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(b"/".join((*names, name))))
+            if not inner[0]:
+                names.clear()
+                del nodes[1:]
+            todo.extend(reversed(inner))
+        return names, nodes[-1]
+
+    def _look(self, node: Node | None, name: bytes) -> Node | None:
+        if node is None:
+            return None
+        with self._view.open(node) as directory:
+            return directory.lookup(name)
+
+    def _opened(self, fd: int, path: bytes) -> Parent:
+        info = os.fstat(fd)
+        if path and not self._made.is_new(info.st_ino):
+            # What an archive does not have is as it was, also its time.
+            self._times.setdefault((info.st_dev, info.st_ino), (path, info.st_atime_ns, info.st_mtime_ns))
+        return Parent(fd, info.st_ino, path, _has_default_acl(fd))
+
+    def _new_directory(self, fd: int, *, new: bool) -> None:
+        info = os.fstat(fd)
+        self._made.add_directory(info.st_ino, new=new)
+        self._times.pop((info.st_dev, info.st_ino), None)
+        self._cleaned.discard(info.st_ino)
+
+    def _keep(self, path: bytes, parent: Parent) -> Parent:
+        self._parents[path] = parent
+        if len(self._parents) > _CACHED:
+            os.close(self._parents.popitem(last=False)[1].fd)
+        return parent
+
+    def _forget(self) -> None:
         # Not closed at once: the entry at hand may be using one.
-        self._retired.extend(parent.fd for parent in self._cache.values())
-        self._cache.clear()
+        self._retired.extend(parent.fd for parent in self._parents.values())
+        self._parents.clear()
+        self.root.forget()
 
     def _close_retired(self) -> None:
         for fd in self._retired:
             os.close(fd)
         self._retired.clear()
 
+    def default_acl_changed(self) -> None:
+        """What is made in directories from now on may inherit something else."""
+        self._forget()
+        self._top = self._top._replace(inherits=_has_default_acl(self._top.fd))
+
+    # Times
+
+    def set_times(self, fd: int, path: bytes, atime_ns: int, mtime_ns: int) -> None:
+        """Remember the times for the directory ``fd``: what is made in it changes them until :meth:`set_all_times`."""
+        info = os.fstat(fd)
+        self._times[info.st_dev, info.st_ino] = path, atime_ns, mtime_ns
+
+    def set_all_times(self) -> None:
+        """Give the directories their times."""
+        for identity, (path, atime_ns, mtime_ns) in self._times.items():
+            try:
+                fd = open_confined(self.root.fd, path, DIRECTORY_FLAGS) if path else os.dup(self.root.fd)
+            except OSError:
+                continue  # a later entry removed it
+            try:
+                info = os.fstat(fd)
+                if (info.st_dev, info.st_ino) == identity:
+                    os.utime(fd, ns=(atime_ns, mtime_ns))
+            except PermissionError:
+                pass  # somebody else's, in which we may write
+            finally:
+                os.close(fd)
+
     # Making and removing
 
-    def make_dir(self, parent: Parent, name: bytes) -> int:
-        """A descriptor of the directory ``name``, made (mode 0700) unless it is there; nothing else stays there.
-
-        In an overlay layer, a directory that takes the place of something else hides what is below it.
-        """
+    def make_dir(self, parent: Parent, name: bytes) -> tuple[int, bool]:
+        """A descriptor of the directory ``name``, and whether it is new (of mode 0700). Nothing else stays there."""
         replaced = False
         while True:
             try:
@@ -233,40 +352,439 @@ class Target:
                     self.remove(parent, name)
                     replaced = True
                     continue
-            else:
-                fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent.fd)
-            break
-        self.remember(parent, name)
-        if replaced and self._opaque_xattr is not None:
+                self.remember(parent, name)
+                return fd, False
+            fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent.fd)
             try:
-                self._make_opaque(fd)
+                self._new_directory(fd, new=True)
+                self.remember(parent, name)
+                if replaced:
+                    self._replaced(fd, join(parent.path, name))
             except BaseException:
                 os.close(fd)
                 raise
-        return fd
+            return fd, True
 
-    def _make_opaque(self, fd: int) -> None:
-        assert self._opaque_xattr is not None
-        os.setxattr(fd, self._opaque_xattr, b"y")
+    def _replaced(self, fd: int, path: bytes) -> None:
+        """The directory ``fd`` took the place of something else."""
+
+    def link_source(self, parts: Sequence[bytes]) -> Parent:
+        """The directory of what a hard link names; it serves until the next call.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            IsADirectoryError: it is a directory.
+        """
+        parent = self.find(parts[:-1])
+        if parent is None:
+            raise _nothing(parts)
+        if stat.S_ISDIR(os.lstat(parts[-1], dir_fd=parent.fd).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(b"/".join(parts)))
+        return parent
+
+    def separate(self, parent: Parent, name: bytes) -> None:
+        """Make ``name`` a file of its own if it has other names and none is this archive's.
+
+        It is about to be changed, which in a layer above would not change the others.
+        """
+        info = os.lstat(name, dir_fd=parent.fd)
+        if info.st_nlink < 2 or not stat.S_ISREG(info.st_mode) or self._made.has(parent.inode, name):
+            return
+        os.rename(name, _ASIDE, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
+        place = Place(self.root, join(parent.path, _ASIDE))
+        self._copy_file(parent, name, Node(info, place, place, (), None))
+        os.unlink(_ASIDE, dir_fd=parent.fd)
+
+    def _copy_file(self, parent: Parent, name: bytes, node: Node) -> None:
+        """Make ``name`` a copy of anything but a directory."""
+        kind = stat.S_IFMT(node.stat.st_mode)
+        above, _, base = node.place.rel.rpartition(b"/")
+        source = node.place.layer.open(above, os.O_PATH | os.O_DIRECTORY)
+        try:
+            if kind == stat.S_IFREG:
+                self._copy_contents(parent, name, node)
+            elif kind == stat.S_IFLNK:
+                os.symlink(os.readlink(base, dir_fd=source), name, dir_fd=parent.fd)
+            else:
+                os.mknod(name, kind | 0o600, node.stat.st_rdev, dir_fd=parent.fd)
+            self._made.add_copy(parent.inode, name)
+            target = entry_path(parent.fd, name)
+            if parent.inherits and kind != stat.S_IFLNK:
+                drop_acls(target)
+            copy_owner(parent.fd, name, node.stat)
+            copy_xattrs(entry_path(source, base), target, self._space)
+            copy_mode(parent.fd, name, node.stat)
+            copy_times(parent.fd, name, node.stat)
+        finally:
+            os.close(source)
+
+    def _copy_contents(self, parent: Parent, name: bytes, node: Node) -> None:
+        if node.data is None:
+            raise ArchiveError(
+                f"{show(join(parent.path, name))}: is a metadata-only copy whose data is in none of the layers; "
+                "give all the lower layers it was made over"
+            )
+        source = node.data.layer.open_file(node.data.rel)
+        try:
+            fd = os.open(name, NEW_FILE_FLAGS, 0o600, dir_fd=parent.fd)
+            try:
+                copy_data(source, fd, os.fstat(source).st_size)
+            finally:
+                os.close(fd)
+        finally:
+            os.close(source)
 
     def remove(self, parent: Parent, name: bytes) -> None:
         """Remove ``name`` and all beneath it; nothing there is fine. Links are removed, not followed."""
-        if self._made is not None:
-            self._made.discard((parent.inode, name))
+        self._made.discard(parent.inode, name)
         try:
             info = os.lstat(name, dir_fd=parent.fd)
         except FileNotFoundError:
             return
-        if stat.S_ISDIR(info.st_mode):
-            self._forget_parents()
-            remove_tree(parent.fd, name)
-            return
-        if stat.S_ISLNK(info.st_mode):
-            self._forget_parents()
-        os.unlink(name, dir_fd=parent.fd)
+        if stat.S_ISDIR(info.st_mode) or stat.S_ISLNK(info.st_mode):
+            self._forget()
+        remove_tree(parent.fd, name)
 
-    def remove_older(self, parent: Parent) -> None:
-        """Remove everything in ``parent`` that was not made from this archive."""
-        assert self._made is not None
-        self._forget_parents()
-        remove_all_but(parent.fd, self._made)
+    # Whiteouts
+
+    def white_out(self, parts: Sequence[bytes], name: bytes, owner: Callable[[], tuple[int, int]]) -> None:
+        """Hide what ``name`` in the directory at ``parts`` was before this archive.
+
+        Args:
+            parts: if there is no such directory, there is nothing to hide.
+            name: what is hidden. What this archive put there or beneath it stays, whichever came first: OCI image-spec,
+                layer.md, "Whiteouts".
+            owner: gives (uid, gid) of what marks the hiding.
+        """
+        parent = self._existing(parts)
+        if parent is not None:
+            self._remove_older(parent, name)
+
+    def hide_all(self, parts: Sequence[bytes]) -> None:
+        """Hide everything that the directory at ``parts`` had before this archive."""
+        parent = self._existing(parts)
+        if parent is not None:
+            self._clean(parent.fd)
+
+    def _existing(self, parts: Sequence[bytes]) -> Parent | None:
+        try:
+            return self.find(parts)
+        except NotADirectoryError:
+            return None
+
+    def _remove_older(self, parent: Parent, name: bytes) -> os.stat_result | None:
+        """Remove ``name`` as far as it is not this archive's; lstat of what stays."""
+        try:
+            info = os.lstat(name, dir_fd=parent.fd)
+        except FileNotFoundError:
+            return None
+        ours = self._made.has(parent.inode, name) and not self._is_whiteout(info)
+        if not stat.S_ISDIR(info.st_mode):
+            if ours:
+                return info
+            self.remove(parent, name)
+            return None
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent.fd)
+        try:
+            self._clean(fd)
+        finally:
+            os.close(fd)
+        if not ours and _rmdir(parent.fd, name):
+            self._made.discard(parent.inode, name)
+            return None
+        return info
+
+    def _clean(self, fd: int) -> None:
+        """Remove everything beneath ``fd`` that is not this archive's. A directory stays if something in it does."""
+        self._forget()
+        walk_tree(fd, self._remove_older_files, self._remove_older_directory)
+
+    def _remove_older_files(self, fd: int) -> list[bytes]:
+        inode = os.fstat(fd).st_ino
+        if inode in self._cleaned:
+            return []
+        self._cleaned.add(inode)
+        directories = []
+        for name in map(os.fsencode, os.listdir(fd)):
+            info = os.lstat(name, dir_fd=fd)
+            if stat.S_ISDIR(info.st_mode):
+                directories.append(name)
+            elif self._is_whiteout(info) or not self._made.has(inode, name):
+                os.unlink(name, dir_fd=fd)
+                self._made.discard(inode, name)
+        return directories
+
+    def _remove_older_directory(self, fd: int, name: bytes) -> None:
+        inode = os.fstat(fd).st_ino
+        if not self._made.has(inode, name) and _rmdir(fd, name):
+            self._made.discard(inode, name)
+
+    def _is_whiteout(self, info: os.stat_result) -> bool:
+        return False
+
+
+class LayerTarget(Target):
+    """A bare layer directory as the target: it has what the archive changes in the layers below.
+
+    With the layers below known, it is filled so that all together show what unpacking onto a copy of them would.
+
+    Args:
+        root: the directory. parents_owner: (uid, gid) of directories that are nowhere, but that an entry needs.
+        space: the names of the xattrs that mark it. lowers: the layers below, top first; None: not known. Then every
+        whiteout is written, and a directory that an entry
+            needs is made anew.
+    """
+
+    def __init__(
+        self,
+        root: RootedDir,
+        parents_owner: tuple[int, int],
+        space: OverlayXattrs,
+        lowers: Sequence[RootedDir] | None,
+    ) -> None:
+        super().__init__(root, parents_owner)
+        self._space = self._own = space
+        self._has_lowers = lowers is not None
+        self._merged = MergedView([root, *(lowers or ())], spaces=(space,))
+        self._view = self._merged
+        self._nodes: OrderedDict[bytes, Node] = OrderedDict()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._nodes.clear()
+
+    def _node(self, parent: Parent) -> Node:
+        """The merged directory of which ``parent`` is the top."""
+        known = self._nodes.get(parent.path)
+        if known is None:
+            above, _, name = parent.path.rpartition(b"/")
+            base = self._nodes.get(above)
+            known = self._look(base, name) if base is not None else None
+            if known is None:
+                _, known = self.resolve(parent.path.split(b"/"))
+            assert known is not None
+            self._nodes[parent.path] = known
+            if len(self._nodes) > _CACHED:
+                self._nodes.popitem(last=False)
+        return known
+
+    def _look_below(self, node: Node, name: bytes) -> Node | None:
+        """What the lower layers alone show as ``name`` in the merged directory ``node``."""
+        stack = self._below(node)
+        if not stack:
+            return None
+        with OpenMerged(self._merged, stack) as directory:
+            return directory.lookup(name)
+
+    def _below(self, node: Node) -> tuple[Place, ...]:
+        return tuple(place for place in node.stack if place.layer is not self.root)
+
+    def _missing(self, above: Parent, name: bytes) -> Parent:
+        if not self._has_lowers:
+            return super()._missing(above, name)
+        node = self._look_below(self._node(above), name)
+        if node is None:
+            return super()._missing(above, name)
+        if stat.S_ISLNK(node.stat.st_mode):
+            return self._linked(above, name)
+        if not node.is_dir:
+            raise _no_directory(join(above.path, name))
+        return self._copy_directory(above, name, node)
+
+    def _blocked(self, above: Parent, name: bytes, info: os.stat_result) -> Parent:
+        if not is_whiteout(info):
+            return super()._blocked(above, name, info)
+        # The archive deleted the name first: what it puts there now must not merge with what is below.
+        os.unlink(name, dir_fd=above.fd)
+        made = super()._missing(above, name)
+        self._mark_opaque(made.fd, made.path)
+        return made
+
+    def _copy_directory(self, above: Parent, name: bytes, node: Node) -> Parent:
+        """Make the directory that is in the layers below, as it is there."""
+        os.mkdir(name, 0o700, dir_fd=above.fd)
+        self._made.add_copy(above.inode, name)
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd)
+        try:
+            self._new_directory(fd, new=False)
+            if above.inherits:
+                drop_acls(fd)
+            source = node.place.layer.open_dir(node.place.rel)
+            try:
+                copy_xattrs(source, fd, self._own)
+            finally:
+                os.close(source)
+            copy_attributes(fd, b"", node.stat)
+            path = join(above.path, name)
+            self.set_times(fd, path, node.stat.st_atime_ns, node.stat.st_mtime_ns)
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._opened(fd, path)
+
+    def _replaced(self, fd: int, path: bytes) -> None:
+        self._mark_opaque(fd, path)
+
+    def _mark_opaque(self, fd: int, path: bytes) -> None:
+        try:
+            os.setxattr(fd, self._own.opaque, b"y")
+        except OSError as error:
+            # Unlike other xattrs this one decides what the layer shows, so it is never best effort.
+            raise ArchiveError(
+                f"{show(path)}: cannot mark the directory opaque ({os.fsdecode(self._own.opaque)}): {error.strerror}; "
+                "use a file system with xattrs"
+            ) from error
+        self._nodes.clear()
+
+    def link_source(self, parts: Sequence[bytes]) -> Parent:
+        """See :meth:`Target.link_source`; what is in the layers below is copied up."""
+        name = parts[-1]
+        parent = self.find(parts[:-1])
+        if parent is not None:
+            try:
+                info = os.lstat(name, dir_fd=parent.fd)
+            except FileNotFoundError:
+                pass
+            else:
+                if is_whiteout(info):
+                    raise _nothing(parts)
+                return super().link_source(parts)
+        node = self._merged_at(parts[:-1], parent)
+        found = self._look_below(node, name) if node is not None else None
+        if found is None:
+            raise _nothing(parts)
+        if found.is_dir:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(b"/".join(parts)))
+        parent = self.parent(parts[:-1])
+        self._copy_file(parent, name, found)
+        return parent
+
+    def _merged_at(self, parts: Sequence[bytes], parent: Parent | None) -> Node | None:
+        """The merged directory at ``parts``, of which ``parent`` is the top if the target has it."""
+        return self._node(parent) if parent is not None else self.resolve(parts)[1]
+
+    # Whiteouts
+
+    def white_out(self, parts: Sequence[bytes], name: bytes, owner: Callable[[], tuple[int, int]]) -> None:
+        """See :meth:`Target.white_out`."""
+        parent = self._existing(parts) if self._has_lowers else self.parent(parts)
+        if self._has_lowers:
+            node = self._existing_merged(parts, parent)
+            shown = node is not None and self._look_below(node, name) is not None
+        else:
+            shown = parent is not None and parent.inode not in self._cleaned
+        if parent is None:
+            if not shown:
+                return
+            parent = self.parent(parts)
+        left = self._remove_older(parent, name)
+        if not shown:
+            return
+        if left is None:
+            self._mark_hidden(parent, name, owner())
+        elif stat.S_ISDIR(left.st_mode):
+            self._mark_opaque_at(parent, name)
+
+    def hide_all(self, parts: Sequence[bytes]) -> None:
+        """See :meth:`Target.hide_all`."""
+        parent = self._existing(parts) if self._has_lowers else self.parent(parts)
+        below: tuple[Place, ...] = ()
+        if self._has_lowers:
+            node = self._existing_merged(parts, parent)
+            below = self._below(node) if node is not None else ()
+            if below and parent is None:
+                parent = self.parent(parts)
+        if parent is None:
+            return
+        self._clean(parent.fd)
+        if not self._has_lowers or (below and parent.path):
+            self._mark_opaque(parent.fd, parent.path)
+        elif below:
+            self._hide_root(below)
+
+    def _hide_root(self, below: tuple[Place, ...]) -> None:
+        """Hide what the layers below show in their root, for which the kernel knows no mark."""
+        with OpenMerged(self._merged, below) as root:
+            for name in sorted(root.names()):
+                shown = root.lookup(name)
+                if shown is None:
+                    continue
+                try:
+                    info = os.lstat(name, dir_fd=self._top.fd)
+                except FileNotFoundError:
+                    self._mark_hidden(self._top, name, self._parents_owner)
+                else:
+                    if stat.S_ISDIR(info.st_mode) and shown.is_dir:
+                        self._mark_opaque_at(self._top, name)
+
+    def _existing_merged(self, parts: Sequence[bytes], parent: Parent | None) -> Node | None:
+        try:
+            return self._merged_at(parts, parent)
+        except NotADirectoryError:
+            return None
+
+    def _mark_hidden(self, parent: Parent, name: bytes, owner: tuple[int, int]) -> None:
+        try:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent.fd)
+        except PermissionError as error:
+            raise ArchiveError(
+                f"{show(join(parent.path, name))}: this user may not make a whiteout (a 0:0 device); "
+                "keep the .wh. form instead (WhiteoutMode.KEEP)"
+            ) from error
+        os.chown(name, *owner, dir_fd=parent.fd, follow_symlinks=False)
+
+    def _mark_opaque_at(self, parent: Parent, name: bytes) -> None:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent.fd)
+        try:
+            self._mark_opaque(fd, join(parent.path, name))
+        finally:
+            os.close(fd)
+
+    def _is_whiteout(self, info: os.stat_result) -> bool:
+        return is_whiteout(info)
+
+
+def drop_acls(path: bytes | int) -> None:
+    """Remove what a new object inherited from its directory."""
+    for name in (ACCESS_ACL, DEFAULT_ACL):
+        try:
+            os.removexattr(path, name, follow_symlinks=isinstance(path, int))
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EACCES):
+                raise
+
+
+def _has_default_acl(fd: int) -> bool:
+    try:
+        os.getxattr(fd, DEFAULT_ACL)
+    except OSError:
+        return False
+    return True
+
+
+def _read_link(node: Node) -> bytes:
+    above, _, name = node.place.rel.rpartition(b"/")
+    fd = node.place.layer.open(above, os.O_PATH | os.O_DIRECTORY)
+    try:
+        return os.readlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _rmdir(dir_fd: int, name: bytes) -> bool:
+    """Whether the directory was removed, since there is nothing in it."""
+    try:
+        os.rmdir(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True
+
+
+def _no_directory(path: bytes) -> NotADirectoryError:
+    return NotADirectoryError(errno.ENOTDIR, f"{show(path)} is not a directory")
+
+
+def _nothing(parts: Sequence[bytes]) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(b"/".join(parts)))

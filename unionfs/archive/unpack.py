@@ -1,9 +1,9 @@
 """Applying a layer's tar stream to a directory, whatever the stream tries.
 
-Nothing outside of the target is ever created, changed or read: the parent of every entry is opened with openat2(2)
-and ``RESOLVE_IN_ROOT``, so that symlinks met on the way (which the archive itself may have made, or another
-process may swap in) lead to places in the target only, as they would in a container; the entry itself is made
-by a call on that descriptor which never follows a link. What is in an entry's way is removed, never written into.
+Nothing outside of the target is ever created, changed or read: the parent of every entry is opened with openat2(2),
+which follows no link; those met on the way (which the archive itself may have made, or another process may swap in)
+lead to places in the target only, as they would in a container. The entry itself is made by a call on that descriptor
+which never follows a link. What is in an entry's way is removed, never written into.
 
 The rules for whiteouts, duplicates, owners and times are Docker's.
 """
@@ -16,20 +16,11 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from unionfs.archive.compare import CAPABILITY_XATTR, get_xattr, list_xattrs
 from unionfs.archive.idmapping import MapOwner
-from unionfs.archive.overlay_view import (
-    ALL_PREFIXES,
-    OPAQUE_MARKER,
-    TRUSTED_PREFIX,
-    USER_PREFIX,
-    WHITEOUT_META_PREFIX,
-    WHITEOUT_PREFIX,
-    entry_path,
-)
-from unionfs.archive.rooted import RootedDir
 from unionfs.archive.stash import Stash
 from unionfs.archive.tar_format import (
     BLOCK_DEVICE,
@@ -44,24 +35,30 @@ from unionfs.archive.tar_format import (
     show,
 )
 from unionfs.archive.tar_reader import Readable, TarReader
-from unionfs.archive.target import Parent, Target
+from unionfs.archive.target import DEFAULT_ACL, NEW_FILE_FLAGS, LayerTarget, Parent, Target, drop_acls
 from unionfs.errors import ArchiveError, BreakoutError
+from unionfs.host.files import RootedDir, join
+from unionfs.host.syscalls import in_user_namespace
+from unionfs.overlay.format import FUSE_OVERLAYFS_PREFIX, MARK, META_MARK, OPAQUE_MARK, TRUSTED, USER, may_use_trusted
+from unionfs.overlay.rules import entry_path
 
 _log = logging.getLogger(__name__)
 
 _MAX_TIME_NS = (1 << 63) - 1
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
+_KEPT = 4  # directories held open, of each layer
 _HARD_LINK_DIR = b".wh..wh.plnk"
 
 # Eight times PATH_MAX: deeper than any tree in use, and still no means to fill a disk with directories.
 _MAX_NAME_BYTES = 1 << 15
 # They would stand for nothing, for the directory itself and for the one above it.
-_INVALID_WHITEOUTS = (WHITEOUT_PREFIX, WHITEOUT_PREFIX + b".", WHITEOUT_PREFIX + b"..")
+_INVALID_WHITEOUTS = (MARK, MARK + b".", MARK + b"..")
 
 # What a file system for containers has; the others are those of other systems (com.apple., system.nfs4_acl).
 _LINUX_XATTRS = ("user.", "trusted.", "security.", "system.posix_acl_")
 _PAGE_BYTES = 4096
 _ZERO_PAGE = bytes(_PAGE_BYTES)
+_OVERLAY_XATTRS = tuple(map(os.fsdecode, (TRUSTED.prefix, USER.prefix, FUSE_OVERLAYFS_PREFIX)))
 _NO_SUPPORT = frozenset({errno.ENOTSUP, errno.ENOSYS})
 _FOREIGN = _NO_SUPPORT | {errno.EINVAL, errno.ERANGE}
 
@@ -70,7 +67,7 @@ class WhiteoutMode(enum.Enum):
     """What a ``.wh.`` entry does."""
 
     DELETE = "delete"
-    """It removes what it names: for a complete tree (NaiveDiff, vfs)."""
+    """It removes what it names: for a complete tree (NaiveDiff, vfs, a layer with none below it)."""
     OVERLAY = "overlay"
     """It becomes an overlay whiteout or the opaque xattr: for a bare layer directory."""
     KEEP = "keep"
@@ -98,10 +95,13 @@ class UnpackOptions:
         owner: (uid, gid) for every entry instead of its own; an unprivileged user gives their own.
         parents_owner: (uid, gid) of directories that entries need but the archive does not have; None: what
             ``to_host`` (or ``owner``) makes of 0:0.
-        devices: see :class:`DevicePolicy`.
-        best_effort_xattrs: go on when the file system takes no xattrs; otherwise that is an error.
-        user_xattrs: mark opaque directories with ``user.overlay.`` instead of ``trusted.overlay.``; None: in a user
-            namespace.
+        devices: see :class:`DevicePolicy`. best_effort_xattrs: go on when the file system takes no xattrs; otherwise
+        that is an error. lowers: for :attr:`WhiteoutMode.OVERLAY`, the layer directories below the target, top first.
+        What the archive says of
+            objects in them (whiteouts, hard links, entries in directories and behind links) then has the effect that it
+            would have on a copy of them all. None: they are not known.
+        user_xattrs: mark opaque directories with ``user.overlay.`` instead of ``trusted.overlay.``; None: where the
+            latter are not for us (in a user namespace).
         include_root: apply an entry for the root itself (``./``) to the target directory; Docker leaves it out.
     """
 
@@ -111,6 +111,7 @@ class UnpackOptions:
     parents_owner: tuple[int, int] | None = None
     devices: DevicePolicy = DevicePolicy.AUTO
     best_effort_xattrs: bool = False
+    lowers: Sequence[str | bytes] | None = None
     user_xattrs: bool | None = None
     include_root: bool = False
 
@@ -145,23 +146,20 @@ def unpack(stream: Readable, root: str | bytes, options: UnpackOptions = _DEFAUL
         BreakoutError: an entry points outside of ``root``.
         ArchiveError: the archive is damaged, or an entry cannot be made; what came before it stays.
     """
+    with contextlib.ExitStack() as stack:
+        top = _open_directory(stack, root, "unpack into")
+        lowers = options.lowers
+        below = None if lowers is None else [_open_directory(stack, lower, "read the layer") for lower in lowers]
+        return _Unpacker(TarReader(stream), top, below, options).run()
+
+
+def _open_directory(stack: contextlib.ExitStack, path: str | bytes, doing: str) -> RootedDir:
     try:
-        top = RootedDir(root)
+        return stack.enter_context(RootedDir(path, _KEPT))
     except OSError as error:
         raise ArchiveError(
-            f"cannot unpack into {os.fsdecode(root)}: {error.strerror}; give the path of an existing directory"
+            f"cannot {doing} {os.fsdecode(path)}: {error.strerror}; give the path of an existing directory"
         ) from error
-    with top:
-        return _Unpacker(TarReader(stream), top, options).run()
-
-
-def in_user_namespace() -> bool:
-    """Whether this process lives in a user namespace other than the host's first."""
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return file.read().split() != ["0", "0", "4294967295"]
-    except OSError:
-        return False
 
 
 def clean_name(name: bytes) -> list[bytes]:
@@ -184,22 +182,20 @@ def clean_name(name: bytes) -> list[bytes]:
 
 
 class _Unpacker:
-    def __init__(self, reader: TarReader, root: RootedDir, options: UnpackOptions) -> None:
+    def __init__(
+        self, reader: TarReader, root: RootedDir, lowers: list[RootedDir] | None, options: UnpackOptions
+    ) -> None:
         self._reader = reader
         self._options = options
         self._result = UnpackResult()
-        in_userns = in_user_namespace()
-        self._in_userns = in_userns
-        use_user = in_userns if options.user_xattrs is None else options.user_xattrs
-        self._opaque_xattr = (USER_PREFIX if use_user else TRUSTED_PREFIX) + "opaque"
-        self._target = Target(
-            root,
-            self._parents_owner(),
-            remember=options.whiteouts is WhiteoutMode.DELETE,
-            opaque_xattr=self._opaque_xattr if options.whiteouts is WhiteoutMode.OVERLAY else None,
+        self._in_userns = in_user_namespace()
+        use_user = not may_use_trusted() if options.user_xattrs is None else options.user_xattrs
+        self._target = (
+            LayerTarget(root, self._parents_owner(), USER if use_user else TRUSTED, lowers)
+            if options.whiteouts is WhiteoutMode.OVERLAY
+            else Target(root, self._parents_owner())
         )
         self._stash = Stash(root.fd)
-        self._dir_times: list[tuple[bytes, tuple[int, int], int, int]] = []
         self._xattr_warned = False
 
     def _parents_owner(self) -> tuple[int, int]:
@@ -221,7 +217,7 @@ class _Unpacker:
                     self._apply(entry)
                 except OSError as error:
                     raise self._failed(entry, error) from error
-            self._set_dir_times()
+            self._target.set_all_times()
             self._reader.drain()
         return self._result
 
@@ -252,7 +248,7 @@ class _Unpacker:
         if not parts:
             if self._options.include_root and entry.kind == DIRECTORY:
                 self._map_owner(entry)
-                self._finish_dir(entry, os.dup(self._target.root.fd), b"")
+                self._finish_dir(entry, os.dup(self._target.root.fd), b"", clear=True)
             return
         if len(entry.name) > _MAX_NAME_BYTES:
             raise ArchiveError(f"{show(entry.name[:60])}...: the name is too long; do not trust this archive")
@@ -280,48 +276,24 @@ class _Unpacker:
             self._stash.add(parts[1], entry, self._reader.contents())
             return True
         base = parts[-1]
-        if base.startswith(WHITEOUT_META_PREFIX) and base != OPAQUE_MARKER:
+        if base.startswith(META_MARK) and base != OPAQUE_MARK:
             return True
         for part in parts[:-1]:
-            if part.startswith(WHITEOUT_META_PREFIX):
+            if part.startswith(META_MARK):
                 return True
-            if part.startswith(WHITEOUT_PREFIX):
+            if part.startswith(MARK):
                 raise ArchiveError(f"{entry.shown_name()}: invalid whiteout entry: it is used as a directory")
-        if not base.startswith(WHITEOUT_PREFIX):
+        if not base.startswith(MARK):
             return False
-        hidden = base[len(WHITEOUT_PREFIX) :]
-        parent = self._target.parent(parts[:-1])
-        if base == OPAQUE_MARKER:
-            self._opaque(entry, parent)
-        elif self._options.whiteouts is WhiteoutMode.DELETE:
-            self._target.remove(parent, hidden)
+        if base == OPAQUE_MARK:
+            self._target.hide_all(parts[:-1])
         else:
-            self._overlay_whiteout(entry, parent, hidden)
+            self._target.white_out(parts[:-1], base[len(MARK) :], lambda: self._mapped_owner(entry))
         return True
 
-    def _opaque(self, entry: TarEntry, parent: Parent) -> None:
-        if self._options.whiteouts is WhiteoutMode.DELETE:
-            self._target.remove_older(parent)
-            return
-        try:
-            os.setxattr(parent.fd, self._opaque_xattr, b"y")
-        except OSError as error:
-            # Unlike other xattrs this one decides what the layer shows, so it is never best effort.
-            raise ArchiveError(
-                f"{entry.shown_name()}: cannot mark the directory opaque ({self._opaque_xattr}): {error.strerror}; "
-                "use a file system with xattrs"
-            ) from error
-
-    def _overlay_whiteout(self, entry: TarEntry, parent: Parent, name: bytes) -> None:
+    def _mapped_owner(self, entry: TarEntry) -> tuple[int, int]:
         self._map_owner(entry)
-        try:
-            self._make(parent, name, lambda: os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent.fd))
-        except PermissionError as error:
-            raise ArchiveError(
-                f"{entry.shown_name()}: this user may not make a whiteout (a 0:0 device); "
-                "keep the .wh. form instead (WhiteoutMode.KEEP)"
-            ) from error
-        os.chown(name, entry.uid, entry.gid, dir_fd=parent.fd, follow_symlinks=False)
+        return entry.uid, entry.gid
 
     # Nodes
 
@@ -336,7 +308,8 @@ class _Unpacker:
         name = parts[-1]
         parent = self._target.parent(parts[:-1])
         if entry.kind == DIRECTORY:
-            self._finish_dir(entry, self._target.make_dir(parent, name), b"/".join(parts))
+            fd, new = self._target.make_dir(parent, name)
+            self._finish_dir(entry, fd, join(parent.path, name), clear=not new or parent.inherits)
         elif entry.kind == REGULAR:
             self._regular(entry, parent, name, self._reader.contents())
         elif entry.kind == SYMLINK:
@@ -356,41 +329,44 @@ class _Unpacker:
             create()
         self._target.remember(parent, name)
 
-    def _finish_dir(self, entry: TarEntry, fd: int, path: bytes) -> None:
-        """Owner, xattrs and mode now, the times at the very end: what is made inside changes them."""
+    def _finish_dir(self, entry: TarEntry, fd: int, path: bytes, *, clear: bool) -> None:
+        """Owner, xattrs and mode now, the times at the very end. ``clear``: it may have xattrs of its own."""
         try:
             os.fchown(fd, entry.uid, entry.gid)
+            cleared = self._clear_xattrs(entry, fd) if clear else []
             self._set_xattrs(entry, fd)
             os.fchmod(fd, entry.mode)
-            info = os.fstat(fd)
-            self._dir_times.append((path, (info.st_dev, info.st_ino), *_times(entry)))
+            self._target.set_times(fd, path, *_times(entry))
+            if DEFAULT_ACL in entry.xattrs or DEFAULT_ACL in cleared:
+                self._target.default_acl_changed()
         finally:
             os.close(fd)
 
-    def _set_dir_times(self) -> None:
-        for path, identity, atime_ns, mtime_ns in self._dir_times:
-            try:
-                fd = self._target.open_existing_dir(path)
-            except OSError:
-                continue  # a later entry removed it
-            try:
-                info = os.fstat(fd)
-                if (info.st_dev, info.st_ino) == identity:
-                    os.utime(fd, ns=(atime_ns, mtime_ns))
-            finally:
-                os.close(fd)
+    @staticmethod
+    def _clear_xattrs(entry: TarEntry, fd: int) -> list[str]:
+        """Remove the xattrs that the entry does not have: it replaces those of a directory that is there."""
+        cleared = []
+        for name in list_xattrs(fd):
+            if name in entry.xattrs or name.startswith(_OVERLAY_XATTRS):
+                continue
+            if name == CAPABILITY_XATTR or name.startswith(("user.", "trusted.", "system.posix_acl_")):
+                with contextlib.suppress(PermissionError):  # as those that cannot be set
+                    os.removexattr(fd, name)
+                    cleared.append(name)
+        return cleared
 
     def _regular(self, entry: TarEntry, parent: Parent, name: bytes, contents: Iterator[bytes]) -> None:
         fd = -1
 
         def create() -> None:
             nonlocal fd
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(name, flags, 0o600, dir_fd=parent.fd)
+            fd = os.open(name, NEW_FILE_FLAGS, 0o600, dir_fd=parent.fd)
 
         self._make(parent, name, create)
         try:
             _write(fd, entry, contents)
+            if parent.inherits:
+                drop_acls(fd)
             os.fchown(fd, entry.uid, entry.gid)
             if entry.xattrs:
                 self._set_xattrs(entry, fd)
@@ -408,7 +384,6 @@ class _Unpacker:
                 f"{entry.shown_name()}: the hard link points outside of the archive, to {show(entry.linkname)}; "
                 "do not trust this archive"
             ) from None
-        parent = self._target.parent(parts[:-1])
         if target and target[0] == _HARD_LINK_DIR and self._options.whiteouts is not WhiteoutMode.KEEP:
             found = self._stash.get(target[-1]) if len(target) == 2 else None
             if found is None:
@@ -418,24 +393,31 @@ class _Unpacker:
             stashed, contents = found
             entry.kind, entry.size, entry.sparse = REGULAR, stashed.size, stashed.sparse
             entry.stored_size = stashed.stored_size
-            self._regular(entry, parent, name, contents)
+            self._regular(entry, self._target.parent(parts[:-1]), name, contents)
             return
         if not target:
             raise ArchiveError(f"{entry.shown_name()}: the hard link has no target; make the archive again")
-        with self._target.existing_parent(target[:-1]) as source:
-            info = os.lstat(target[-1], dir_fd=source.fd)
-            if stat.S_ISDIR(info.st_mode):
-                raise ArchiveError(
-                    f"{entry.shown_name()}: is a hard link to the directory {show(entry.linkname)}, "
-                    "which cannot be; make the archive again"
-                )
+        try:
+            source = self._target.link_source(target)
+        except IsADirectoryError:
+            raise ArchiveError(
+                f"{entry.shown_name()}: is a hard link to the directory {show(entry.linkname)}, "
+                "which cannot be; make the archive again"
+            ) from None
+        source = source._replace(fd=os.dup(source.fd))
+        try:
+            parent = self._target.parent(parts[:-1])
+            if _differs(entry, source, target[-1]):
+                self._target.separate(source, target[-1])
             if (source.inode, target[-1]) != (parent.inode, name):
 
                 def create() -> None:
                     os.link(target[-1], name, src_dir_fd=source.fd, dst_dir_fd=parent.fd, follow_symlinks=False)
 
                 self._make(parent, name, create)
-        self._finish_by_name(entry, parent, name)
+            self._finish_by_name(entry, parent, name)
+        finally:
+            os.close(source.fd)
 
     def _special(self, entry: TarEntry, parent: Parent, name: bytes) -> None:
         device = 0
@@ -457,6 +439,8 @@ class _Unpacker:
                 raise
             self._result.skipped += 1
             return
+        if parent.inherits:
+            drop_acls(entry_path(parent.fd, name))
         self._finish_by_name(entry, parent, name)
 
     def _skips_device(self, entry: TarEntry) -> bool:
@@ -492,7 +476,7 @@ class _Unpacker:
     def _set_xattrs(self, entry: TarEntry, path: bytes | int, follow: bool = False) -> None:
         for name, value in entry.xattrs.items():
             # Overlay's own would make the layer show, or reach, something else than the archive holds.
-            if name.startswith(ALL_PREFIXES) or "\0" in name:
+            if name.startswith(_OVERLAY_XATTRS) or "\0" in name:
                 continue
             try:
                 if isinstance(path, int):
@@ -522,6 +506,17 @@ def _times(entry: TarEntry) -> tuple[int, int]:
     mtime = entry.mtime_ns if 0 <= entry.mtime_ns <= _MAX_TIME_NS else 0
     atime = max(entry.atime_ns or 0, mtime)
     return (atime if atime <= _MAX_TIME_NS else 0), mtime
+
+
+def _differs(entry: TarEntry, source: Parent, name: bytes) -> bool:
+    """Whether the entry, a hard link, would change anything of the file that it names."""
+    info = os.lstat(name, dir_fd=source.fd)
+    if (info.st_uid, info.st_gid, info.st_mtime_ns) != (entry.uid, entry.gid, _times(entry)[1]):
+        return True
+    if not stat.S_ISLNK(info.st_mode) and stat.S_IMODE(info.st_mode) != entry.mode:
+        return True
+    path = entry_path(source.fd, name)
+    return any(get_xattr(path, xattr) != value for xattr, value in entry.xattrs.items())
 
 
 def _write(fd: int, entry: TarEntry, contents: Iterator[bytes]) -> None:

@@ -9,8 +9,9 @@ import stat
 from collections.abc import Callable
 from typing import BinaryIO
 
-from unionfs.archive.rooted import HAVE_OPENAT2, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, RootedDir, openat2, reopen
 from unionfs.drivers.contract import DiffGetterDriver, Driver, FileGetCloser
+from unionfs.host.files import RootedDir, reopen
+from unionfs.host.syscalls import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2
 
 # What is longer cannot be handed to the kernel in one piece.
 _PATH_MAX = 4095
@@ -36,7 +37,7 @@ class TreeFiles:
         if self._root is None:
             raise ValueError("the tree was closed")
         rel = name.lstrip(b"/")
-        if HAVE_OPENAT2 and 0 < len(rel) <= _PATH_MAX:
+        if 0 < len(rel) <= _PATH_MAX:
             handle = openat2(self._root.fd, rel, os.O_PATH, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
         else:
             handle = self._root.open(rel, os.O_PATH)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
-import stat
 from collections.abc import Callable
 from typing import BinaryIO
 
-from unionfs.archive.overlay_view import overlay_xattrs
-from unionfs.archive.rooted import RootedDir, reopen
+from unionfs.archive.overlay_view import ALL_SPACES
 from unionfs.drivers.files import TreeFiles
+from unionfs.host.files import RootedDir, open_regular
+from unionfs.overlay.rules import entry_path, is_metacopy
 
-_ELSEWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+# EINVAL: no regular file, see open_regular.
+_ELSEWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
 
 
 class LayerFiles:
@@ -40,17 +41,23 @@ class LayerFiles:
         if self._own is None:
             raise ValueError("the layer was closed")
         try:
-            handle = self._own.open(name.lstrip(b"/"), os.O_PATH | os.O_NOFOLLOW)
+            return self._own_file(self._own, name.lstrip(b"/"))
         except OSError as error:
             if error.errno not in _ELSEWHERE:
                 raise
-        else:
-            try:
-                if stat.S_ISREG(os.fstat(handle).st_mode) and "metacopy" not in overlay_xattrs(handle_path(handle)):
-                    return io.BufferedReader(io.FileIO(reopen(handle, os.O_RDONLY)))
-            finally:
-                os.close(handle)
         return self._through_mount(name)
+
+    @staticmethod
+    def _own_file(own: RootedDir, path: bytes) -> BinaryIO:
+        """The file if the layer's own directory has its contents; an error out of ``_ELSEWHERE`` if not."""
+        parent, _, base = path.rpartition(b"/")
+        dir_fd = own.open(parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            if is_metacopy(entry_path(dir_fd, base), ALL_SPACES):
+                raise FileNotFoundError(errno.ENOENT, "has only its attributes here", os.fsdecode(path))
+            return io.BufferedReader(io.FileIO(open_regular(dir_fd, base)))
+        finally:
+            os.close(dir_fd)
 
     def _through_mount(self, name: bytes) -> BinaryIO:
         if self._mounted is None:
@@ -70,8 +77,3 @@ class LayerFiles:
         mounted, self._mounted = self._mounted, None
         if mounted is not None:
             mounted.close()
-
-
-def handle_path(handle: int) -> bytes:
-    """A path to what an ``O_PATH`` descriptor refers to; xattr calls do not take such a descriptor itself."""
-    return b"/proc/self/fd/%d" % handle

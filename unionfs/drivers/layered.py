@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
 
 from unionfs.archive.changes import Change, changes_of_upper, size_of
@@ -33,6 +33,8 @@ from unionfs.drivers.streams import held_stream
 from unionfs.errors import LayerBusyError, OptionError
 from unionfs.host import mountinfo, syscalls
 from unionfs.host.mount_holders import mounts_inside
+from unionfs.overlay.format import TRUSTED, USER, may_use_trusted
+from unionfs.overlay.rules import Spaces
 
 _log = logging.getLogger(__name__)
 
@@ -122,12 +124,9 @@ class LayeredDriver:
         self._counter = RefCounter(MountChecker())
         self._locks = NamedLocks()
         self._naive = NaiveDiff(self, id_mapping)
-        self._pack = PackOptions(to_container=id_mapping.to_container)
-        self._unpack = UnpackOptions(
-            whiteouts=WhiteoutMode.OVERLAY,
-            to_host=id_mapping.to_host,
-            parents_owner=layers.owner,
-        )
+        self._spaces: Spaces = (TRUSTED if may_use_trusted() else USER,)
+        self._pack = PackOptions(to_container=id_mapping.to_container, spaces=self._spaces)
+        self._unpack = UnpackOptions(to_host=id_mapping.to_host, parents_owner=layers.owner)
         layers.recover()
         self._detach_dead()
 
@@ -354,7 +353,10 @@ class LayeredDriver:
             paths = self._layers.existing(layer_id, "apply a diff to")
             self._layers.check_childless(layer_id, "apply a diff to")
             if self._is_own_change(layer_id, parent, "apply a diff to") and not self._is_mounted(paths):
-                unpack(stream, paths.diff, self._unpack)
+                lowers = self._layers.lower_dirs(layer_id)
+                # A base layer is mounted by nobody: in it, marks for what is below would be seen.
+                mode = WhiteoutMode.OVERLAY if lowers else WhiteoutMode.DELETE
+                unpack(stream, paths.diff, replace(self._unpack, whiteouts=mode, lowers=lowers))
                 return tree_size(paths.diff)
         # Through the mount: who uses it is to see the changes.
         return self._naive.apply_diff(layer_id, parent, stream)
@@ -374,7 +376,7 @@ class LayeredDriver:
     def _own_changes(self, layer_id: str) -> Iterator[Change]:
         paths = self._layers.paths(layer_id)
         self._settle(paths)
-        return changes_of_upper(paths.diff, self._layers.lower_dirs(layer_id))
+        return changes_of_upper(paths.diff, self._layers.lower_dirs(layer_id), spaces=self._spaces)
 
     def _is_mounted(self, paths: LayerPaths) -> bool:
         return mountinfo.top_mount(paths.merged) is not None

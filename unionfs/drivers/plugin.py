@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 from unionfs.archive.changes import Change, ChangeKind
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Capabilities, CreateOptions
 from unionfs.drivers.ids import check_layer_id, is_layer_id
@@ -20,6 +20,7 @@ from unionfs.drivers.plugin_transport import (
     PluginUnreachableError,
 )
 from unionfs.errors import DriverError, LayerExistsError, LayerNotFoundError, NotSupportedError
+from unionfs.overlay.idmap import IdRange
 
 _log = logging.getLogger(__name__)
 

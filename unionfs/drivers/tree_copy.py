@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import stat
 
-from unionfs.archive.rooted import DIRECTORY_FLAGS, RootedDir, open_regular
-from unionfs.archive.unpack import in_user_namespace
-from unionfs.fuse_ops.copy_up.copying import copy_attributes, copy_data, copy_times, copy_xattrs
-from unionfs.host.files import open_tree, walk_tree
+from unionfs.host.files import DIRECTORY_FLAGS, RootedDir, open_regular, open_tree, walk_tree
+from unionfs.host.syscalls import in_user_namespace
+from unionfs.overlay.copying import copy_attributes, copy_data, copy_times, copy_xattrs
 
 
 def copy_tree(source: str, target: str) -> None:

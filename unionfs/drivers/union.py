@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.archive.unpack import in_user_namespace
 from unionfs.drivers.fs_magic import fs_magic, fs_name
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.ids import CREATING
@@ -22,6 +21,7 @@ from unionfs.drivers.limits import union_limits
 from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
 from unionfs.drivers.storage_options import parse_options, parse_size
 from unionfs.errors import IncompatibleFilesystemError, OptionError, PrerequisitesError
+from unionfs.host.syscalls import in_user_namespace
 
 _OPTIONS = ("unionfs.size", "unionfs.redirect_dir", "unionfs.max_depth")
 _REDIRECTS = ("on", "follow", "nofollow", "off")

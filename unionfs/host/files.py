@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Final, NamedTuple
 
 from unionfs.host import syscalls
 
-_READABLE: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HANDLE: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # There is no directory of that name: nothing, or something else.
@@ -19,6 +21,9 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 # A path handed to the kernel at once must stay below PATH_MAX (4096); a tree can be deeper than that.
 _PIECE_BYTES: Final = 3500
+
+# So many components above a directory far down are kept open too, when some are.
+_NEAR: Final = 16
 
 # Somebody who keeps filling a directory while it is removed is not outrun for ever.
 _MAX_VISITS: Final = 50
@@ -55,6 +60,138 @@ def open_confined(dir_fd: int, path: bytes, flags: int) -> int:
             os.close(fd)
 
 
+class RootedDir:
+    """A directory, opened once; relative paths are resolved beneath it without following any symbolic link.
+
+    Everything that reads or writes beneath a directory which someone else may fill (a layer, a container's upper
+    directory, the target of an unpack) goes through it: an entry that is swapped for a link at the wrong moment is
+    refused instead of followed.
+
+    Args:
+        path: the directory. Symbolic links in ``path`` itself are the caller's and are followed.
+        keep: how many directories beneath it, those used last, to hold open, so that who walks through a tree of any
+            depth does not begin at the top for each. Whoever renames or removes one has to :meth:`forget` them.
+
+    Raises:
+        OSError: it does not exist or is no directory.
+    """
+
+    __slots__ = ("_keep", "_kept", "fd", "path")
+
+    def __init__(self, path: str | bytes, keep: int = 0) -> None:
+        self.path = os.fsencode(path)
+        self._keep = keep
+        self._kept: OrderedDict[bytes, int] = OrderedDict()
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self) -> RootedDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; closing twice is harmless."""
+        self.forget()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def forget(self) -> None:
+        """Close the directories that were kept open."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+
+    def open(self, rel: bytes, flags: int) -> int:
+        """Open ``rel`` (``b""`` is the directory itself); no component of it may be a symbolic link or ``..``.
+
+        With directories kept, it must be without empty components and ``.``, as :func:`join` makes it.
+
+        Raises :class:`OSError`, ELOOP when there is a symbolic link on the way.
+        """
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+        above, _, name = rel.rpartition(b"/")
+        if above in self._kept and name not in (b"", b".", b".."):
+            self._kept.move_to_end(above)
+            return os.open(name, flags, dir_fd=self._kept[above])
+        if b".." in rel and b".." in rel.split(b"/"):
+            raise OSError(errno.EXDEV, "path leads upwards", os.fsdecode(rel))
+        if not rel:
+            return os.open(b".", flags, dir_fd=self.fd)
+        if self._keep and above:
+            return os.open(name, flags, dir_fd=self._kept_dir(above))
+        return open_confined(self.fd, rel, flags)
+
+    def open_dir(self, rel: bytes) -> int:
+        """A readable descriptor of the directory ``rel``."""
+        fd = self.open(rel, DIRECTORY_FLAGS)
+        if self._keep and rel and rel not in self._kept:
+            self._remember(rel, os.dup(fd))
+        return fd
+
+    def open_file(self, rel: bytes) -> int:
+        """A readable descriptor of the regular file ``rel``, see :func:`open_regular`."""
+        parent, _, name = rel.rpartition(b"/")
+        dir_fd = self.open(parent, _HANDLE)
+        try:
+            return open_regular(dir_fd, name)
+        finally:
+            os.close(dir_fd)
+
+    def _kept_dir(self, rel: bytes) -> int:
+        """A descriptor of the directory ``rel`` that belongs to those that are kept, at least until the next call."""
+        base, done = self.fd, 0
+        for path, fd in self._kept.items():
+            if len(path) > done and rel.startswith(path) and rel[len(path) : len(path) + 1] in (b"", b"/"):
+                base, done = fd, len(path)
+        names = rel[done:].strip(b"/").split(b"/")
+        # The last ones of a long way are kept one by one, so that who comes back up finds them.
+        first = max(len(names) - min(self._keep, _NEAR), 1)
+        for piece in (b"/".join(names[:first]), *names[first:]):
+            if piece:
+                done += len(piece) + (done > 0)
+                base = open_confined(base, piece, _HANDLE)
+                self._remember(rel[:done], base)
+        return base
+
+    def _remember(self, rel: bytes, fd: int) -> None:
+        self._kept[rel] = fd
+        if len(self._kept) > self._keep:
+            os.close(self._kept.popitem(last=False)[1])
+
+
+def join(parent: bytes, name: bytes) -> bytes:
+    """``parent/name``, with the root as the empty path."""
+    return parent + b"/" + name if parent else name
+
+
+def open_regular(dir_fd: int, name: bytes) -> int:
+    """A readable descriptor of the regular file ``name`` in ``dir_fd``, leaving its access time alone where allowed.
+
+    Raises :class:`OSError`, EINVAL when it is something else: opening a device can have effects, so it is looked at
+    before it is opened.
+    """
+    # Through O_PATH, and from there to the very inode that was looked at: nothing can be swapped in between.
+    handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fsdecode(name))
+        return reopen(handle, os.O_RDONLY)
+    finally:
+        os.close(handle)
+
+
+def reopen(handle: int, flags: int) -> int:
+    """Open the object behind an ``O_PATH`` descriptor, without touching its access time where allowed."""
+    path = f"/proc/self/fd/{handle}"
+    try:
+        return os.open(path, flags | os.O_NOATIME | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(path, flags | os.O_CLOEXEC)
+
+
 @contextmanager
 def open_tree(path: str | bytes) -> Iterator[int]:
     """A readable descriptor of the directory ``path``, symbolic links followed; closed at the end of the block."""
@@ -68,7 +205,7 @@ def open_tree(path: str | bytes) -> Iterator[int]:
 def open_directory(dir_fd: int, name: bytes) -> int:
     """A readable descriptor of the directory ``name``; -1 if there is none any more."""
     try:
-        return os.open(name, _READABLE, dir_fd=dir_fd)
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in _GONE:
             return -1
@@ -127,7 +264,7 @@ def walk_tree(
 def _back(top_fd: int, fd: int, above: list[_Above]) -> int:
     """A descriptor of the last directory of ``above``; those that are not where they were are taken from it first."""
     try:
-        parent = os.open(b"..", _READABLE, dir_fd=fd)
+        parent = os.open(b"..", DIRECTORY_FLAGS, dir_fd=fd)
     except FileNotFoundError:  # the directory was removed
         pass
     else:

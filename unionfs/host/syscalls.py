@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -19,6 +20,7 @@ RENAME_WHITEOUT: Final = 4
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
+RESOLVE_IN_ROOT: Final = 0x10
 _CONFINED: Final = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
 
 # linux/mount.h
@@ -61,14 +63,36 @@ def check(result: int, what: bytes = b"") -> int:
     return result
 
 
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
+    """Open ``path`` relative to ``dir_fd`` under the rules of ``resolve`` (``RESOLVE_*``); returns a descriptor.
+
+    Raises OSError: ELOOP for a refused symbolic link, EXDEV for a step out of ``dir_fd``, ENOSYS or EPERM where the
+    system call is missing or filtered.
+    """
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    while True:
+        fd = _syscall(_NR_OPENAT2, ctypes.c_int(dir_fd), ctypes.c_char_p(path), how, ctypes.c_size_t(24))
+        # EAGAIN: a rename somewhere raced with a "..", the kernel asks to try again.
+        if fd >= 0 or ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+            return check(fd, path)
+
+
 def open_beneath(dir_fd: int, path: bytes, flags: int) -> int:
     """Open ``path`` below ``dir_fd`` without following any link; returns a descriptor.
 
     openat2(2) with RESOLVE_BENEATH and RESOLVE_NO_SYMLINKS: raises ELOOP at a symbolic link in the path and
     EXDEV if the path would leave the directory.
     """
-    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _CONFINED)
-    return check(_syscall(_NR_OPENAT2, ctypes.c_int(dir_fd), ctypes.c_char_p(path), how, ctypes.c_size_t(24)), path)
+    return openat2(dir_fd, path, flags, _CONFINED)
+
+
+def has_openat2() -> bool:
+    """Whether the kernel has openat2(2), Linux 5.6, and no filter refuses it."""
+    try:
+        os.close(openat2(AT_FDCWD, b"/", os.O_PATH, 0))
+    except OSError:
+        return False
+    return True
 
 
 def clone_mount_read_only(path: str) -> int:
@@ -118,6 +142,15 @@ def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: i
         ),
         old,
     )
+
+
+def in_user_namespace() -> bool:
+    """Whether this process lives in a user namespace other than the host's first."""
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split() != [b"0", b"0", b"4294967295"]
+    except OSError:
+        return False
 
 
 class FileHandle(NamedTuple):

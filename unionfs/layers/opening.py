@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.archive.unpack import in_user_namespace
 from unionfs.drivers.registry import PRIORITY, Registry, default_registry
 from unionfs.errors import DriverError, LayerStoreError
+from unionfs.host.syscalls import in_user_namespace
 from unionfs.layers import disk
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ALGORITHM

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from unionfs.archive.overlay_view import OPAQUE_MARKER, WHITEOUT_META_PREFIX, WHITEOUT_PREFIX
 from unionfs.archive.tar_format import DIRECTORY, PAX_GLOBAL_HEADER, SYMLINK, TarEntry
 from unionfs.archive.unpack import clean_name
+from unionfs.overlay.format import MARK, META_MARK, OPAQUE_MARK
 
 _MAX_LINKS = 40  # as many as the kernel follows in one path
 
@@ -61,7 +61,7 @@ class PayloadTracker:
         if entry.kind == PAX_GLOBAL_HEADER:
             return False
         parts = clean_name(entry.name)
-        hidden = any(part.startswith(WHITEOUT_PREFIX) for part in parts)
+        hidden = any(part.startswith(MARK) for part in parts)
         if hidden:
             self._whiteout(parts)
         if not parts:
@@ -103,10 +103,10 @@ class PayloadTracker:
 
     def _whiteout(self, parts: list[bytes]) -> None:
         base = parts[-1]
-        if base == OPAQUE_MARKER or base.startswith(WHITEOUT_META_PREFIX) or not base.startswith(WHITEOUT_PREFIX):
+        if base == OPAQUE_MARK or base.startswith(META_MARK) or not base.startswith(MARK):
             return  # an opaque marker removes nothing that came from this stream
         parent, _ = self._directory(parts[:-1])
-        node = parent.children.pop(base[len(WHITEOUT_PREFIX) :], None)
+        node = parent.children.pop(base[len(MARK) :], None)
         if node is not None:
             self._note(node)
             self._lose(node)

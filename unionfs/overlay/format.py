@@ -11,7 +11,7 @@ import stat
 import struct
 from typing import Final
 
-from unionfs.host.syscalls import FileHandle
+from unionfs.host.syscalls import FileHandle, in_user_namespace
 
 WHITEOUT_DEVICE: Final = os.makedev(0, 0)
 MARK: Final = b".wh."
@@ -96,6 +96,11 @@ class OverlayXattrs:
 
 TRUSTED: Final = OverlayXattrs(user=False)
 USER: Final = OverlayXattrs(user=True)
+
+
+def may_use_trusted() -> bool:
+    """Whether this process sees ``trusted.`` attributes: root outside of user namespaces."""
+    return os.geteuid() == 0 and not in_user_namespace()
 
 
 def encode_origin(handle: FileHandle, filesystem_uuid: bytes) -> bytes:

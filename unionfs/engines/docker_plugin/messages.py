@@ -12,8 +12,9 @@ from typing import Any, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_pascal
 
-from unionfs.archive.idmapping import IdMapping, IdRange
+from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import CreateOptions
+from unionfs.overlay.idmap import IdRange
 
 _FAULTS = 3  # of a request, that are told
 

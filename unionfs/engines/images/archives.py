@@ -24,7 +24,6 @@ from typing import Annotated, BinaryIO, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from unionfs.archive.rooted import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from unionfs.engines.images.install import FoundImage, LayerBlob, Report, install, no_report
 from unionfs.engines.images.manifest import (
     MAX_MANIFEST_BYTES,
@@ -40,6 +39,7 @@ from unionfs.engines.images.reference import Reference, parse_reference
 from unionfs.engines.images.store import ImageStore
 from unionfs.engines.images.tar_files import TarFiles, plain_file, read_limited
 from unionfs.errors import ArchiveError, ImageError, ImageFormatError, NotAnImageError
+from unionfs.host.syscalls import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, openat2
 from unionfs.layers import MAX_DEPTH
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 

@@ -12,8 +12,9 @@ import stat
 from contextlib import suppress
 from types import TracebackType
 
-from unionfs.archive.rooted import HAVE_OPENAT2, RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, openat2, reopen
 from unionfs.errors import RunError
+from unionfs.host.files import reopen
+from unionfs.host.syscalls import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS, has_openat2, openat2
 
 _RESOLVE = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 
@@ -30,7 +31,7 @@ class RootFs:
     """
 
     def __init__(self, path: str) -> None:
-        if not HAVE_OPENAT2:
+        if not has_openat2():
             raise RunError("unionfs run needs the system call openat2; use Linux 5.6 or newer")
         self.path = path
         self._fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -15,9 +15,9 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 
-from unionfs.archive.unpack import in_user_namespace
 from unionfs.engines.run.foreground import supervise
 from unionfs.errors import RunError
+from unionfs.host.syscalls import in_user_namespace
 
 _INSIDE = "UNIONFS_IN_USER_NAMESPACE"
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork", "--kill-child")

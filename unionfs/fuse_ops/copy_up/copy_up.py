@@ -16,7 +16,6 @@ import os
 import stat
 
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
-from unionfs.fuse_ops.copy_up.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
 from unionfs.fuse_ops.copy_up.placing import Placing
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, Unsynced, unmark
@@ -28,6 +27,7 @@ from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import CONTENTS, Need
+from unionfs.overlay.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.overlay.format import UNSYNCED
 
 NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from unionfs.fuse_ops.copy_up.copying import copy_data
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, settle
 from unionfs.fuse_ops.stack.upper_dir import NewFile
 from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.overlay.copying import copy_data
 
 
 @dataclass(eq=False, slots=True)

@@ -8,12 +8,12 @@ import os
 import stat
 from typing import Final
 
-from unionfs.fuse_ops.copy_up.copying import At, at_path
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host import syscalls
+from unionfs.overlay.copying import At, at_path
 from unionfs.overlay.format import encode_origin
 from unionfs.overlay.rules import entry_path, has_xattr
 

@@ -19,7 +19,7 @@ from unionfs.fuse_ops.stack.workdir import prepare_workdir, supports_xattrs
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.union_tree import UnionTree
-from unionfs.overlay.format import OverlayXattrs
+from unionfs.overlay.format import OverlayXattrs, may_use_trusted
 
 MAX_LOWER_LAYERS = 500  # as the kernel's overlayfs
 
@@ -69,7 +69,7 @@ def _assemble(
     cache: DescriptorCache,
 ) -> UnionTree:
     if upper_layer is None:
-        xattrs = OverlayXattrs(user=options.userxattr or not _may_use_trusted())
+        xattrs = OverlayXattrs(user=options.userxattr or not may_use_trusted())
         return UnionTree(_lower_stack(options, lowers, data, xattrs), None, cache, options, xattrs)
     assert options.upperdir is not None
     assert options.workdir is not None
@@ -139,14 +139,3 @@ def _check_upper(options: MountOptions, upper: LayerDir) -> None:
         raise LayerError(f"upperdir {options.upperdir}: its file system is mounted read-only; mount it read-write")
     if not os.access(b"/proc/self/fd/%d" % upper.fd, os.W_OK, effective_ids=True):
         raise LayerError(f"upperdir {options.upperdir}: permission denied; it must be writable for you")
-
-
-def _may_use_trusted() -> bool:
-    """Whether this process sees ``trusted.`` attributes: root outside of user namespaces."""
-    if os.geteuid() != 0:
-        return False
-    try:
-        with open("/proc/self/uid_map", "rb") as id_map:
-            return id_map.read().split() == [b"0", b"0", b"4294967295"]
-    except OSError:
-        return True

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.copy_up.copying import at_path, copy_attributes, copy_data, copy_times, copy_xattrs
+from unionfs.overlay.copying import at_path, copy_attributes, copy_data, copy_times, copy_xattrs
 from unionfs.overlay.format import OverlayXattrs
 
 MIB = 1 << 20
@@ -65,8 +65,8 @@ def test_reads_and_writes_where_the_kernel_cannot_copy(
             raise OSError(answer, "no")
         return 0
 
-    monkeypatch.setattr("unionfs.fuse_ops.copy_up.copying.os.copy_file_range", refuse)
-    monkeypatch.setattr("unionfs.fuse_ops.copy_up.copying.syscalls.reflink", refuse_reflink)
+    monkeypatch.setattr("unionfs.overlay.copying.os.copy_file_range", refuse)
+    monkeypatch.setattr("unionfs.overlay.copying.syscalls.reflink", refuse_reflink)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(2 * MIB + 7))
     with files(source, target) as fds:
@@ -83,7 +83,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("unionfs.fuse_ops.copy_up.copying.os.copy_file_range", full)
+    monkeypatch.setattr("unionfs.overlay.copying.os.copy_file_range", full)
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"x")
     with files(source, target) as fds, pytest.raises(OSError, match="full"):

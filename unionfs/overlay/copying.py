@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 
 from unionfs.host import syscalls
-from unionfs.overlay.format import OverlayXattrs
+from unionfs.overlay.format import FUSE_OVERLAYFS_OPAQUE, OverlayXattrs
 
 At = tuple[int, bytes]
 """An object as the ``*at`` calls name it: by a directory descriptor and a name, or by its own and an empty one."""
@@ -145,7 +145,7 @@ def copy_xattrs(source: bytes | int, target: bytes | int, names: OverlayXattrs |
         raise
     for text in listed:
         name = os.fsencode(text)
-        if names is not None and names.is_private(name):
+        if names is not None and (names.is_private(name) or name == FUSE_OVERLAYFS_OPAQUE):
             continue
         try:
             value = os.getxattr(source, name, follow_symlinks=read_fd)
