@@ -108,8 +108,8 @@ WATCHED = """
             self._inner.mount(target)
             mounted = True
 
-        def serve(self, accepted):
-            return self._inner.serve(accepted)
+        def serve(self, accepted, gone):
+            return self._inner.serve(accepted, gone)
 
         def close(self):
             self._inner.close()

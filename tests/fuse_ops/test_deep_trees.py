@@ -148,8 +148,9 @@ def test_copies_that_a_crash_has_left_unsynced(dirs: Path) -> None:
     path, _ = tree.view.proc_path(data)
     with open(path, "r+b") as file:
         file.write(bytes(8))  # as the crash left it
-    os.close(tree._lock_fd)  # which a server that died does not hold either
-    tree._lock_fd = -1
+    assert tree._claim is not None
+    tree._claim.close()  # which a server that died does not hold either
+    tree._claim = None
     again = union(dirs)
     assert again.warnings == []
     assert read(again, again.lookup(bottom(again), b"data")) == b"contents"

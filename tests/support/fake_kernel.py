@@ -331,7 +331,7 @@ def _serve(fd: str, options: str) -> None:
 
     async def serve() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(transport.serve, lambda: None)
+            nursery.start_soon(transport.serve, lambda: None, lambda: None)
             await trio.lowlevel.wait_readable(0)  # closed at the end
             nursery.cancel_scope.cancel()
 

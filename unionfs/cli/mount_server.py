@@ -158,6 +158,7 @@ def _serve(
                 options,
                 target,
                 ready=become_daemon,
+                gone=tree.end_soon,
                 statistics=getattr(tree, "statistics", None),
                 supervised=supervised,
             )

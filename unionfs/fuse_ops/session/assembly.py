@@ -81,14 +81,12 @@ def _assemble(
         lower = _lower_stack(options, lowers, data, xattrs)
         tree = UnionTree(lower, upper, cache, options, xattrs, _accounts(options, upper))
     except BaseException:
-        os.close(work.fd)
-        if work.lock_fd >= 0:
-            os.close(work.lock_fd)
+        work.close()
         raise
-    tree.hold_lock(work.lock_fd)
+    tree.hold_claim(work.claim)
     tree.warnings.extend(work.warnings)
-    if work.unsynced:
-        _recover(tree, work.lock_fd)
+    if work.unsynced and work.claim is not None:
+        _recover(tree, work.claim.workdir_fd)
     return tree
 
 

@@ -30,17 +30,19 @@ def run_session(
     target: str,
     *,
     ready: Callable[[], None],
+    gone: Callable[[], None] = lambda: None,
     statistics: Callable[[], Mapping[str, object]] | None = None,
     supervised: bool = False,
 ) -> None:
     """Mount through ``transport`` on ``target`` and serve until the mount is gone.
 
     ``target`` is an absolute path without symbolic links. ``ready`` is called once the kernel has accepted the
-    session, when every access to the mount is answered. SIGTERM and SIGINT unmount; the second one ends the session
-    at once. However it ends, the mount is gone when this returns or raises. Raises MountError when it never came to
-    be. ``supervised`` is for the record: this process is a copy of the supervisor.
+    session, when every access to the mount is answered; ``gone`` as soon as the mount is gone, while something may
+    still be written. SIGTERM and SIGINT unmount; the second one ends the session at once. However it ends, the mount is
+    gone when this returns or raises. Raises MountError when it never came to be. ``supervised`` is for the record: this
+    process is a copy of the supervisor.
     """
-    session = _Session(transport, options, target, ready, statistics, supervised=supervised)
+    session = _Session(transport, options, target, ready, gone, statistics, supervised=supervised)
     # From the mount until somebody listens, a signal has to wait: its default is to die and leave a dead mount.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
@@ -61,6 +63,7 @@ class _Session:
         options: MountOptions,
         target: str,
         ready: Callable[[], None],
+        gone: Callable[[], None],
         statistics: Callable[[], Mapping[str, object]] | None,
         *,
         supervised: bool,
@@ -69,6 +72,7 @@ class _Session:
         self._options = options
         self._target = target
         self._ready = ready
+        self._call_gone = gone
         self._statistics = statistics
         self._supervised = supervised
         self._mount: mountinfo.Mount | None = None
@@ -111,9 +115,12 @@ class _Session:
                 await nursery.start(self._handle_signals, nursery)
                 nursery.start_soon(self._announce)
                 # The kernel's INIT is answered as soon as the callback returns, before any task runs again.
-                await self._transport.serve(self._accepted.set)
-                self._gone = True
+                await self._transport.serve(self._accepted.set, self._mount_is_gone)
                 nursery.cancel_scope.cancel()
+
+    def _mount_is_gone(self) -> None:
+        self._gone = True
+        self._call_gone()
 
     async def _announce(self) -> None:
         await self._accepted.wait()

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 from dataclasses import dataclass
+from typing import Final
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
@@ -14,76 +16,126 @@ from unionfs.host import syscalls
 from unionfs.host.files import remove_tree
 from unionfs.overlay.format import OverlayXattrs
 
-_DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_VOLATILE_MARKER = "incompat/volatile"
+_DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_VOLATILE_MARKER: Final = "incompat/volatile"
+
+# A mount is gone before its server knows, and the server then has to write the rest to the disk.
+_NOTICES_WITHIN_S: Final = 0.5
+_ENDS_WITHIN_S: Final = 60.0
+_POLL_S: Final = 0.005
+
+
+class Claim:
+    """An upper directory and its work directory in use, as other servers see it by the locks (flock(2)) on both.
+
+    Exclusive locks say that a mount is served, shared ones that it is gone and its server about to end.
+    """
+
+    def __init__(self, workdir_fd: int, upper_fd: int) -> None:
+        self.workdir_fd = workdir_fd
+        self._fds = (workdir_fd, upper_fd)
+
+    def acquire(self) -> bool:
+        """Claim both, waiting for a server that is about to end; False when one goes on to use them."""
+        return all(_lock(fd) for fd in self._fds)
+
+    def end_soon(self) -> None:
+        """The mount is gone; whoever mounts the same directories now has only to wait."""
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Give both up."""
+        for fd in self._fds:
+            os.close(fd)
 
 
 @dataclass(slots=True)
 class WorkDir:
-    """``fd`` is of ``<workdir>/work``, ``lock_fd`` of ``<workdir>``, with the lock, or -1 if another server has it."""
+    """``fd`` is of ``<workdir>/work``. Without a ``claim``, another server uses the upper or the work directory."""
 
     fd: int
-    lock_fd: int
+    claim: Claim | None
     warnings: list[str]
     unsynced: bool  # a server has ended before its copies were on the disk
 
+    def close(self) -> None:
+        """Give it up."""
+        os.close(self.fd)
+        if self.claim is not None:
+            self.claim.close()
 
-def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool) -> WorkDir:
+
+def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: bool = False) -> WorkDir:
     """Make ``workdir`` ready for a mount of ``upperdir``; raises :class:`LayerError` if it cannot serve.
 
-    Another server that uses the directory is warned about, not refused: engines mount a running container's
-    directories a second time.
+    Another server that uses one of the directories is warned about: engines mount a running container's directories
+    a second time. Only an ``exclusive`` use is refused then.
     """
-    try:
-        lock_fd = os.open(workdir, _DIR_FLAGS)
-    except FileNotFoundError:
-        raise LayerError(f"workdir {workdir}: no such directory; create it beside the upperdir") from None
-    except NotADirectoryError:
-        raise LayerError(f"workdir {workdir}: is not a directory") from None
-    except OSError as error:
-        raise LayerError(f"workdir {workdir}: {error.strerror}; check the path and its permissions") from None
-    try:
-        _check_placement(workdir, lock_fd, upperdir)
+    with contextlib.ExitStack() as opened:
+        lock_fd = _open(f"workdir {workdir}", workdir, "create it beside the upperdir")
+        opened.callback(os.close, lock_fd)
+        upper_fd = _open(f"upperdir {upperdir}", upperdir, "create it or correct the option")
+        opened.callback(os.close, upper_fd)
+        _check_placement(workdir, lock_fd, upperdir, upper_fd)
+        claim: Claim | None = Claim(lock_fd, upper_fd)
+        assert claim is not None
         warnings = []
-        owned = _lock(lock_fd)
-        if not owned:
-            warnings.append(f"workdir {workdir} is in use by another mount; changes through both may get mixed up")
+        if not claim.acquire():
+            if exclusive:
+                raise LayerError(f"upperdir {upperdir} is in use by another mount; unmount that first")
+            warnings.append(f"upperdir {upperdir} is in use by another mount; changes through both may get mixed up")
+            claim = None
         fd = _open_work(workdir, lock_fd)
-        try:
-            _check_marker(workdir, fd)
-            unsynced = owned and was_noted(lock_fd)
-            if owned:
-                _empty(fd)
-            if volatile:
-                _make_marker(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-    except BaseException:
+        opened.callback(os.close, fd)
+        _check_marker(workdir, fd)
+        unsynced = claim is not None and was_noted(lock_fd)
+        if claim is not None:
+            _empty(fd)
+        if volatile:
+            _make_marker(fd)
+        opened.pop_all()
+    if claim is None:
         os.close(lock_fd)
-        raise
-    if not owned:
-        os.close(lock_fd)
-        lock_fd = -1
-    return WorkDir(fd, lock_fd, warnings, unsynced)
-
-
-def _check_placement(workdir: str, fd: int, upperdir: str) -> None:
-    upper_fd = os.open(upperdir, _DIR_FLAGS)
-    try:
-        # Files are renamed from one to the other, which needs one mount, not only one file system.
-        same = syscalls.mount_id(upper_fd) == syscalls.mount_id(fd) and os.fstat(upper_fd).st_dev == os.fstat(fd).st_dev
-    finally:
         os.close(upper_fd)
-    if not same:
+    return WorkDir(fd, claim, warnings, unsynced)
+
+
+def _open(name: str, path: str, step: str) -> int:
+    try:
+        return os.open(path, _DIR_FLAGS)
+    except FileNotFoundError:
+        raise LayerError(f"{name}: no such directory; {step}") from None
+    except NotADirectoryError:
+        raise LayerError(f"{name}: is not a directory") from None
+    except OSError as error:
+        raise LayerError(f"{name}: {error.strerror}; check the path and its permissions") from None
+
+
+def _check_placement(workdir: str, fd: int, upperdir: str, upper_fd: int) -> None:
+    # Files are renamed from one to the other, which needs one mount, not only one file system.
+    if syscalls.mount_id(upper_fd) != syscalls.mount_id(fd) or os.fstat(upper_fd).st_dev != os.fstat(fd).st_dev:
         raise LayerError(
             f"workdir {workdir} is not on the file system of upperdir {upperdir}; choose one beside the upperdir"
         )
 
 
 def _lock(fd: int) -> bool:
+    """Lock ``fd`` as the only server that uses it; False when another goes on to."""
+    start = time.monotonic()
+    while not _try_lock(fd, fcntl.LOCK_EX):
+        ending = _try_lock(fd, fcntl.LOCK_SH)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # or of two that wait, each would keep the other from its lock
+        if time.monotonic() - start > (_ENDS_WITHIN_S if ending else _NOTICES_WITHIN_S):
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _try_lock(fd: int, kind: int) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
             return False

@@ -23,8 +23,12 @@ class Transport(Protocol):
     def mount(self, target: str) -> None:
         """Mount on ``target``, a directory or ``/dev/fd/N`` of a mount made already; raises MountError."""
 
-    async def serve(self, accepted: Callable[[], None]) -> None:
-        """Answer requests until the mount is gone. ``accepted`` is called when the kernel has begun the session."""
+    async def serve(self, accepted: Callable[[], None], gone: Callable[[], None]) -> None:
+        """Answer requests until the mount is gone.
+
+        ``accepted`` is called when the kernel has begun the session, ``gone`` when the mount is gone, while something
+        may still be written.
+        """
 
     def close(self) -> None:
         """Give up the connection to the kernel."""

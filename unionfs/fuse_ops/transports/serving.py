@@ -13,13 +13,18 @@ import trio
 async def serve_beside(
     companion: Callable[[], Awaitable[None]],
     serve: Callable[[trio.Nursery], Awaitable[None]],
+    gone: Callable[[], None],
     end: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Run ``serve``, which may start tasks in the nursery it gets, and ``companion`` until it is over; then ``end``."""
+    """Run ``serve``, which may start tasks in the nursery it gets, and ``companion`` until it is over; then ``end``.
+
+    ``gone`` is called at once when it is over, before what has been begun has ended.
+    """
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(companion)
             await serve(nursery)
+            gone()
             nursery.cancel_scope.cancel()
     finally:
         if end is not None:

@@ -20,6 +20,7 @@ from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
+from unionfs.fuse_ops.stack.workdir import Claim
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges
@@ -58,7 +59,7 @@ class UnionTree:
         self._lower = lower
         self._upper = upper
         self._cache = cache
-        self._lock_fd = -1
+        self._claim: Claim | None = None
         self.options = options
         self.opens_late = False
         self.warnings: list[str] = []
@@ -279,13 +280,13 @@ class UnionTree:
         counters = {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
         return {**counters, **self._accounts.statistics()}
 
-    def hold_lock(self, fd: int) -> None:
-        """Keep the descriptor whose lock says that the work directory is ours; negative when it is not."""
-        self._lock_fd = fd
-        if "late-sync" not in self.options.speedups or fd < 0 or not self._syncs or self.space is not None:
+    def hold_claim(self, claim: Claim | None) -> None:
+        """Keep what says that the upper and the work directory are ours; None when they are not."""
+        self._claim = claim
+        if "late-sync" not in self.options.speedups or claim is None or not self._syncs or self.space is not None:
             return
         if not self.options.metacopy and self._may_always_mark:
-            self.copy_up.unsynced = Unsynced(fd)
+            self.copy_up.unsynced = Unsynced(claim.workdir_fd)
 
     @property
     def _syncs(self) -> bool:
@@ -295,6 +296,11 @@ class UnionTree:
     def _may_always_mark(self) -> bool:
         # Whoever may not write to a file may not remove a user.* attribute from it either.
         return not self.view.xattrs.user or os.geteuid() == 0
+
+    def end_soon(self) -> None:
+        """The mount is gone, and nothing is left but what has been begun and :meth:`close`."""
+        if self._claim is not None:
+            self._claim.end_soon()
 
     def close(self) -> None:
         """Release all descriptors and leave nothing of ours in the work directory."""
@@ -320,9 +326,9 @@ class UnionTree:
         self._lower.observer.close()
         for layer in (*self._lower.layers, *self._lower.data_layers):
             layer.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def _sync_all(self, fd: int) -> None:
         """Sync the file system of the upper directory ``fd``, as the kernel's overlayfs does when it is unmounted."""

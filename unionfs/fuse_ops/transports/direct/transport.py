@@ -76,14 +76,14 @@ class DirectTransport:
         """Mount on ``target``, or take over the /dev/fuse of a mount made by mount.fuse3."""
         self._connection.mount(target, self.served.options)
 
-    async def serve(self, accepted: Callable[[], None]) -> None:
-        """Answer requests until the mount is gone; ``accepted`` is called once the kernel has accepted the session."""
+    async def serve(self, accepted: Callable[[], None], gone: Callable[[], None]) -> None:
+        """See :meth:`Transport.serve`."""
         self.served.accepted = accepted
         self._ready.register(self._connection.fd, select.POLLIN)
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         settling = Settling(self.served.requests, self._beside.postpone, self._beside.leave)
-        await serve_beside(settling.run, functools.partial(self._serve, buffer), self._connection.end_calls)
+        await serve_beside(settling.run, functools.partial(self._serve, buffer), gone, self._connection.end_calls)
 
     async def _serve(self, buffer: memoryview, nursery: trio.Nursery) -> None:
         while await self._turn(buffer, nursery):

@@ -47,8 +47,8 @@ class Pyfuse3Transport:
         if said:
             print("\n".join(said), file=sys.stderr)
 
-    async def serve(self, accepted: Callable[[], None]) -> None:
-        """Answer requests until the mount is gone."""
+    async def serve(self, accepted: Callable[[], None], gone: Callable[[], None]) -> None:
+        """See :meth:`Transport.serve`."""
         initialize = self._operations.init
 
         def init() -> None:
@@ -60,8 +60,9 @@ class Pyfuse3Transport:
             pyfuse3_waiting.install()
         if self._settling is None:
             await pyfuse3.main()
+            gone()
         else:
-            await serve_beside(self._settling.run, lambda _: pyfuse3.main())
+            await serve_beside(self._settling.run, lambda _: pyfuse3.main(), gone)
 
     def close(self) -> None:
         """Close /dev/fuse, leaving the mount to the session."""
