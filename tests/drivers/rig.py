@@ -18,7 +18,7 @@ from tests.support.mounts import is_running, servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import overlay2, plugin, union, vfs
 from unionfs.drivers.contract import Driver, InitFunc
-from unionfs.drivers.plugin_discovery import find_plugin
+from unionfs.drivers.plugin import find_plugin
 from unionfs.host.mount_holders import mounts_inside
 
 DRIVERS = ("unionfs", "overlay2", "vfs", "plugin")

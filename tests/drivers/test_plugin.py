@@ -20,9 +20,18 @@ from unionfs.archive.changes import ChangeKind
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import plugin, vfs
 from unionfs.drivers.contract import Capabilities, CreateOptions
-from unionfs.drivers.plugin import PluginDriver, connect
-from unionfs.drivers.plugin_discovery import PluginAddress, find_plugin, list_plugins, spec_directories
-from unionfs.drivers.plugin_transport import PluginTransport, PluginUnreachableError, delay_s, gives_up
+from unionfs.drivers.plugin import (
+    PluginAddress,
+    PluginDriver,
+    PluginTransport,
+    PluginUnreachableError,
+    connect,
+    delay_s,
+    find_plugin,
+    gives_up,
+    list_plugins,
+    spec_directories,
+)
 from unionfs.engines.docker_plugin.app import PluginApp
 from unionfs.engines.docker_plugin.server import Exchange
 from unionfs.engines.docker_plugin.service import GraphDriverService

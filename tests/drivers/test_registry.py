@@ -11,7 +11,7 @@ import pytest
 
 from tests.drivers.plugin_server import plugin_server
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import plugin_discovery, registry, vfs
+from unionfs.drivers import plugin, registry, vfs
 from unionfs.drivers.contract import Driver
 from unionfs.drivers.registry import Registry, default_registry
 from unionfs.errors import (
@@ -86,7 +86,7 @@ def test_named_driver_is_used_whatever_was_there(tmp_path: Path, calls: list[str
 
 
 def test_unknown_name(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin_discovery, "SOCKET_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(plugin, "SOCKET_DIRECTORY", str(tmp_path))
     with pytest.raises(NotSupportedError, match="driver nothing is not one of ours"):
         registry_of(calls, a=None).get_driver("nothing", str(tmp_path))
     with pytest.raises(NotSupportedError, match="has been removed"):
@@ -202,7 +202,7 @@ def test_entry_points_add_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_plugin_is_found_by_its_explicit_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sockets = tmp_path / "sockets"
-    found = plugin_discovery.find_plugin
+    found = plugin.find_plugin
     monkeypatch.setattr(
         "unionfs.drivers.plugin.find_plugin", lambda name: found(name, str(sockets), [str(tmp_path / "none")])
     )

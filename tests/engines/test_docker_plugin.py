@@ -21,8 +21,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers import plugin, vfs
 from unionfs.drivers.contract import Capabilities, CreateOptions
-from unionfs.drivers.plugin import PluginDriver
-from unionfs.drivers.plugin_discovery import find_plugin
+from unionfs.drivers.plugin import PluginDriver, find_plugin
 from unionfs.errors import ArchiveError, DriverError
 
 PATIENCE_S = 60

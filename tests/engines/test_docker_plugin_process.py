@@ -20,9 +20,7 @@ from tests.support.mounts import is_mounted, is_running, servers_of, take_down, 
 from tests.support.sandbox import needs_root
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import plugin
-from unionfs.drivers.plugin import PluginDriver
-from unionfs.drivers.plugin_discovery import PluginAddress, find_plugin
-from unionfs.drivers.plugin_transport import PluginTransport
+from unionfs.drivers.plugin import PluginAddress, PluginDriver, PluginTransport, find_plugin
 from unionfs.errors import DriverError
 
 needs_root()
