@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import threading
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.cli.programs import layer_options, server_of
+from tests.drivers.xfs import mounted_xfs
 from tests.support.mounts import is_running, mount_program, mounted_image, servers_of, take_down
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.stack.workdir import WorkDir, prepare_workdir
+from unionfs.host import inode_flags
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -114,3 +117,96 @@ def test_mount_again_at_once(box: Sandbox) -> None:
         assert (again.returncode, said, waited) == (0, "", True)
         assert os.listdir(box.target) == ["other"]
         assert take_down(box.target, servers_of(box.target)) == []
+
+
+# What a shell does to a work directory "$1", of which nothing may get onto a file.
+INHERITABLE = {
+    "default ACL": "setfacl -d -m u:1234:rwx,o::rwx $1",
+    "both ACLs": "setfacl -d -m u:1234:rwx $1; setfacl -m u:1234:rwx $1",
+    "inner one with ACLs": "mkdir $1/work; setfacl -d -m u:1234:rwx $1/work; setfacl -m u:1234:rwx $1/work",
+    "setgid": "chgrp 77 $1; chmod 2777 $1",
+    "inner one with everything": "mkdir $1/work; chown 5:6 $1/work; chmod 7777 $1/work",
+    "flags": "chattr +Ad $1",
+}
+
+# Copies, and objects made where there was a lower one: those of which the work directory is the first parent.
+MAKE = """
+    echo more >> file; touch dir/new; chown 5:6 dir/deep/file; rm gone; echo again > gone; rmdir empty; mkdir empty
+    mkdir empty/in; rm fifo; mkfifo fifo; chown 7:8 other-fifo; mv dir/deep dir/moved; chmod 711 dir
+"""
+
+Looks = dict[str, tuple[str, int, int, list[str], int | None, int | None]]
+
+
+def looks(upper: str) -> Looks:
+    """Mode, owner, group, ACLs, flags and project of everything in an upper directory."""
+    found: Looks = {}
+    for base, directories, names in os.walk(upper):
+        for name in (*directories, *names):
+            path = os.path.join(base, name)
+            st = os.lstat(path)
+            acls = [name for name in os.listxattr(path, follow_symlinks=False) if "acl" in name]
+            flags: int | None = None
+            project: int | None = None
+            if stat.S_ISREG(st.st_mode) or stat.S_ISDIR(st.st_mode):
+                fd = os.open(path, os.O_RDONLY)
+                flags, project = inode_flags.get_flags(fd), inode_flags.get_extended(fd).project
+                os.close(fd)
+            found[os.path.relpath(path, upper)] = (oct(st.st_mode), st.st_uid, st.st_gid, acls, flags, project)
+    return found
+
+
+def fill(box: Sandbox) -> None:
+    low = box.lower().file("file", "text", mode=0o600).file("gone", "text").dir("empty", mode=0o700)
+    low.file("dir/deep/file", "text", mode=0o640).dir("dir", mode=0o700)
+    low.node("fifo", stat.S_IFIFO).node("other-fifo", stat.S_IFIFO)
+
+
+def prepare(box: Sandbox, upper: str, commands: str) -> None:
+    """Go on with a fresh upper directory, for whose work directory a shell runs ``commands``."""
+    box.fresh_upper(upper)
+    subprocess.run(["sh", "-ec", commands, "sh", str(box.work)], cwd=str(box.upper), check=True)
+
+
+def make_all(box: Sandbox) -> Looks:
+    subprocess.run(["sh", "-ec", MAKE], cwd=box.target, check=True)
+    return looks(str(box.upper))
+
+
+def test_nothing_is_inherited_from_the_work_directory(box: Sandbox) -> None:
+    fill(box)
+    with box.kernel():
+        expected = make_all(box)
+    assert len(expected) > 8
+    for number, way in enumerate(INHERITABLE):
+        prepare(box, f"upper-{number}", INHERITABLE[way])
+        with box.mount():
+            assert make_all(box) == expected, way
+        if way != "flags":  # which the kernel hands on
+            prepare(box, f"upper-{number}-kernel", INHERITABLE[way])
+            with box.kernel():
+                assert make_all(box) == expected, way
+
+
+def test_upper_directory_hands_its_flags_on(box: Sandbox) -> None:
+    fill(box)
+    prepare(box, "flagged", "chattr +Ad .")
+    with box.mount():
+        found = make_all(box)
+    assert {seen[4] & 0xC0 for seen in found.values() if seen[4] is not None} == {0xC0}
+
+
+@pytest.mark.parametrize("projects", [(9, 0), (0, 9), (9, 9), (9, 8)], ids=str)
+def test_projects(box: Sandbox, tmp_path: Path, projects: tuple[int, int]) -> None:
+    """What gets into a directory with a project has to be in it, or XFS and ext4 refuse it with EXDEV."""
+    fill(box)
+    with mounted_xfs(tmp_path / "image", tmp_path / "xfs"):
+        box.upper, box.work = str(tmp_path / "xfs/upper"), str(tmp_path / "xfs/work")
+        for directory, project in zip((box.upper, box.work), projects, strict=True):
+            os.mkdir(directory)
+            fd = os.open(directory, os.O_RDONLY)
+            inode_flags.set_project(fd, project, inherit=bool(project))
+            os.close(fd)
+        with box.mount():
+            found = make_all(box)
+        assert {seen[5] for seen in found.values() if seen[5] is not None} == {projects[0]}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import stat
 import struct
@@ -20,15 +19,10 @@ from collections.abc import Iterator
 
 from unionfs.drivers.fs_magic import FsMagic, fs_magic
 from unionfs.errors import DriverError, QuotaNotSupportedError
+from unionfs.host import inode_flags
 from unionfs.host.syscalls import in_user_namespace
 
 BLOCK_DEVICE_NAME = "backingFsBlockDev"
-
-# struct fsxattr: flags, extent size, number of extents, project id, copy-on-write extent size, padding.
-_FSXATTR = struct.Struct("=IIIII8x")
-_FSGETXATTR = 0x801C581F
-_FSSETXATTR = 0x401C5820
-_FLAG_PROJINHERIT = 0x200
 
 _PRJQUOTA = 2
 _Q_XSETQLIM = 0x5804
@@ -160,24 +154,18 @@ class ProjectQuota:
 
 def project_of(path: str) -> int:
     """The project id of a file or directory."""
-    return int(_get_attributes(path)[3])
-
-
-def set_project(directory: str, number: int) -> None:
-    """Give ``directory`` the project id ``number``, which what is made in it inherits."""
-    flags, extent_size, extents, _, cow_extent_size = _get_attributes(directory)
-    packed = _FSXATTR.pack(flags | _FLAG_PROJINHERIT, extent_size, extents, number, cow_extent_size)
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, _FSSETXATTR, packed)
+        return inode_flags.get_extended(fd).project
     finally:
         os.close(fd)
 
 
-def _get_attributes(path: str) -> tuple[int, ...]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def set_project(directory: str, number: int) -> None:
+    """Give ``directory`` the project id ``number``, which what is made in it inherits."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _FSXATTR.unpack(fcntl.ioctl(fd, _FSGETXATTR, bytes(_FSXATTR.size)))
+        inode_flags.set_project(fd, number, inherit=True)
     finally:
         os.close(fd)
 

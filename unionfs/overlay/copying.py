@@ -6,13 +6,11 @@ These functions know descriptors and paths only, so a worker thread can run the 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-import sys
 from contextlib import suppress
 
-from unionfs.host import syscalls
+from unionfs.host import inode_flags, syscalls
 from unionfs.overlay.format import FUSE_OVERLAYFS_OPAQUE, OverlayXattrs
 
 At = tuple[int, bytes]
@@ -28,8 +26,6 @@ _CANNOT = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, 
 _NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
 
 # linux/fs.h
-_FS_IOC_GETFLAGS = 0x80086601
-_FS_IOC_SETFLAGS = 0x40086602
 _COPIED_FLAGS = 0x08 | 0x80  # FS_SYNC_FL, FS_NOATIME_FL
 
 # Pairs of devices between which no file can share blocks.
@@ -180,11 +176,9 @@ def _change_flags(what: At, added: int) -> int:
     dir_fd, name = what
     fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd) if name else dir_fd
     try:
-        value = bytearray(4)
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, value)
-        flags = int.from_bytes(value, sys.byteorder)
+        flags = inode_flags.get_flags(fd)
         if added:
-            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, (flags | added).to_bytes(4, sys.byteorder))
+            inode_flags.set_flags(fd, flags | added)
         return flags
     finally:
         if name:

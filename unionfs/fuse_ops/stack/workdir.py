@@ -14,6 +14,7 @@ from unionfs.errors import LayerError
 from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
 from unionfs.host import syscalls
 from unionfs.host.files import remove_tree
+from unionfs.host.inode_flags import inherit_alike
 from unionfs.overlay.format import OverlayXattrs
 
 _DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -93,6 +94,7 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: b
         unsynced = claim is not None and was_noted(lock_fd)
         if claim is not None:
             _empty(fd)
+            _make_neutral(fd, upper_fd)
         if volatile:
             _make_marker(fd)
         opened.pop_all()
@@ -159,8 +161,10 @@ def _open_work(workdir: str, lock_fd: int) -> int:
 def _check_marker(workdir: str, fd: int) -> None:
     try:
         os.stat(_VOLATILE_MARKER, dir_fd=fd, follow_symlinks=False)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise LayerError(f"workdir {workdir}: {workdir}/work cannot be searched: {error.strerror}") from None
     raise LayerError(
         f"workdir {workdir} was used by a volatile mount, so the upperdir may be incomplete after a crash; "
         f"if it is fine, remove {workdir}/work/{_VOLATILE_MARKER}"
@@ -171,6 +175,21 @@ def _empty(fd: int) -> None:
     for name in os.listdir(fd):
         with contextlib.suppress(OSError):  # what cannot be removed disturbs nobody: our names are new ones
             remove_tree(fd, os.fsencode(name))
+
+
+def _make_neutral(fd: int, upper_fd: int) -> None:
+    """Have what is made in ``<workdir>/work`` inherit nothing from it that it would not in the upper directory.
+
+    The kernel's overlayfs removes the ACLs and the mode; flags and projects it leaves, so that a copy may not even be
+    allowed into the upper directory.
+    """
+    for name in ("system.posix_acl_default", "system.posix_acl_access"):
+        with contextlib.suppress(OSError):
+            os.removexattr(fd, name)
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, 0o700)
+    with contextlib.suppress(OSError):
+        inherit_alike(fd, upper_fd)
 
 
 def _make_marker(fd: int) -> None:
