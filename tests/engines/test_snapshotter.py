@@ -401,7 +401,7 @@ def test_calls_from_many_threads(sn: Snapshotter) -> None:
     assert [info.name for info in sn.walk()] == ["base", "same", "top"]
 
 
-def test_a_list_comes_in_pieces(tmp_path: Path) -> None:
+def test_through_the_socket(tmp_path: Path) -> None:
     store = UnionSnapshotter(str(tmp_path / "root"))
     server = SocketServer(str(tmp_path / "socket"), make_handler(store))
     server.start()
@@ -410,7 +410,7 @@ def test_a_list_comes_in_pieces(tmp_path: Path) -> None:
         for number in range(101):
             store.view(f"v{number:03}", labels={"number": str(number)})
         assert [info.labels["number"] for info in client.walk()] == [str(number) for number in range(101)]
-        assert client.messages == 2
+        assert client.messages == 1
         assert client.walk(["name==none"]) == []
         with pytest.raises(SnapshotArgumentError, match="a field name is expected"):
             client.walk(["=="])

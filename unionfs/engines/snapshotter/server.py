@@ -16,8 +16,11 @@ import grpc
 
 from unionfs.errors import SnapshotterError
 
-# Calls that mount wait for a process to start. Twenty containers at once should not wait for each other.
-_THREADS = 32
+# What clients may take. A call has its thread from its first byte on, so there are as many as there may be calls; they
+# are made when they are needed. One client can take a part of them only.
+_CALLS = 512
+_CALLS_PER_CONNECTION = 100
+_MESSAGE_BYTES = 4 << 20
 _PATH_MAX_BYTES = 107  # of sockaddr_un, with its final zero
 
 
@@ -41,9 +44,14 @@ class SocketServer:
             _check_unused(self.path)
         except OSError as error:
             raise SnapshotterError(f"{self.path}: {error.strerror}; choose another --socket") from error
-        pool = futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="snapshotter")
-        # Two servers on one port, which gRPC allows, are for TCP; here the second would take the socket away.
-        self._server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+        options = [
+            # Two servers on one port, which gRPC allows, are for TCP; here the second would take the socket away.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", _CALLS_PER_CONNECTION),
+            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        ]
+        pool = futures.ThreadPoolExecutor(_CALLS, thread_name_prefix="snapshotter")
+        self._server = grpc.server(pool, options=options, maximum_concurrent_rpcs=_CALLS)
         self._server.add_generic_rpc_handlers((handler,))
         mask = os.umask(0o177)  # containerd is root too; nobody else is to remove snapshots
         try:

@@ -7,11 +7,14 @@ looked at.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import empty_pb2
+from google.protobuf.message import DecodeError
 
 from unionfs.engines.snapshotter.contract import Snapshotter
 from unionfs.engines.snapshotter.messages import SERVICE, message_class, put_info, put_mounts
@@ -25,8 +28,14 @@ from unionfs.errors import (
 
 _log = logging.getLogger(__name__)
 
-# containerd gives 16 MiB to a message; a snapshot with labels is some hundred bytes, at most some thousand.
-_INFOS_PER_MESSAGE = 100
+# containerd takes 16 MiB in a message, others 4 MiB.
+_LIST_BYTES = 1 << 20
+# A client may wait this long in the middle of a request, or of taking a list; each such call has a thread of ours.
+_STALL_S = 30.0
+# Calls that mount wait for a process to start. Twenty containers at once should not wait for each other.
+_AT_ONCE = 32
+# Characters of an error: gRPC has it in a header, where there is room for 16 KiB, and writes one as up to 12 bytes.
+_ERROR_MAX = 900
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (SnapshotNotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -36,37 +45,37 @@ _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 
 Context = grpc.ServicerContext
-_Unary = Callable[[Any, Context], Any]
+_Method = Callable[[Any], Any]
+
+REQUESTS = {
+    "Prepare": "PrepareSnapshotRequest",
+    "View": "ViewSnapshotRequest",
+    "Mounts": "MountsRequest",
+    "Commit": "CommitSnapshotRequest",
+    "Remove": "RemoveSnapshotRequest",
+    "Stat": "StatSnapshotRequest",
+    "Update": "UpdateSnapshotRequest",
+    "List": "ListSnapshotsRequest",
+    "Usage": "UsageRequest",
+    "Cleanup": "CleanupRequest",
+}
+"""The service's methods, and the messages that they take."""
 
 
 def make_handler(snapshotter: Snapshotter) -> grpc.GenericRpcHandler:
-    """What a gRPC server is to be given: the service's methods, answered by ``snapshotter``."""
+    """What a gRPC server is to be given: the service's methods, answered by ``snapshotter``.
+
+    gRPC is told that requests are streams, which look the same on the wire: it waits for a single message without end.
+    """
     service = _Service(snapshotter)
-    empty = empty_pb2.Empty
-    unary: dict[str, tuple[_Unary, str, Any]] = {
-        "Prepare": (service.prepare, "PrepareSnapshotRequest", message_class("PrepareSnapshotResponse")),
-        "View": (service.view, "ViewSnapshotRequest", message_class("ViewSnapshotResponse")),
-        "Mounts": (service.mounts, "MountsRequest", message_class("MountsResponse")),
-        "Commit": (service.commit, "CommitSnapshotRequest", empty),
-        "Remove": (service.remove, "RemoveSnapshotRequest", empty),
-        "Stat": (service.stat, "StatSnapshotRequest", message_class("StatSnapshotResponse")),
-        "Update": (service.update, "UpdateSnapshotRequest", message_class("UpdateSnapshotResponse")),
-        "Usage": (service.usage, "UsageRequest", message_class("UsageResponse")),
-        "Cleanup": (service.cleanup, "CleanupRequest", empty),
-    }
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            _told(name, method),
-            request_deserializer=message_class(request).FromString,
-            response_serializer=response.SerializeToString,
-        )
-        for name, (method, request, response) in unary.items()
-    }
-    handlers["List"] = grpc.unary_stream_rpc_method_handler(
-        _told("List", service.list),
-        request_deserializer=message_class("ListSnapshotsRequest").FromString,
-        response_serializer=message_class("ListSnapshotsResponse").SerializeToString,
-    )
+    working = threading.BoundedSemaphore(_AT_ONCE)
+    handlers: dict[str, Any] = {}
+    for name, request in REQUESTS.items():
+        call = _Call(name, message_class(request), getattr(service, name.lower()), working)
+        if name == "List":
+            handlers[name] = grpc.stream_stream_rpc_method_handler(call.answers, response_serializer=_serialized)
+        else:
+            handlers[name] = grpc.stream_unary_rpc_method_handler(call.answer, response_serializer=_serialized)
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
@@ -76,22 +85,22 @@ class _Service:
     def __init__(self, snapshotter: Snapshotter) -> None:
         self._snapshotter = snapshotter
 
-    def prepare(self, request: Any, _: Context) -> Any:
+    def prepare(self, request: Any) -> Any:
         response = message_class("PrepareSnapshotResponse")()
         put_mounts(response, self._snapshotter.prepare(request.key, request.parent, dict(request.labels)))
         return response
 
-    def view(self, request: Any, _: Context) -> Any:
+    def view(self, request: Any) -> Any:
         response = message_class("ViewSnapshotResponse")()
         put_mounts(response, self._snapshotter.view(request.key, request.parent, dict(request.labels)))
         return response
 
-    def mounts(self, request: Any, _: Context) -> Any:
+    def mounts(self, request: Any) -> Any:
         response = message_class("MountsResponse")()
         put_mounts(response, self._snapshotter.mounts(request.key))
         return response
 
-    def commit(self, request: Any, _: Context) -> Any:
+    def commit(self, request: Any) -> Any:
         if request.parent and request.parent != self._snapshotter.stat(request.key).parent:
             raise SnapshotArgumentError(
                 f"snapshot {request.key} cannot get another parent when it is committed; "
@@ -100,55 +109,112 @@ class _Service:
         self._snapshotter.commit(request.name, request.key, dict(request.labels))
         return empty_pb2.Empty()
 
-    def remove(self, request: Any, _: Context) -> Any:
+    def remove(self, request: Any) -> Any:
         self._snapshotter.remove(request.key)
         return empty_pb2.Empty()
 
-    def stat(self, request: Any, _: Context) -> Any:
+    def stat(self, request: Any) -> Any:
         response = message_class("StatSnapshotResponse")()
         put_info(response.info, self._snapshotter.stat(request.key))
         return response
 
-    def update(self, request: Any, _: Context) -> Any:
+    def update(self, request: Any) -> Any:
         info, fields = request.info, list(request.update_mask.paths)
         response = message_class("UpdateSnapshotResponse")()
         put_info(response.info, self._snapshotter.update(info.name, dict(info.labels), fields))
         return response
 
-    def list(self, request: Any, _: Context) -> Iterator[Any]:
-        found = self._snapshotter.walk(list(request.filters))
-        for at in range(0, len(found), _INFOS_PER_MESSAGE):
-            response = message_class("ListSnapshotsResponse")()
-            for info in found[at : at + _INFOS_PER_MESSAGE]:
-                put_info(response.info.add(), info)
-            yield response
+    def list(self, request: Any) -> list[Any]:
+        responses: list[Any] = []
+        room = 0
+        for info in self._snapshotter.walk(list(request.filters)):
+            message = message_class("Info")()
+            put_info(message, info)
+            size = message.ByteSize()
+            if size > room:
+                responses.append(message_class("ListSnapshotsResponse")())
+                room = _LIST_BYTES
+            responses[-1].info.append(message)
+            room -= size
+        return responses
 
-    def usage(self, request: Any, _: Context) -> Any:
+    def usage(self, request: Any) -> Any:
         usage = self._snapshotter.usage(request.key)
         return message_class("UsageResponse")(size=usage.size_bytes, inodes=usage.inodes)
 
-    def cleanup(self, request: Any, _: Context) -> Any:
+    def cleanup(self, request: Any) -> Any:
         self._snapshotter.cleanup()
         return empty_pb2.Empty()
 
 
-def _told(name: str, method: _Unary) -> _Unary:
-    """``method`` with its errors turned into gRPC's; for a stream it runs when it is made, before it is sent."""
+class _Call:
+    """One of the service's methods as gRPC calls it.
 
-    def answer(request: Any, context: Context) -> Any:
+    Args:
+        name: of the method.
+        request: the class of its message.
+        method: answers it.
+        working: held by those that do something.
+    """
+
+    def __init__(self, name: str, request: Any, method: _Method, working: threading.BoundedSemaphore) -> None:
+        self._name = name
+        self._request = request
+        self._method = method
+        self._working = working
+
+    def answer(self, messages: Iterator[bytes], context: Context) -> Any:
+        """The one response."""
+        with _patience(context):
+            sent = next(messages, None)
+        return self._answered(sent, context)
+
+    def answers(self, messages: Iterator[bytes], context: Context) -> Iterable[Any]:
+        """The responses, one after the other as the client takes them."""
+        with _patience(context):
+            yield from self._answered(next(messages, None), context)
+
+    def _answered(self, sent: bytes | None, context: Context) -> Any:
         try:
-            result = method(request, context)
-            # A generator would raise outside of this block.
-            return iter(list(result)) if name == "List" else result
+            request = self._decoded(sent)
+            with self._working:
+                return self._method(request)
         except UnionfsError as error:
             code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.UNKNOWN)
-            if code is grpc.StatusCode.UNKNOWN:
-                _log.error("%s: %s", name, error)
-            else:
-                _log.debug("%s: %s", name, error)
-            context.abort(code, str(error))
+            level = logging.ERROR if code is grpc.StatusCode.UNKNOWN else logging.DEBUG
+            _log.log(level, "%s: %s", self._name, error)
+            _abort(context, code, str(error))
         except Exception as error:
-            _log.exception("%s failed", name)
-            context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}: {error}; report it")
+            text = f"internal error: {type(error).__name__}: {error}"
+            debug = _log.isEnabledFor(logging.DEBUG)
+            _log.error("%s: %s", self._name, text, exc_info=error if debug else None)
+            _abort(context, grpc.StatusCode.INTERNAL, f"{text}; report it")
 
-    return answer
+    def _decoded(self, sent: bytes | None) -> Any:
+        with suppress(DecodeError):
+            if sent is not None:
+                return self._request.FromString(sent)
+        raise SnapshotArgumentError(f"{self._name}: the request is no {self._request.DESCRIPTOR.name}")
+
+
+@contextmanager
+def _patience(context: Context) -> Iterator[None]:
+    """End the call when the client takes too long for what is done in the block."""
+    timer = threading.Timer(_STALL_S, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
+    if len(text) > _ERROR_MAX:
+        text = text[: _ERROR_MAX // 2] + "…" + text[-_ERROR_MAX // 2 :]
+    context.abort(code, text)
+    raise AssertionError  # abort has raised
+
+
+def _serialized(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
