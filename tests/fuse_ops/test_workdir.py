@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -16,9 +17,13 @@ from tests.cli.programs import layer_options, server_of
 from tests.drivers.xfs import mounted_xfs
 from tests.support.mounts import is_running, mount_program, mounted_image, servers_of, take_down
 from tests.support.sandbox import Sandbox, needs_root
-from unionfs.errors import LayerError
+from unionfs.drivers.union import check_filesystem
+from unionfs.errors import IncompatibleFilesystemError, LayerError
+from unionfs.fuse_ops.options import parse_options
+from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.stack import workdir
 from unionfs.fuse_ops.stack.workdir import WorkDir, prepare_workdir
-from unionfs.host import inode_flags
+from unionfs.host import inode_flags, syscalls
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -210,3 +215,36 @@ def test_projects(box: Sandbox, tmp_path: Path, projects: tuple[int, int]) -> No
         with box.mount():
             found = make_all(box)
         assert {seen[5] for seen in found.values() if seen[5] is not None} == {projects[0]}
+
+
+def test_file_system_that_cannot_exchange_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bindfs, encfs, NFS: with them, what was deleted could be back after a crash. The kernel refuses them too."""
+    asked: list[int] = []
+
+    def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) -> None:
+        asked.append(flags)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (place / "lower").mkdir()
+    options = parse_options(["lowerdir=lower,upperdir=upper,workdir=work"]).options
+    monkeypatch.setattr(workdir, "_EXCHANGING", frozenset())
+    open_tree(options).close()
+    check_filesystem(str(place))
+    monkeypatch.setattr(syscalls, "renameat2", renameat2)
+    with pytest.raises(LayerError, match=r"upperdir .*/upper: its file system .* cannot exchange two names"):
+        open_tree(options)
+    with pytest.raises(IncompatibleFilesystemError, match="cannot exchange two names"):
+        check_filesystem(str(place))
+    assert asked == [syscalls.RENAME_EXCHANGE] * 2
+    assert os.listdir("work/work") == []
+    assert sorted(os.listdir()) == ["lower", "other-upper", "other-work", "upper", "work"]
+    # A disk that is full says nothing about that.
+    mkdir = os.mkdir
+
+    def full(path: str | bytes, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        if os.fsencode(path).startswith(b"#check"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mkdir(path, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    open_tree(options).close()

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers.fs_magic import fs_magic, fs_name
 from unionfs.drivers.kernel_overlay import KernelMounter, OverlayFacts, probe
 from unionfs.drivers.layered import LayeredDriver
 from unionfs.drivers.limits import project_limits
 from unionfs.drivers.overlay_home import OverlayHome
 from unionfs.drivers.storage_options import parse_options, parse_size
+from unionfs.host.fs_magic import fs_magic, fs_name
 
 
 def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> Overlay2Driver:

@@ -17,9 +17,9 @@ import struct
 import threading
 from collections.abc import Iterator
 
-from unionfs.drivers.fs_magic import FsMagic, fs_magic
 from unionfs.errors import DriverError, QuotaNotSupportedError
 from unionfs.host import inode_flags
+from unionfs.host.fs_magic import FsMagic, fs_magic
 from unionfs.host.syscalls import in_user_namespace
 
 BLOCK_DEVICE_NAME = "backingFsBlockDev"

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers.fs_magic import fs_magic, fs_name
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.ids import CREATING
 from unionfs.drivers.layered import LayeredDriver
@@ -21,6 +20,8 @@ from unionfs.drivers.limits import union_limits
 from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
 from unionfs.drivers.storage_options import parse_options, parse_size
 from unionfs.errors import IncompatibleFilesystemError, OptionError, PrerequisitesError
+from unionfs.fuse_ops.stack.workdir import can_exchange
+from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.syscalls import in_user_namespace
 
 _OPTIONS = ("unionfs.size", "unionfs.redirect_dir", "unionfs.max_depth")
@@ -103,6 +104,7 @@ def check_filesystem(root: str) -> None:
         prefix = "user" if in_user_namespace() or os.geteuid() != 0 else "trusted"
         os.setxattr(where, f"{prefix}.overlay.opaque", b"y")
         os.mknod(where + "/whiteout", stat.S_IFCHR, 0)
+        _require_exchange(where)
     except OSError as error:
         raise IncompatibleFilesystemError(
             f"{root}: its file system ({fs_name(fs_magic(root))}) cannot hold layers ({error.strerror}); "
@@ -112,3 +114,12 @@ def check_filesystem(root: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(where + "/whiteout")
         os.rmdir(where)
+
+
+def _require_exchange(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not can_exchange(fd):
+            raise OSError(errno.EOPNOTSUPP, "it cannot exchange two names in one step")
+    finally:
+        os.close(fd)

@@ -13,7 +13,6 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import home, removal
 from unionfs.drivers.contract import CreateOptions
 from unionfs.drivers.files import TreeFiles
-from unionfs.drivers.fs_magic import fs_magic, fs_name
 from unionfs.drivers.ids import check_layer_id, is_layer_id
 from unionfs.drivers.labels import label_directory
 from unionfs.drivers.locks import NamedLocks
@@ -23,6 +22,7 @@ from unionfs.drivers.storage_options import layer_options, parse_options, parse_
 from unionfs.drivers.tree_copy import copy_tree
 from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
 from unionfs.host import syscalls
+from unionfs.host.fs_magic import fs_magic, fs_name
 
 # Docker's name for "go on without xattrs", and our own.
 _BEST_EFFORT = frozenset({"i_want_broken_containers", "best_effort"})

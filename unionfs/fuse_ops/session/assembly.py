@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
@@ -15,10 +16,11 @@ from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.overlap import check_separate
 from unionfs.fuse_ops.stack.raw_ids import unmapped_path
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
-from unionfs.fuse_ops.stack.workdir import prepare_workdir, supports_xattrs
+from unionfs.fuse_ops.stack.workdir import can_exchange, prepare_workdir, supports_xattrs
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.overlay.format import OverlayXattrs, may_use_trusted
 
 MAX_LOWER_LAYERS = 500  # as the kernel's overlayfs
@@ -77,6 +79,7 @@ def _assemble(
     work = prepare_workdir(options.workdir, options.upperdir, volatile=options.volatile)
     try:
         xattrs = _usable_xattrs(options, work.fd)
+        _check_renames(options, work.fd)
         upper = UpperDir(upper_layer, work.fd, xattrs)
         lower = _lower_stack(options, lowers, data, xattrs)
         tree = UnionTree(lower, upper, cache, options, xattrs, _accounts(options, upper))
@@ -118,6 +121,16 @@ def _usable_xattrs(options: MountOptions, work_fd: int) -> OverlayXattrs:
         f"upperdir {options.upperdir}: its file system has no extended attributes; "
         "use one that has (ext4, xfs, btrfs, tmpfs)"
     )
+
+
+def _check_renames(options: MountOptions, work_fd: int) -> None:
+    with suppress(OSError):  # a disk that is full, say: then it shows when it matters
+        if not can_exchange(work_fd):
+            kind = fs_name(fs_magic(f"/proc/self/fd/{work_fd}"))
+            raise LayerError(
+                f"upperdir {options.upperdir}: its file system ({kind}) cannot exchange two names in one step "
+                "(renameat2 with RENAME_EXCHANGE); use one that can (ext4, xfs, btrfs, tmpfs)"
+            )
 
 
 def _lower_stack(

@@ -14,9 +14,12 @@ from unionfs.errors import LayerError
 from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
 from unionfs.host import syscalls
 from unionfs.host.files import remove_tree
+from unionfs.host.fs_magic import FsMagic, fs_magic
 from unionfs.host.inode_flags import inherit_alike
 from unionfs.overlay.format import OverlayXattrs
 
+# Not asked, since a mount should take no longer for them.
+_EXCHANGING: Final = frozenset({FsMagic.EXTFS, FsMagic.XFS, FsMagic.BTRFS, FsMagic.TMPFS, FsMagic.F2FS})
 _DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _VOLATILE_MARKER: Final = "incompat/volatile"
 
@@ -196,6 +199,32 @@ def _make_marker(fd: int) -> None:
     for path in ("incompat", _VOLATILE_MARKER):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700, dir_fd=fd)
+
+
+def can_exchange(dir_fd: int) -> bool:
+    """Whether names can be exchanged (renameat2(2), RENAME_EXCHANGE) in the directory ``dir_fd``, which is tried.
+
+    Without that, a directory can neither be replaced by a whiteout nor replace one, so that there is no moment at which
+    what was deleted is back. Raises OSError when it cannot be tried.
+    """
+    if fs_magic(f"/proc/self/fd/{dir_fd}") in _EXCHANGING:
+        return True
+    names = [b"#check-%x-%d" % (os.getpid(), number) for number in range(2)]
+    made = []
+    try:
+        for name in names:
+            os.mkdir(name, 0o700, dir_fd=dir_fd)
+            made.append(name)
+        syscalls.renameat2(dir_fd, names[0], dir_fd, names[1], syscalls.RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    finally:
+        for name in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=dir_fd)
+    return True
 
 
 def supports_xattrs(fd: int, names: OverlayXattrs) -> bool:

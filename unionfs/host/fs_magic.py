@@ -1,6 +1,6 @@
 """File system types as statfs(2) tells them.
 
-The numbers are the kernel's (linux/magic.h); the names are what Docker shows as "Backing Filesystem" (spec 1.2).
+The numbers are the kernel's (linux/magic.h); the names are what Docker shows as "Backing Filesystem".
 """
 
 from __future__ import annotations
