@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import trio
 
@@ -357,7 +357,7 @@ class UnionRequests:
         self.observer.reads(file, offset, size)
         return file
 
-    def read(self, handle: int, offset: int, size: int) -> bytes | Job[bytes]:
+    def read(self, handle: int, offset: int, size: int) -> bytes | bytearray | Job[bytes | bytearray]:
         """Up to ``size`` bytes, in any kind of buffer; a job where the disk must be waited for."""
         fd = self.file_to_read(handle, offset, size).fd
         data = bytearray(size)
@@ -365,7 +365,7 @@ class UnionRequests:
         if count is None:
             return Job(lambda: os.pread(fd, size, offset))
         del data[count:]
-        return cast("bytes", data)
+        return data
 
     def write(self, handle: int, offset: int, data: bytes | memoryview) -> int:
         """Write all of ``data``; a short count only when the disk, or the limit, is full half-way."""

@@ -276,7 +276,8 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        return await completed(self._requests.read(fh, off, size))
+        outcome: Any = self._requests.read(fh, off, size)  # any buffer will do for pyfuse3
+        return cast("bytes", await completed(outcome))
 
     @_handler
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
