@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 
