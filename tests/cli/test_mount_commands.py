@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -23,8 +24,10 @@ from tests.cli.programs import (
     unionfs,
     unionfs_mount,
 )
-from tests.support.mounts import is_mounted, is_running, servers_of, take_down, wait_until
+from tests.support.mounts import is_mounted, is_running, other_namespace, servers_of, take_down, wait_until
 from tests.support.sandbox import Sandbox, needs_root
+from unionfs.cli import mount_commands
+from unionfs.fuse_ops.session import mount_registry
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -308,6 +311,36 @@ def test_umount_waits_until_everything_is_written(layers: Sandbox) -> None:
     assert not is_running(pid)
     with open(layers.in_upper("big"), "rb") as file:
         assert file.read() == data
+
+
+def test_umount_does_not_wait_for_a_copy_in_another_namespace(layers: Sandbox) -> None:
+    """The directory is the user's, so it stays, and with it the copy."""
+    pid = mount(layers, "--upper", str(layers.upper))
+    with other_namespace():
+        done = unionfs("umount", layers.target)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"unionfs: {layers.target} is unmounted here, but its server goes on: another mount namespace has it too\n"
+    )
+    assert os.path.isdir(layers.target)
+    assert wait_until(lambda: not is_running(pid), 10)
+
+
+def test_umount_does_not_wait_for_a_stranger(
+    layers: Sandbox, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The server ended, and another process has its number now."""
+    mount(layers)
+    real = mount_registry.find
+
+    def find(minor: int) -> mount_registry.MountRecord | None:
+        record = real(minor)
+        return None if record is None else replace(record, pid=os.getpid())
+
+    monkeypatch.setattr(mount_registry, "find", find)
+    monkeypatch.setattr(mount_commands, "_SERVER_END_S", 1.0)
+    mount_commands.unmount_target(layers.target, lazy=False)
+    assert capfd.readouterr().err == ""
 
 
 def test_no_mounts_are_said_to_be_none() -> None:

@@ -290,8 +290,9 @@ def test_graph_driver_uses_it(layers: Sandbox, supervisor: Supervisor) -> None:
         with pytest.raises(MountError, match="busy"):
             mounter.mount(stack)
     finally:
-        mounter.unmount(layers.target, lazy=False)
+        mounter.take_down(layers.target, lazy=False)
     assert not is_running(pid)
+    os.mkdir(layers.target)
     with pytest.raises(MountError, match="none"):
         mounter.mount(Stack(home=layers.root, target=layers.target, lowers=(layers.root + "/none",)))
 

@@ -284,7 +284,7 @@ def test_options_longer_than_a_page_are_relative(tmp_path: Path) -> None:
         assert os.listdir(paths.merged) == ["bottom"]
         assert os.getcwd() == here
     finally:
-        mounter.unmount(paths.merged, lazy=False)
+        mounter.take_down(paths.merged, lazy=False)
 
 
 def test_mount_label_is_passed_where_the_host_has_selinux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,3 +322,22 @@ def bind_read_only(source: str, target: str) -> None:
     """Bind ``source`` read-only on ``target``."""
     mount(source, target, "", 4096)
     mount("none", target, "", 4096 | 32 | MS_RDONLY)
+
+
+@contextlib.contextmanager
+def other_namespace(script: str = "") -> Iterator[int]:
+    """A process in a mount namespace of its own, which has a copy of every mount; what it does first is ``script``."""
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", f"{script} echo ready; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def mounted_elsewhere(pid: int, path: str) -> bool:
+    """Whether something is mounted on ``path`` in the mount namespace of a process."""
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return any(line.split()[4] == path for line in lines)

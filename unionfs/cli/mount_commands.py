@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from unionfs.fuse_ops.session import mount_registry
 from unionfs.host import mountinfo
 from unionfs.host import unmount as unmounting
 from unionfs.host.mount_holders import holders, mounts_inside
+from unionfs.host.mounts import is_mounted_anywhere
+from unionfs.host.processes import has_ended, open_process
 
 # How long a server may take to write everything to the upper directory after its mount is gone.
 _SERVER_END_S = 60.0
@@ -149,7 +150,7 @@ def unmount_target(target: str, *, lazy: bool) -> None:
         what = "nothing is mounted there" if top is None else f"a {top.fs_type} is mounted there"
         raise MountError(f"{target} is not a union mount, {what}; see them with: unionfs mounts")
     record = mount_registry.find(top.minor)
-    server = None if record is None else _open_process(record.pid)
+    server = None if record is None else open_process(record.pid, record.started)
     try:
         if lazy and server is not None:
             try:
@@ -182,23 +183,14 @@ def _why_not(target: str, path: str, error: OSError) -> str:
 
 
 def _wait_for_end(server: int, target: str, minor: int) -> None:
-    if any(mount.minor == minor for mount in mountinfo.read_mounts()):
+    """Wait until the server has written everything."""
+    if mountinfo.is_mounted_here(minor):
         return  # bound to other places too, so the server goes on
-    poll = select.poll()
-    poll.register(server, select.POLLIN)
-    if not poll.poll(_SERVER_END_S * 1000):
-        click.echo(
-            f"unionfs: {target} is unmounted here, but its server goes on: "
-            "another mount namespace has it too, or it is still writing",
-            err=True,
-        )
-
-
-def _open_process(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
+    elsewhere = is_mounted_anywhere(minor)
+    if elsewhere or not has_ended(server, _SERVER_END_S):
+        reasons = [] if elsewhere is False else ["another mount namespace has it too"]
+        reasons += [] if elsewhere else ["it is still writing"]
+        click.echo(f"unionfs: {target} is unmounted here, but its server goes on: {', or '.join(reasons)}", err=True)
 
 
 def _make_work_directory(path: str) -> str | None:

@@ -195,11 +195,11 @@ def _checked_target(target: str) -> str:
 
 
 def _occupied(target: str, path: str) -> str:
-    try:
-        os.statvfs(path)  # the one question that the kernel never answers from memory
-    except OSError as error:
+    from unionfs.host.mounts import is_dead  # a mount that goes well does not need it
+
+    if is_dead(path):
         return (
-            f"mount point {target} has a dead mount, whose server is gone ({error.strerror}); "
+            f"mount point {target} has a dead mount, whose server is gone; "
             f"remove it with: unionfs umount --lazy {target}"
         )
     return f"mount point {target} is busy: a union is mounted there; unmount it with: unionfs umount {target}"

@@ -6,11 +6,9 @@ The server is a daemon: it outlives the process that asked for it, as containers
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -23,7 +21,8 @@ from unionfs.errors import MountError
 from unionfs.fuse_ops.options import escape_value, format_layers
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.supervisor import client as supervisor
-from unionfs.host import mountinfo, unmount
+from unionfs.host import mountinfo, mounts, unmount
+from unionfs.host.processes import has_ended, open_process, process_start
 
 _log = logging.getLogger(__name__)
 
@@ -67,12 +66,12 @@ class FuseMounter:
         if said:
             _log.warning("%s: %s", stack.target, said)
 
-    def unmount(self, target: str, *, lazy: bool) -> None:
-        """See :meth:`Mounter.unmount`."""
+    def take_down(self, target: str, *, lazy: bool) -> None:
+        """See :meth:`Mounter.take_down`."""
         server = _server_of(target)
-        ended = _open_process(server)
+        ended = None if server is None else open_process(server.pid, server.started)
         try:
-            unmount.unmount(target, lazy=lazy)
+            unmount.take_down(target, lazy=lazy)
             if server is not None and ended is not None and not lazy:
                 _wait(target, server, ended)
         finally:
@@ -107,18 +106,23 @@ def _mount(words: list[str]) -> tuple[int, bytes]:
 
 
 def _wait(target: str, server: _Server, ended: int) -> None:
-    if _has_ended(ended, _END_S):
+    """Wait for the end of a server whose mount is gone here; kill one that does not end though nobody uses it."""
+    used = mounts.is_mounted_anywhere(server.minor)
+    if used and mountinfo.is_mounted_here(server.minor):
+        return  # bound to other places too
+    if not used and has_ended(ended, _END_S):
+        return
+    if used is not False:
+        _log.warning(
+            "%s: something in another mount namespace still uses it; its server (process %d) ends with that",
+            target,
+            server.pid,
+        )
         return
     _log.error("%s: its server (process %d) did not end after the unmount; it is killed", target, server.pid)
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(ended, signal.SIGKILL)
-    _has_ended(ended, _END_S)
-
-
-def _has_ended(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+    has_ended(ended, _END_S)
 
 
 def _server_of(target: str) -> _Server | None:
@@ -133,35 +137,13 @@ def _server_of(target: str) -> _Server | None:
             server = _Server(int(record["pid"]), int(record["started"]), mount.minor)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if mount_registry.process_start(server.pid) == server.started:
+        if process_start(server.pid) == server.started:
             return server
     return None
-
-
-def _open_process(server: _Server | None) -> int | None:
-    """A descriptor that tells the end of the process, whoever its parent is."""
-    if server is None:
-        return None
-    try:
-        pidfd = os.pidfd_open(server.pid)
-    except OSError as error:
-        if error.errno not in (errno.ESRCH, errno.ENOSYS, errno.EINVAL):
-            raise
-        return None
-    if mount_registry.process_start(server.pid) != server.started:
-        os.close(pidfd)  # the number was given to another process meanwhile
-        return None
-    return pidfd
 
 
 def _wait_for_requests(minor: int) -> None:
     """Wait until the server has answered what it was asked, for a short time: it may be asked all the while."""
     deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline:
-        try:
-            with open(f"/sys/fs/fuse/connections/{minor}/waiting", encoding="ascii") as file:
-                if int(file.read()) == 0:
-                    return
-        except (OSError, ValueError):
-            return  # the control file system is not mounted
+    while time.monotonic() < deadline and mounts.waiting_requests(minor):
         time.sleep(_POLL_S)

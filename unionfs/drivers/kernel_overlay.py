@@ -63,9 +63,9 @@ class KernelMounter:
                 f"cannot mount {stack.target}: {error.strerror}; see the kernel log (dmesg) for the reason"
             ) from error
 
-    def unmount(self, target: str, *, lazy: bool) -> None:
-        """See :meth:`Mounter.unmount`."""
-        unmount.unmount(target, lazy=lazy)
+    def take_down(self, target: str, *, lazy: bool) -> None:
+        """See :meth:`Mounter.take_down`."""
+        unmount.take_down(target, lazy=lazy)
 
     def settle(self, target: str) -> None:
         """See :meth:`Mounter.settle`: the kernel's overlayfs has no cache of its own for written data."""

@@ -27,12 +27,13 @@ from unionfs.drivers.layer_files import LayerFiles
 from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
-from unionfs.drivers.refcount import MountChecker, RefCounter, is_dead
+from unionfs.drivers.refcount import MountChecker, RefCounter
 from unionfs.drivers.storage_options import layer_options, parse_size
 from unionfs.drivers.streams import held_stream
 from unionfs.errors import LayerBusyError, OptionError
-from unionfs.host import mountinfo, syscalls
+from unionfs.host import mountinfo, syscalls, unmount
 from unionfs.host.mount_holders import mounts_inside
+from unionfs.host.mounts import is_dead
 from unionfs.overlay.format import TRUSTED, USER, may_use_trusted
 from unionfs.overlay.rules import Spaces
 
@@ -68,10 +69,14 @@ class Mounter(Protocol):
     def mount(self, stack: Stack) -> None:
         """Mount, and return when the mount can be used; raises :class:`unionfs.errors.MountError`."""
 
-    def unmount(self, target: str, *, lazy: bool) -> None:
-        """Unmount ``target`` and wait for what served it; raises :class:`OSError`, EBUSY when it is in use.
+    def take_down(self, target: str, *, lazy: bool) -> None:
+        """Unmount ``target``, remove the mount point, and wait for what served it.
 
-        With ``lazy`` it is taken out of sight at once, and what serves it ends with its last user.
+        With ``lazy`` it is taken out of sight at once, and what serves it ends with its last user. So it does when it
+        is in use in another mount namespace.
+
+        Raises:
+            OSError: it cannot be unmounted; EBUSY when it is in use.
         """
 
     def settle(self, target: str) -> None:
@@ -121,7 +126,8 @@ class LayeredDriver:
         self._limits = limits
         self._default_size = default_size_bytes
         self._native_diff = native_diff
-        self._counter = RefCounter(MountChecker())
+        self._checker = MountChecker()
+        self._counter = RefCounter(self._checker)
         self._locks = NamedLocks()
         self._naive = NaiveDiff(self, id_mapping)
         self._spaces: Spaces = (TRUSTED if may_use_trusted() else USER,)
@@ -180,14 +186,18 @@ class LayeredDriver:
     def _unmount_for_good(self, layer_id: str, merged: str) -> None:
         """Unmount whatever is at ``merged`` and inside, also when it was mounted several times."""
         for point in [*mounts_inside(merged), merged]:
+            reason = "more is mounted there each time"
             for _ in removal.attempts():
                 if mountinfo.top_mount(point) is None:
                     break
                 try:
-                    self._mounter.unmount(point, lazy=is_dead(point))
+                    if point == merged:
+                        self._mounter.take_down(point, lazy=is_dead(point))
+                    else:
+                        unmount.unmount(point, lazy=is_dead(point))
                 except OSError as error:
-                    reason = error.strerror
-            else:
+                    reason = str(error.strerror)
+            if mountinfo.top_mount(point) is not None:
                 raise LayerBusyError(
                     f"cannot remove layer {layer_id}: {point} cannot be unmounted: {reason}{removal.used_by(merged)}; "
                     "end what uses it and try again"
@@ -202,7 +212,8 @@ class LayeredDriver:
             paths = self._layers.existing(layer_id, "get")
             if not self._layers.has_parent(layer_id):
                 return paths.diff
-            if self._counter.increment(paths.merged) > 1:
+            # A mount that died or was taken away since is made anew, whoever else has it.
+            if self._counter.increment(paths.merged) > 1 and self._checker.is_mounted(paths.merged):
                 return paths.merged
             try:
                 self._mount(layer_id, paths, mount_label)
@@ -224,7 +235,7 @@ class LayeredDriver:
 
     def _mount(self, layer_id: str, paths: LayerPaths, mount_label: str) -> None:
         if mountinfo.top_mount(paths.merged) is not None:
-            self._take_down(paths.merged)  # it is dead, or it would have been counted
+            self._take_down(paths.merged)  # it is dead, or it would be handed out
         with suppress(FileExistsError):
             os.mkdir(paths.merged, 0o700)
             os.chown(paths.merged, *self._layers.owner)
@@ -260,7 +271,7 @@ class LayeredDriver:
         """Unmount as far as possible and remove the mount point, which also takes it from other mount namespaces."""
         if mountinfo.top_mount(merged) is not None:
             try:
-                self._mounter.unmount(merged, lazy=is_dead(merged))
+                self._mounter.take_down(merged, lazy=is_dead(merged))
             except OSError as error:
                 _log.warning(
                     "%s: %s%s; it is out of sight and ends with its last user",
@@ -275,7 +286,7 @@ class LayeredDriver:
     def _detach(self, merged: str) -> None:
         try:
             self._mounter.settle(merged)
-            self._mounter.unmount(merged, lazy=True)
+            self._mounter.take_down(merged, lazy=True)
         except OSError as error:
             _log.warning("cannot unmount %s: %s", merged, error.strerror)
 

@@ -6,11 +6,11 @@ path that is mounted starts at 1; an entry that falls to 0 is forgotten, so that
 
 from __future__ import annotations
 
-import os
 import threading
 
 from unionfs.drivers.contract import Checker
 from unionfs.host import mountinfo
+from unionfs.host.mounts import is_dead
 
 
 class MountChecker:
@@ -19,15 +19,6 @@ class MountChecker:
     def is_mounted(self, path: str) -> bool:
         """See :meth:`Checker.is_mounted`; a mount whose server is gone does not count."""
         return mountinfo.top_mount(path) is not None and not is_dead(path)
-
-
-def is_dead(path: str) -> bool:
-    """Whether what is mounted at ``path`` answers with errors only, as a FUSE mount without its server does."""
-    try:
-        os.statvfs(path)  # the one question that the kernel never answers from memory
-    except OSError:
-        return True
-    return False
 
 
 class RefCounter:

@@ -68,6 +68,11 @@ def top_mount(mount_point: str) -> Mount | None:
     return found
 
 
+def is_mounted_here(minor: int) -> bool:
+    """Whether the FUSE file system of this device minor is mounted somewhere in this mount namespace."""
+    return any(mount.minor == minor and mount.major == 0 for mount in read_mounts())
+
+
 def canonical(target: str) -> str:
     """``target`` as mountinfo writes it, without asking the file system that is mounted there.
 

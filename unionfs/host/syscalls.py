@@ -26,12 +26,18 @@ _CONFINED: Final = RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH
 # linux/mount.h
 _OPEN_TREE_CLONE: Final = 1
 _OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+_FSOPEN_CLOEXEC: Final = 1
+_FSMOUNT_CLOEXEC: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
 _MOUNT_ATTR_RDONLY: Final = 0x1
 _MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
 
 # These calls were added after Linux unified its numbers, so they are the same on every architecture.
 _NR_OPEN_TREE: Final = 428
+_NR_FSOPEN: Final = 430
+_NR_FSCONFIG: Final = 431
+_NR_FSMOUNT: Final = 432
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
 
@@ -128,6 +134,26 @@ def clone_mount_read_only(path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def mount_detached(fs_type: bytes) -> int:
+    """A readable descriptor of the root of a file system of the kernel's own (``fusectl``), mounted for us alone.
+
+    Needs CAP_SYS_ADMIN over its user namespace; raises OSError(EPERM) without. It ends with the descriptor.
+    """
+    context = check(_syscall(_NR_FSOPEN, ctypes.c_char_p(fs_type), ctypes.c_uint(_FSOPEN_CLOEXEC)), fs_type)
+    try:
+        command = ctypes.c_uint(_FSCONFIG_CMD_CREATE)
+        check(_syscall(_NR_FSCONFIG, ctypes.c_int(context), command, None, None, ctypes.c_int(0)), fs_type)
+        mount = check(
+            _syscall(_NR_FSMOUNT, ctypes.c_int(context), ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(0)), fs_type
+        )
+    finally:
+        os.close(context)
+    try:
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+    finally:
+        os.close(mount)
 
 
 def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int) -> None:

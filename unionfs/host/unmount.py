@@ -52,6 +52,21 @@ def unmount(target: str, *, lazy: bool = False) -> None:
         _fusermount(target, lazy)
 
 
+def take_down(target: str, *, lazy: bool = False) -> None:
+    """Unmount ``target`` and remove the directory, which takes it out of the other mount namespaces that have it too.
+
+    The kernel detaches what is mounted on a removed directory in every namespace but the remover's, since Linux 3.18
+    (``detach_mounts`` in fs/namespace.c). Without that, a copy of the mount that nobody uses keeps it alive.
+
+    Raises OSError as :func:`unmount` does. A directory that cannot be removed, as when more is mounted there, stays.
+    """
+    unmount(target, lazy=lazy)
+    try:
+        os.rmdir(target)
+    except OSError:
+        pass
+
+
 def _fusermount(target: str, lazy: bool) -> None:
     """Have the setuid program do it: the owner of a FUSE mount may unmount it, but only that way."""
     program = fusermount_path()

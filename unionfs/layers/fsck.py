@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from unionfs.drivers.contract import ListingDriver, capabilities_of
 from unionfs.errors import UnionfsError
 from unionfs.host import mountinfo, unmount
+from unionfs.host.mounts import Answer, probe
 from unionfs.layers.identity import ChainID
 from unionfs.layers.metadata import Unreadable
 from unionfs.layers.orphans import remove_trees
@@ -22,7 +22,8 @@ class Problem:
     """Something that is not as it should be.
 
     Attributes:
-        kind: ``layer``, ``mount``, ``stray``, ``leftover``, ``tree``, ``dead-mount``, ``record`` or ``damage``.
+        kind: ``layer``, ``mount``, ``stray``, ``leftover``, ``tree``, ``dead-mount``,
+            ``stuck-mount``, ``record`` or ``damage``.
         name: what it is about: a chain id, a name, a path.
         what: what is wrong, one line.
         advice: what to do when it was not repaired.
@@ -73,7 +74,11 @@ def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
         except UnionfsError:
             continue
         point = mountinfo.canonical(point) if point else ""
-        if point not in table or not _is_dead(point):
+        answer = probe(point) if point in table else Answer.ALIVE
+        if answer is Answer.SILENT:
+            advice = "end that process, and run unionfs fsck again"
+            yield Problem("stuck-mount", point, "its file system server does not answer", advice)
+        if answer is not Answer.DEAD:
             continue
         problem = Problem("dead-mount", point, "its file system server is gone", f"umount -l {point}")
         if repair:
@@ -81,14 +86,6 @@ def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
                 unmount.unmount(point, lazy=True)
                 problem = replace(problem, repaired=True)
         yield problem
-
-
-def _is_dead(point: str) -> bool:
-    try:
-        os.statvfs(point)  # the kernel may remember the attributes of a root, but asks for this
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
 
 
 def _unreadable(store: LayerStore, repair: bool) -> Iterator[Problem]:

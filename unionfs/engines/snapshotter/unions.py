@@ -11,12 +11,12 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError, SnapshotterError
 from unionfs.host import mountinfo, unmount
+from unionfs.host.mounts import is_dead
 
 _log = logging.getLogger(__name__)
 
@@ -63,16 +63,14 @@ class SnapshotUnions:
             _log.warning("%s: its server is gone; what programs had not written yet is lost", target)
 
     def detach(self, target: str) -> None:
-        """Unmount everything at ``target``; its server ends with the last user, who may be a container."""
+        """Unmount everything at ``target``; its server ends with the last user, who may be a container.
+
+        The mount point goes with it, and so do copies of the mount in other namespaces.
+        """
         while mountinfo.top_mount(target) is not None:
-            unmount.unmount(target, lazy=True)
+            unmount.take_down(target, lazy=True)
 
     @staticmethod
     def _is_served(target: str) -> bool:
         mount = mountinfo.top_mount(target)
-        if mount is None or not mount.is_union:
-            return False
-        with suppress(OSError):
-            os.statvfs(target)  # the one question that the kernel never answers from memory
-            return True
-        return False
+        return mount is not None and mount.is_union and not is_dead(target)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unionfs.host.mountinfo import Mount, read_mounts
+from unionfs.host.processes import process_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +62,6 @@ def run_directories() -> list[str]:
     if runtime and os.path.isabs(runtime):
         directories.append(os.path.join(runtime, "unionfs"))
     return directories
-
-
-def process_start(pid: int) -> int | None:
-    """The start time of ``pid`` in clock ticks since boot, or None when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name in parentheses may contain anything, so count from its end.
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == b"Z" else int(fields[19])
 
 
 def is_alive(record: MountRecord) -> bool:

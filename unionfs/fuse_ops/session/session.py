@@ -16,6 +16,7 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.transports.choice import Transport
 from unionfs.host import mountinfo, unmount
+from unionfs.host.processes import process_start
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class _Session:
                 minor=self._mount.minor,
                 target=self._mount.mount_point,
                 pid=pid,
-                started=mount_registry.process_start(pid) or 0,
+                started=process_start(pid) or 0,
                 mounted_at=time.time(),
                 source=options.source,
                 lowerdirs=list(options.lowerdirs),

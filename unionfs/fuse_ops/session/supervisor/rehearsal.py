@@ -20,6 +20,7 @@ from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready
+from unionfs.host.processes import process_start
 
 _ROOT: Final = 1  # the node of the root directory
 _HANDLE: Final = 1  # the first that a server gives
@@ -73,7 +74,7 @@ def _record() -> mount_registry.MountRecord:
         minor=0,
         target="rehearsal",
         pid=pid,
-        started=mount_registry.process_start(pid) or 0,
+        started=process_start(pid) or 0,
         mounted_at=0,
         source="rehearsal",
         lowerdirs=["lower"],
