@@ -120,6 +120,20 @@ def test_a_mark_hides_the_data_of_a_metacopy(tmp_path: Path) -> None:
     tree.close()
 
 
+@pytest.mark.parametrize("layer", ["l1", "l3"])
+def test_a_metacopy_without_data_is_never_zeros(tmp_path: Path, layer: str) -> None:
+    """Nor where no layer is left that could have it."""
+    layers(tmp_path, f"{layer}/")
+    with open(tmp_path / layer / "f", "wb") as file:
+        file.truncate(6)
+    os.setxattr(tmp_path / layer / "f", "trusted.overlay.metacopy", b"")
+    tree = union(tmp_path)
+    with pytest.raises(OSError) as caught:
+        contents(tree, "f")
+    assert caught.value.errno == errno.EIO
+    tree.close()
+
+
 def test_an_opaque_directory_has_no_redirect(tmp_path: Path) -> None:
     layers(tmp_path, "upper/u/", "l1/m/", "l2/t/old", "l2/m/", "l3/t/", "l1/t/")
     for place in ("upper/u", "l1/m"):

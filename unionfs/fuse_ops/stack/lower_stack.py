@@ -213,10 +213,6 @@ class LowerStack:
             return False
         return not self.follows_redirects or stack[position].layer.index >= self.root[-1].layer.index
 
-    def may_have_data_below(self, layer: LayerDir) -> bool:
-        """Whether there are layers that may have the data of a metacopy in ``layer``."""
-        return layer.index < self.root[-1].layer.index or bool(self.data_layers)
-
     def _behind(self, stack: Sequence[LowerDir], position: int, redirect: bytes) -> tuple[Sequence[LowerDir], bytes]:
         return self._redirected(redirect, self.below(stack, position), self.root_below(stack[position].layer))
 

@@ -230,7 +230,7 @@ class MergedView:
                     return known
             inode = self.inodes.new(kind, self.inodes.numbers.of(real))
             inode.lower = (hit.layer, hit.path)
-            if self.lower.may_have_data_below(hit.layer) and self._may_be_metacopy(st):
+            if self._may_be_metacopy(st):
                 path = hit.layer.proc_path(hit.path)
                 if self.lower.is_metacopy(path):
                     inode.metacopy = True
