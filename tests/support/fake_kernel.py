@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,10 +79,11 @@ class FakeKernel:
     socket: socket.socket
     uid: int = 0
     gid: int = 0
+    pid: int = field(default_factory=os.getpid)
     agreed: int = 0
     """The capabilities that the server took: :class:`Init`."""
     _unique: int = 2
-    _early: dict[int, bytes] = field(default_factory=dict)
+    early: dict[int, bytes] = field(default_factory=dict)
     notifications: list[tuple[int, bytes]] = field(default_factory=list)
     """What was sent unasked: code and message."""
 
@@ -91,13 +93,13 @@ class FakeKernel:
         """Send a request; returns its number, by which :meth:`answer` knows it."""
         self._unique += 2
         length = p.IN_HEADER.size + len(body)
-        header = p.IN_HEADER.pack(length, code, self._unique, node, self.uid, self.gid, os.getpid(), 0, 0)
+        header = p.IN_HEADER.pack(length, code, self._unique, node, self.uid, self.gid, self.pid, 0, 0)
         self.socket.send(header + body)
         return self._unique
 
     def answer(self, unique: int) -> bytes:
         """What follows the header of the answer to request ``unique``. Raises FuseError for an errno."""
-        while unique not in self._early:
+        while unique not in self.early:
             message = self.socket.recv(_MESSAGE_BYTES)
             if not message:
                 raise EOFError("the server is gone")
@@ -106,8 +108,8 @@ class FakeKernel:
             if number == 0:
                 self.notifications.append((error, message[p.OUT_HEADER.size :]))
             else:
-                self._early[number] = message
-        message = self._early.pop(unique)
+                self.early[number] = message
+        message = self.early.pop(unique)
         _, error, _ = p.OUT_HEADER.unpack_from(message)
         if error:
             raise FuseError(-error, os.strerror(-error))
@@ -239,6 +241,10 @@ class FakeKernel:
     def fsync(self, node: int, handle: int, *, data_only: bool = False) -> None:
         self.ask(Opcode.FSYNC, node, p.FSYNC_IN.pack(handle, int(data_only), 0))
 
+    def interrupt(self, unique: int) -> None:
+        """INTERRUPT, which has no answer: the program that sent request ``unique`` got a signal."""
+        self.send(Opcode.INTERRUPT, 0, p.U64.pack(unique))
+
     def release(self, node: int, handle: int) -> None:
         self.ask(Opcode.RELEASE, node, struct.pack("=QIIQ", handle, 0, 0, 0))
 
@@ -293,13 +299,16 @@ class FakeKernel:
 
 
 @contextmanager
-def served(options: Sequence[str]) -> Iterator[FakeKernel]:
-    """A kernel whose requests a server with ``options`` (those of ``-o``) answers, in a process of its own."""
+def served(options: Sequence[str], *, stall: str = "") -> Iterator[FakeKernel]:
+    """A kernel whose requests a server with ``options`` (those of ``-o``) answers, in a process of its own.
+
+    While there is a file ``stall``, all copying of data waits.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MESSAGE_BYTES * 2)
     ours.settimeout(_ANSWER_S)
-    argv = [sys.executable, "-m", "tests.support.fake_kernel", str(theirs.fileno()), ",".join(options)]
+    argv = [sys.executable, "-m", "tests.support.fake_kernel", str(theirs.fileno()), ",".join(options), stall]
     with subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE) as server:
         theirs.close()
         try:
@@ -317,8 +326,18 @@ def served(options: Sequence[str]) -> Iterator[FakeKernel]:
         assert status == 0, f"the server ended with status {status}"
 
 
-def _serve(fd: str, options: str) -> None:
+def _serve(fd: str, options: str, stall: str) -> None:
     import trio
+
+    copy_file_range = os.copy_file_range
+
+    def stalled(*args: int) -> int:
+        while os.path.exists(stall):
+            time.sleep(0.01)
+        return copy_file_range(*args)
+
+    if stall:
+        os.copy_file_range = stalled  # type: ignore[assignment]
 
     from unionfs.fuse_ops.options import parse_options
     from unionfs.fuse_ops.session.assembly import open_tree

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 
 from unionfs.host import inode_flags, syscalls
@@ -32,27 +33,44 @@ _COPIED_FLAGS = 0x08 | 0x80  # FS_SYNC_FL, FS_NOATIME_FL
 _no_reflinks: set[tuple[int, int]] = set()
 
 
-def copy_data(source_fd: int, target_fd: int, size: int, *, sync: bool = False, overwrite: bool = False) -> None:
+def always() -> bool:
+    """Somebody waits for the copy until it is made."""
+    return True
+
+
+def copy_data(
+    source_fd: int,
+    target_fd: int,
+    size: int,
+    *,
+    sync: bool = False,
+    overwrite: bool = False,
+    is_wanted: Callable[[], bool] = always,
+) -> None:
     """Give the empty file ``target_fd`` the first ``size`` bytes of ``source_fd``, sharing blocks or keeping holes.
 
     With ``sync`` all of it is on disk when this returns; the disk begins to write while the rest is still copied.
     With ``overwrite`` the target may be a file with data, and gets zeros for the holes of the source.
+    Raises InterruptedError when ``is_wanted``, asked again and again, says no.
 
     Tries, cheapest first: a reflink of the whole file; copy_file_range(2) of the ranges that hold data;
     read(2) and write(2) of the same.
     """
     if size > 0:
-        _copy(source_fd, target_fd, size, write_soon=sync, overwrite=overwrite)
+        _copy(source_fd, target_fd, size, write_soon=sync, overwrite=overwrite, is_wanted=is_wanted)
         if sync:
             os.fsync(target_fd)
 
 
-def _copy(source_fd: int, target_fd: int, size: int, *, write_soon: bool, overwrite: bool) -> None:
+def _copy(
+    source_fd: int, target_fd: int, size: int, *, write_soon: bool, overwrite: bool, is_wanted: Callable[[], bool]
+) -> None:
     st = os.fstat(source_fd)
     if size == st.st_size and _reflinked(source_fd, st.st_dev, target_fd):
         return
     if overwrite or (size == st.st_size and st.st_blocks * 512 >= size <= _READ_CHUNK):  # no holes to look for
-        if _copy_range(source_fd, target_fd, 0, size, write_soon=write_soon and overwrite) < size:
+        write_soon = write_soon and overwrite
+        if _copy_range(source_fd, target_fd, 0, size, write_soon=write_soon, is_wanted=is_wanted) < size:
             os.ftruncate(target_fd, size)
         return
     with suppress(OSError):  # doubles what the kernel reads ahead
@@ -70,7 +88,7 @@ def _copy(source_fd: int, target_fd: int, size: int, *, write_soon: bool, overwr
             start, end = offset, size  # a file system that does not tell holes
         if start >= size:
             break
-        _copy_range(source_fd, target_fd, start, end, write_soon=write_soon)
+        _copy_range(source_fd, target_fd, start, end, write_soon=write_soon, is_wanted=is_wanted)
         offset = end
     os.ftruncate(target_fd, size)
 
@@ -90,9 +108,12 @@ def _reflinked(source_fd: int, source_device: int, target_fd: int) -> bool:
     return True
 
 
-def _copy_range(source_fd: int, target_fd: int, offset: int, end: int, *, write_soon: bool) -> int:
+def _copy_range(
+    source_fd: int, target_fd: int, offset: int, end: int, *, write_soon: bool, is_wanted: Callable[[], bool]
+) -> int:
     """Copy up to ``end``; returns how far the source reached."""
     while offset < end:
+        _check(is_wanted)
         try:
             copied = os.copy_file_range(source_fd, target_fd, min(end - offset, _CHUNK), offset, offset)
         except OSError as error:
@@ -106,6 +127,7 @@ def _copy_range(source_fd: int, target_fd: int, offset: int, end: int, *, write_
             syscalls.start_writing(target_fd, offset, copied)
         offset += copied
     while offset < end:
+        _check(is_wanted)
         data = os.pread(source_fd, min(end - offset, _READ_CHUNK), offset)
         if not data:
             return offset  # the source is shorter than it was: the caller's ftruncate makes the rest a hole
@@ -115,6 +137,11 @@ def _copy_range(source_fd: int, target_fd: int, offset: int, end: int, *, write_
             view = view[written:]
             offset += written
     return offset
+
+
+def _check(is_wanted: Callable[[], bool]) -> None:
+    if not is_wanted():
+        raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
 
 
 def at_path(fd: int, name: bytes) -> bytes | int:

@@ -13,13 +13,11 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-import trio
+from typing import Any, TypeVar
 
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.requests.job import Job
+from unionfs.fuse_ops.requests.job import Copying, Job
 from unionfs.fuse_ops.requests.observer import Observer
 from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.tree import backing_calls
@@ -35,7 +33,7 @@ from unionfs.host.syscalls import RENAME_EXCHANGE
 
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
 _LONG_FREE_BYTES = 4 * 1024 * 1024  # giving back more than this takes a millisecond and more
-_COPY_RANGE_BYTES = 1 << 30  # at once; a program goes on where a copy ended
+_COPY_RANGE_BYTES = 1 << 27  # at once; a program goes on where a copy ended, unless it was killed meanwhile
 _SHORT_SYNC_BYTES = 1024 * 1024  # by which a file grew: no more than it has to write, unless it is overwritten
 
 T = TypeVar("T")
@@ -52,7 +50,7 @@ class UnionRequests:
         self.files: dict[int, OpenFile] = {}
         self.directories: dict[int, OpenDir] = {}
         self._next_handle = 1
-        self._copying: dict[Inode, trio.Event] = {}
+        self._copying: dict[Inode, Copying] = {}
 
     # -- inodes -----------------------------------------------------------------------------------------------
 
@@ -118,20 +116,20 @@ class UnionRequests:
         return self._copy_job(inode, self.tree.copy_up.begin_settling(inode), lambda: None)
 
     def _copy_job(self, inode: Inode, job: CopyUpJob, then: Callable[[], T | Job[T]], *, short: bool = False) -> Job[T]:
-        self._copying[inode] = done = trio.Event()
+        self._copying[inode] = copying = Copying()
+        job.is_wanted = copying.is_wanted
         inode.lookups += 1  # it must not be forgotten while the copy is made
 
         def end() -> None:
             del self._copying[inode]
-            done.set()
+            copying.done.set()
             self.tree.forget(inode, 1)
 
-        def finish(_: object) -> T | Job[T]:
+        def finish(_: object) -> Any:
             try:
                 self.tree.copy_up.finish(job)
             finally:
                 end()
-            return then()
 
         def failed() -> None:
             try:
@@ -139,7 +137,7 @@ class UnionRequests:
             finally:
                 end()
 
-        return Job(job.run, finish, failed=failed, short=short)
+        return Job(job.run, finish, failed=failed, then=then, short=short, copying=copying, changes=False)
 
     # -- large files ------------------------------------------------------------------------------------------
 
@@ -363,7 +361,7 @@ class UnionRequests:
         data = bytearray(size)
         count = self.read_cached(fd, data, offset)
         if count is None:
-            return Job(lambda: os.pread(fd, size, offset))
+            return Job(lambda: os.pread(fd, size, offset), changes=False)
         del data[count:]
         return data
 
@@ -451,7 +449,7 @@ class UnionRequests:
             first()
             return os.lseek(fd, offset, whence)
 
-        return Job(run)
+        return Job(run, changes=False)
 
     def fsync(self, handle: int, *, data_only: bool) -> Job[None] | None:
         """Bring a file to the disk. ENOSYS where the options say not to: the kernel then takes it for done."""
@@ -471,7 +469,7 @@ class UnionRequests:
             # A database, say, which is large and has little to write each time.
             file.synced_size = size if time.perf_counter() - start <= SLOW_S else 0
 
-        return Job(run, short=grown <= _SHORT_SYNC_BYTES)
+        return Job(run, short=grown <= _SHORT_SYNC_BYTES, changes=False)
 
     def _check_sync(self) -> None:
         if not self.sync:
@@ -523,7 +521,7 @@ class UnionRequests:
             finally:
                 os.close(fd)
 
-        return Job(run, short=True)
+        return Job(run, short=True, changes=False)
 
 
 def _nothing() -> None:

@@ -93,11 +93,13 @@ class Answers:
             return encode(outcome)
         job = outcome
         if job.answers_alone:
+            request.may_leave = not job.changes
             return self._connection.answer_in_thread(request, code, lambda: encode(job.run()))
-        return self._wait(job, encode)
+        return self._wait(request, job, encode)
 
-    async def _wait(self, job: Job[T], encode: Callable[[T], bytes]) -> bytes:
-        return encode(await completed(job, self._connection.beside.leave))  # a thread would inherit the place
+    async def _wait(self, request: Request, job: Job[T], encode: Callable[[T], bytes]) -> bytes:
+        # A thread would inherit the place beside the client.
+        return encode(await completed(job, self._connection.beside.leave, request))
 
     def _empty_when_done(self, request: Request, code: Opcode, outcome: Job[None] | None) -> Answer:
         return self._when_done(request, code, outcome, lambda _: self.empty(request))

@@ -31,6 +31,7 @@ class Connection:
         self.beside = beside
         self.tells = log.isEnabledFor(logging.DEBUG)
         self._calls = WaitingCalls()
+        self.waiting: dict[int, Request] = {}  # those that threads or tasks are about, by number
 
     def mount(self, target: str, options: MountOptions) -> None:
         """Mount on ``target``, or take over the /dev/fuse of a mount made by mount.fuse3."""
@@ -81,8 +82,10 @@ class Connection:
                 reply = call()
             except Exception as error:
                 reply = self.failure(request, code, error)
+            self.waiting.pop(request.unique, None)
             self.reply(reply)
 
+        self.waiting[request.unique] = request
         self.beside.outside(lambda: self._calls.start(answer))
         return b""
 

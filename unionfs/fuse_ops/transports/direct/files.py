@@ -105,6 +105,7 @@ class FileAnswers(Answers):
     def _read(self, request: Request) -> bytes:
         handle, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
         fd = self._requests.file_to_read(handle, offset, size).fd
+        request.may_leave = True
         if size > _LONG_READ:
             self._connection.beside.leave()
         if size > _SHORT_READ:

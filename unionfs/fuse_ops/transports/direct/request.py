@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from typing import Final
 
+from unionfs.fuse_ops.requests.job import Waiter
+
 UNKNOWN_ID: Final = 0xFFFF_FFFF
 """In the place of user and group, where the kernel leaves them out (linux/fuse.h: FUSE_INVALID_UIDGID)."""
 
 _OVERFLOW_ID: Final = 65534
 
 
-class Request:
+class Request(Waiter):
     """One request. ``body`` is what follows the header."""
 
-    __slots__ = ("_gid", "_uid", "body", "node", "pid", "unique")
+    __slots__ = ("_gid", "_uid", "body", "node", "unique")
 
     def __init__(self, unique: int, node: int, uid: int, gid: int, pid: int, body: bytes | memoryview) -> None:
+        super().__init__(pid)
         self.unique = unique
         self.node = node
         self._uid = uid
         self._gid = gid
-        self.pid = pid
         self.body = body
 
     @property

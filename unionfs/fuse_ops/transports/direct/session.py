@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+import trio
+
 from unionfs.fuse_ops.options import default_fuse_words
+from unionfs.fuse_ops.requests.job import LOOK_S
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.answers import NO_REPLY, Answers, Handler
+from unionfs.fuse_ops.transports.direct.answers import NO_REPLY, Answer, Answers, Handler
 from unionfs.fuse_ops.transports.direct.passthrough import Passthrough
 from unionfs.fuse_ops.transports.direct.protocol import Init, Opcode
 from unionfs.fuse_ops.transports.direct.request import Request
@@ -25,7 +28,7 @@ class SessionAnswers(Answers):
         return {
             Opcode.INIT: self._init,
             Opcode.STATFS: self._statfs,
-            Opcode.INTERRUPT: lambda request: NO_REPLY,  # what is going on ends by itself, soon
+            Opcode.INTERRUPT: self._interrupt,
             Opcode.DESTROY: self.empty,
         }
 
@@ -87,6 +90,22 @@ class SessionAnswers(Answers):
         )
         self._mount.accepted()
         return reply
+
+    def _interrupt(self, request: Request) -> Answer:
+        waiting = self._connection.waiting.get(p.U64.unpack_from(request.body)[0])
+        return NO_REPLY if waiting is None else self._end_when_killed(waiting)
+
+    async def _end_when_killed(self, waiting: Request) -> bytes:
+        """Answer a request early whose program got a signal, once it is one that ends it.
+
+        Not for any other: the kernel tells of one signal only, and programs do not expect EINTR of a file on a disk.
+        """
+        while waiting.unique in self._connection.waiting:
+            if waiting.may_leave and waiting.is_gone():
+                waiting.has_left = True
+                return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.EINTR, waiting.unique)
+            await trio.sleep(LOOK_S)
+        return NO_REPLY
 
     def _statfs(self, request: Request) -> bytes:
         st = self._tree.statfs()

@@ -188,6 +188,7 @@ class DirectTransport:
             if not isinstance(answer, bytes):
                 self._beside.leave()  # it goes on in threads, which would inherit the place
                 self._waiting += 1
+                self._connection.waiting[unique] = request
                 self._begun.append((request, code, answer))
                 return
         except Exception as error:
@@ -207,6 +208,7 @@ class DirectTransport:
             reply = self._connection.failure(request, code, error)
         finally:
             self._waiting -= 1
+            self._connection.waiting.pop(request.unique, None)
         self._connection.reply(reply)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 import pyfuse3
 
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.requests.job import completed
+from unionfs.fuse_ops.requests.job import Job, Waiter, completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups.early_pages import EarlyPages
 from unionfs.fuse_ops.tree.attributes import Attributes
@@ -31,6 +31,7 @@ _NOW_NS: Final = 100_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def _handler(
@@ -53,6 +54,11 @@ def _handler(
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return wrapped
+
+
+async def _result(outcome: T | Job[T], ctx: pyfuse3.RequestContext) -> T:
+    """The result of a request, which ends with EINTR when the program that sent it is killed while a file is copied."""
+    return await completed(outcome, waiter=Waiter(ctx.pid))
 
 
 class UnionOperations(pyfuse3.Operations):
@@ -159,12 +165,12 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         node = self._requests.inode(inode)
-        await completed(self._requests.link(node, self._requests.inode(new_parent_inode), new_name))
+        await _result(self._requests.link(node, self._requests.inode(new_parent_inode), new_name), ctx)
         return self._remembered(node)
 
     @_handler
     async def unlink(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
-        await completed(self._requests.unlink(self._requests.inode(parent_inode), name))
+        await _result(self._requests.unlink(self._requests.inode(parent_inode), name), ctx)
 
     @_handler
     async def rmdir(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext) -> None:
@@ -181,7 +187,7 @@ class UnionOperations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         old_dir, new_dir = self._requests.inode(parent_inode_old), self._requests.inode(parent_inode_new)
-        await completed(self._requests.rename(old_dir, name_old, new_dir, name_new, flags, ctx))
+        await _result(self._requests.rename(old_dir, name_old, new_dir, name_new, flags, ctx), ctx)
 
     @_handler
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
@@ -212,7 +218,7 @@ class UnionOperations(pyfuse3.Operations):
             # libfuse puts the time in the place of "now".
             to_now=fields.update_atime and abs(time.time_ns() - attr.st_atime_ns) < _NOW_NS,
         )
-        return self._entry(await completed(self._requests.set_attributes(self._requests.inode(inode), change, ctx)))
+        return self._entry(await _result(self._requests.set_attributes(self._requests.inode(inode), change, ctx), ctx))
 
     @_handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -245,12 +251,12 @@ class UnionOperations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         self._require_xattrs()
-        await completed(self._requests.set_xattr(self._requests.inode(inode), name, value, 0, ctx))
+        await _result(self._requests.set_xattr(self._requests.inode(inode), name, value, 0, ctx), ctx)
 
     @_handler
     async def removexattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
         self._require_xattrs()
-        await completed(self._requests.remove_xattr(self._requests.inode(inode), name))
+        await _result(self._requests.remove_xattr(self._requests.inode(inode), name), ctx)
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -268,7 +274,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @_handler
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        file = await completed(self._requests.open(self._requests.inode(inode), flags, ctx))
+        file = await _result(self._requests.open(self._requests.inode(inode), flags, ctx), ctx)
         info = self._file_info(file, flags)
         if self._requests.blocks_will_lie(file):
             pyfuse3.invalidate_inode(inode, attr_only=True)
