@@ -92,8 +92,8 @@ class SizeLimits(Protocol):
     def apply(self, directory: str, size_bytes: int) -> None:
         """Limit what the new layer's ``directory``, still empty, may hold."""
 
-    def mount_limit(self, paths: LayerPaths) -> int:
-        """The limit that the mount has to enforce itself, in bytes; 0 for none."""
+    def mount_limit(self, directory: str) -> int:
+        """The limit of the layer in ``directory`` that its mount has to enforce itself, in bytes; 0 for none."""
 
 
 class LayeredDriver:
@@ -260,7 +260,7 @@ class LayeredDriver:
             upper=paths.diff,
             work=paths.work,
             mount_label=mount_label,
-            size_bytes=self._limits.mount_limit(paths),
+            size_bytes=self._limits.mount_limit(paths.base),
         )
         self._mounter.mount(stack)
         with suppress(FileNotFoundError):

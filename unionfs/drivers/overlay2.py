@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.kernel_overlay import KernelMounter, OverlayFacts, probe
 from unionfs.drivers.layered import LayeredDriver
-from unionfs.drivers.limits import project_limits
 from unionfs.drivers.overlay_home import OverlayHome
+from unionfs.drivers.quota import project_limits
 from unionfs.drivers.storage_options import parse_options, parse_size
 from unionfs.host.fs_magic import fs_magic, fs_name
 

@@ -34,12 +34,40 @@ _FLAG_PROJECT = 2
 _BLOCK_BYTES = 512
 
 
-class ProjectQuota:
-    """Limits for the directories of one home.
+def project_limits(home: str, directories: str | None = None) -> ProjectQuota | NoQuota:
+    """Limits for the directories of one home by project quota, or the reason why there are none.
 
     Args:
         home: the driver's home.
         directories: where the layers' directories are, ``home`` itself unless given.
+    """
+    try:
+        return ProjectQuota(home, directories)
+    except QuotaNotSupportedError as error:
+        return NoQuota(error)
+
+
+class NoQuota:
+    """:class:`unionfs.drivers.layered.SizeLimits` where nothing can enforce one; ``error`` says why."""
+
+    def __init__(self, error: QuotaNotSupportedError) -> None:
+        self._why = str(error)
+
+    def check(self) -> None:
+        """See :meth:`SizeLimits.check`."""
+        raise QuotaNotSupportedError(self._why)
+
+    def apply(self, directory: str, size_bytes: int) -> None:
+        """See :meth:`SizeLimits.apply`."""
+        self.check()
+
+    def mount_limit(self, directory: str) -> int:
+        """See :meth:`SizeLimits.mount_limit`."""
+        return 0
+
+
+class ProjectQuota:
+    """:class:`unionfs.drivers.layered.SizeLimits` for the directories of one home; see :func:`project_limits`.
 
     Raises:
         QuotaNotSupportedError: the file system has no project quotas, or we may not set them.
@@ -65,6 +93,13 @@ class ProjectQuota:
         except OSError as error:
             raise self._unsupported(f"has no project quotas ({error.strerror})") from error
         self._next = max([trial + 1, *(number + 1 for number in self._used())])
+
+    def check(self) -> None:
+        """See :meth:`SizeLimits.check`."""
+
+    def mount_limit(self, directory: str) -> int:
+        """See :meth:`SizeLimits.mount_limit`: the file system below does it."""
+        return 0
 
     def apply(self, directory: str, size_bytes: int) -> None:
         """Limit what ``directory``, still empty, may ever hold to ``size_bytes``.

@@ -15,16 +15,21 @@ from contextlib import suppress
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.ids import CREATING
-from unionfs.drivers.layered import LayeredDriver
-from unionfs.drivers.limits import union_limits
+from unionfs.drivers.layered import LayeredDriver, SizeLimits
 from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
+from unionfs.drivers.quota import NoQuota, project_limits
 from unionfs.drivers.storage_options import parse_options, parse_size
-from unionfs.errors import IncompatibleFilesystemError, OptionError, PrerequisitesError
+from unionfs.errors import DriverError, IncompatibleFilesystemError, OptionError, PrerequisitesError
 from unionfs.fuse_ops.stack.workdir import can_exchange
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.syscalls import in_user_namespace
 
 _OPTIONS = ("unionfs.size", "unionfs.redirect_dir", "unionfs.max_depth")
+SIZE_NAME = "size"
+"""The file in a layer's directory that holds its limit in bytes; overlay2 does not have one and ignores it."""
+
+_SIZE_MAX_CHARACTERS = 19  # 2^63 - 1 has as many digits
+
 _REDIRECTS = ("on", "follow", "nofollow", "off")
 
 
@@ -76,6 +81,36 @@ class UnionDriver(LayeredDriver):
             ("Native Overlay Diff", "true"),
             ("Redirect dir", self._redirect_dir),
         ]
+
+
+class UnionLimits:
+    """:class:`SizeLimits` enforced by the server of the mount, which is told with the option ``quota``."""
+
+    def check(self) -> None:
+        """See :meth:`SizeLimits.check`."""
+
+    def apply(self, directory: str, size_bytes: int) -> None:
+        """See :meth:`SizeLimits.apply`: the number is kept beside the layer, for every mount to come."""
+        with open(os.path.join(directory, SIZE_NAME), "w", encoding="ascii") as file:
+            file.write(str(size_bytes))
+
+    def mount_limit(self, directory: str) -> int:
+        """See :meth:`SizeLimits.mount_limit`."""
+        path = os.path.join(directory, SIZE_NAME)
+        try:
+            with open(path, "rb") as file:
+                text = file.read(_SIZE_MAX_CHARACTERS + 1).strip()
+        except FileNotFoundError:
+            return 0
+        if text and not (text.isdigit() and len(text) <= _SIZE_MAX_CHARACTERS and int(text) < 1 << 63):
+            raise DriverError(f"{path} holds {text[:20]!r}; write a number of bytes into it, or remove it for no limit")
+        return int(text or b"0")
+
+
+def union_limits(home: str) -> SizeLimits:
+    """Limits by project quota where the file system has them, otherwise by the union itself."""
+    limits = project_limits(home)
+    return UnionLimits() if isinstance(limits, NoQuota) else limits
 
 
 def _mount_words() -> tuple[str, ...]:

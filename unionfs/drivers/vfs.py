@@ -17,10 +17,10 @@ from unionfs.drivers.ids import check_layer_id, is_layer_id
 from unionfs.drivers.labels import label_directory
 from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.naive_diff import NaiveDiffDriver
-from unionfs.drivers.quota import ProjectQuota
+from unionfs.drivers.quota import project_limits
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
 from unionfs.drivers.tree_copy import copy_tree
-from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
+from unionfs.errors import DriverError, LayerNotFoundError, OptionError
 from unionfs.host import syscalls
 from unionfs.host.fs_magic import fs_magic, fs_name
 
@@ -57,14 +57,9 @@ class VfsDriver:
         home.ensure_dir(self._dirs, 0o710, (os.geteuid(), self._owner[1]))
         removal.sweep(self._dirs)
         self._default_size = size_bytes
-        self._quota: ProjectQuota | None = None
-        self._no_quota = ""
-        try:
-            self._quota = ProjectQuota(self._root, self._dirs)
-        except QuotaNotSupportedError as error:
-            self._no_quota = str(error)
+        self._limits = project_limits(self._root, self._dirs)
         if size_bytes:
-            self._need_quota()
+            self._limits.check()
 
     def create(self, layer_id: str, parent: str = "", options: CreateOptions | None = None) -> None:
         """See :meth:`ProtoDriver.create`."""
@@ -79,7 +74,7 @@ class VfsDriver:
             given = layer_options(options.storage_options, ("size",), "vfs")
             if "size" in given:
                 size = parse_size(given["size"])
-                self._need_quota()
+                self._limits.check()
         self._create(layer_id, parent, options, size)
 
     def remove(self, layer_id: str) -> None:
@@ -137,7 +132,7 @@ class VfsDriver:
             original = self._existing(parent, "create a layer on") if parent else None
             with home.new_dir(self._dirs, layer_id, 0o755, self._owner) as path:
                 if size_bytes:
-                    self._need_quota().apply(path, size_bytes)
+                    self._limits.apply(path, size_bytes)
                 if options is not None:
                     label_directory(path, options.mount_label)
                 if original is not None:
@@ -153,11 +148,6 @@ class VfsDriver:
                 f"cannot create layer {layer_id} as a copy of {original}: {where}: {error.strerror}; "
                 "the copy was deleted, try again"
             ) from error
-
-    def _need_quota(self) -> ProjectQuota:
-        if self._quota is None:
-            raise QuotaNotSupportedError(f"vfs: {self._no_quota}")
-        return self._quota
 
     def _existing(self, layer_id: str, doing: str) -> str:
         check_layer_id(layer_id, doing)
