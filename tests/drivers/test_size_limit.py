@@ -122,7 +122,7 @@ def test_an_archive_that_does_not_fit_is_applied_to_an_unmounted_layer_only(unio
     with tarfile.open(fileobj=archive, mode="w") as tar:
         member = tarfile.TarInfo("large")
         member.size = 6 * MIB
-        tar.addfile(member, io.BytesIO(bytes(member.size)))
+        tar.addfile(member, io.BytesIO(b"x" * member.size))
     with got(driver, "run") as root:
         with pytest.raises(ArchiveError, match="large: cannot be unpacked: No space left"):
             driver.apply_diff("run", "base", io.BytesIO(archive.getvalue()))
