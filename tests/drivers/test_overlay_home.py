@@ -296,7 +296,7 @@ def test_mount_label_is_passed_where_the_host_has_selinux(tmp_path: Path, monkey
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(kernel_overlay, "mount_overlay", mount)
-    monkeypatch.setattr("unionfs.drivers.labels.selinux_enabled", lambda: True)
+    monkeypatch.setattr("unionfs.host.selinux.selinux_enabled", lambda: True)
     stack = Stack(home="/h", target="/h/x/merged", lowers=("/a", "/b"), mount_label=label)
     with pytest.raises(MountError, match="/h/x/merged: Invalid argument"):
         KernelMounter().mount(stack)

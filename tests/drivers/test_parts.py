@@ -20,12 +20,12 @@ from tests.support.mounts import mounted_tmpfs
 from tests.support.snapshot import snapshot
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import quota, removal, vfs
-from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.quota import ProjectQuota, project_of, set_project
 from unionfs.drivers.refcount import MountChecker, RefCounter
 from unionfs.drivers.tree_copy import copy_tree
 from unionfs.errors import DriverError, LayerBusyError, OptionError, QuotaNotSupportedError
 from unionfs.host.fs_magic import FsMagic, fs_magic, fs_name
+from unionfs.host.locks import NamedLocks
 
 OLD_NS = 1_000_000_000_123_456_789
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.layers.conftest import Workshop, write
 from tests.layers.samples import BASE, TOP, stream
-from unionfs.layers import disk
+from unionfs.host import disk
 from unionfs.layers.identity import diff_id_of
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.layers.conftest import Workshop, write
 from tests.layers.samples import BASE, OTHER, TOP, stream
-from unionfs.layers import disk
+from unionfs.host import disk
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import Garbage, collect
 from unionfs.layers.identity import create_chain_id, diff_id_of

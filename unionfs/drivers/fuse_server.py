@@ -15,7 +15,6 @@ import sys
 import time
 from typing import NamedTuple
 
-from unionfs.drivers.labels import mount_context
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError
 from unionfs.fuse_ops.options import escape_value, format_layers
@@ -23,6 +22,7 @@ from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.supervisor import client as supervisor
 from unionfs.host import mountinfo, mounts, unmount
 from unionfs.host.processes import has_ended, open_process, process_start
+from unionfs.host.selinux import mount_context
 
 _log = logging.getLogger(__name__)
 

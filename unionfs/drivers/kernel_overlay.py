@@ -17,12 +17,12 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from unionfs.drivers.ids import CREATING
-from unionfs.drivers.labels import mount_context
 from unionfs.drivers.layered import Stack
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError
 from unionfs.fuse_ops.options import escape_value, format_layers
 from unionfs.host import unmount
 from unionfs.host.fs_magic import fs_magic, fs_name
+from unionfs.host.selinux import mount_context
 from unionfs.host.syscalls import in_user_namespace
 
 _PARAMETERS = "/sys/module/overlay/parameters"

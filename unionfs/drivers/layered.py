@@ -18,20 +18,20 @@ from unionfs.archive.changes import Change, changes_of_upper, size_of
 from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, pack_changes
 from unionfs.archive.sizes import tree_size
+from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
 from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
 from unionfs.drivers import removal
 from unionfs.drivers.contract import CreateOptions, FileGetCloser
 from unionfs.drivers.ids import check_layer_id
 from unionfs.drivers.layer_files import LayerFiles
-from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
 from unionfs.drivers.refcount import MountChecker, RefCounter
 from unionfs.drivers.storage_options import layer_options, parse_size
-from unionfs.drivers.streams import held_stream
 from unionfs.errors import LayerBusyError, OptionError
 from unionfs.host import mountinfo, syscalls, unmount
+from unionfs.host.locks import NamedLocks
 from unionfs.host.mount_holders import mounts_inside
 from unionfs.host.mounts import is_dead
 from unionfs.overlay.format import TRUSTED, USER, may_use_trusted

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from unionfs.archive.changes import Change, changes_of_trees, size_of
 from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, pack_changes
+from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
 from unionfs.archive.unpack import UnpackOptions, unpack
 from unionfs.drivers.contract import (
@@ -27,7 +28,6 @@ from unionfs.drivers.contract import (
     SyncingDriver,
 )
 from unionfs.drivers.files import TreeFiles
-from unionfs.drivers.streams import held_stream
 
 
 class NaiveDiff:

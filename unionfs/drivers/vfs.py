@@ -14,8 +14,6 @@ from unionfs.drivers import home, removal
 from unionfs.drivers.contract import CreateOptions
 from unionfs.drivers.files import TreeFiles
 from unionfs.drivers.ids import check_layer_id, is_layer_id
-from unionfs.drivers.labels import label_directory
-from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.naive_diff import NaiveDiffDriver
 from unionfs.drivers.quota import project_limits
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
@@ -23,6 +21,8 @@ from unionfs.drivers.tree_copy import copy_tree
 from unionfs.errors import DriverError, LayerNotFoundError, OptionError
 from unionfs.host import syscalls
 from unionfs.host.fs_magic import fs_magic, fs_name
+from unionfs.host.locks import NamedLocks
+from unionfs.host.selinux import label_directory
 
 # Docker's name for "go on without xattrs", and our own.
 _BEST_EFFORT = frozenset({"i_want_broken_containers", "best_effort"})

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 from isal import isal_zlib
 
 from unionfs.errors import InvalidDigestError, LayerStoreError, MetadataError
-from unionfs.layers import disk
+from unionfs.host import disk
 from unionfs.layers.identity import (
     ALGORITHM,
     NO_CHAIN,

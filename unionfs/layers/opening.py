@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.registry import PRIORITY, Registry, default_registry
 from unionfs.errors import DriverError, LayerStoreError
+from unionfs.host import disk
 from unionfs.host.syscalls import in_user_namespace
-from unionfs.layers import disk
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ALGORITHM
 from unionfs.layers.lock import StoreLock

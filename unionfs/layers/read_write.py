@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping
 
 from unionfs.drivers.contract import CreateOptions, Driver
-from unionfs.drivers.locks import NamedLocks
 from unionfs.errors import (
     ActiveMountError,
     LayerNotRetainedError,
@@ -16,6 +15,7 @@ from unionfs.errors import (
     UnionfsError,
 )
 from unionfs.host import mountinfo
+from unionfs.host.locks import NamedLocks
 from unionfs.layers.identity import NO_CHAIN, ChainID
 from unionfs.layers.layer import LayerMetadata
 from unionfs.layers.metadata import MetadataStore, MountRecord, MountTransaction

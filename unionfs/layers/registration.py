@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Driver, capabilities_of
-from unionfs.drivers.locks import NamedLocks
 from unionfs.errors import DigestMismatchError, MaxDepthExceededError
+from unionfs.host.locks import NamedLocks
 from unionfs.layers.adoption import read_tree
 from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, parse_digest
 from unionfs.layers.ingest import Ingested, Progress, ingest

@@ -35,8 +35,8 @@ from unionfs.errors import (
     LayerDoesNotExistError,
     MetadataError,
 )
+from unionfs.host.disk import delete, ensure_dir, replace_file, sync_dir
 from unionfs.layers import Layer, LayerHandle, LayerMetadata, LayerStore, Problem, create_chain_id
-from unionfs.layers.disk import delete, ensure_dir, replace_file, sync_dir
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
 _log = logging.getLogger(__name__)

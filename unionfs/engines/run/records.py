@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unionfs.engines.images.model import ImageConfig
 from unionfs.engines.run.options import RunOptions
 from unionfs.errors import RunError
-from unionfs.layers.disk import ensure_dir, replace_file
+from unionfs.host.disk import ensure_dir, replace_file
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from unionfs.drivers.locks import NamedLocks
 from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
@@ -22,6 +21,7 @@ from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, chec
 from unionfs.engines.snapshotter.unions import SnapshotUnions
 from unionfs.engines.snapshotter.wishes import Wishes
 from unionfs.errors import DriverError, SnapshotArgumentError, SnapshotStateError, SnapshotterError
+from unionfs.host.locks import NamedLocks
 from unionfs.host.syscalls import in_user_namespace
 from unionfs.layers.lock import StoreLock
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from unionfs.engines.images.reference import Reference, parse_reference
 from unionfs.errors import ImageError
-from unionfs.layers.disk import ensure_dir, replace_file
+from unionfs.host.disk import ensure_dir, replace_file
 from unionfs.layers.identity import ALGORITHM, digits_of, is_hex_digest
 
 _log = logging.getLogger(__name__)

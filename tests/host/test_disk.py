@@ -1,4 +1,4 @@
-"""The store's own changes on disk."""
+"""Changes on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.layers import disk
+from unionfs.host import disk
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "absent"])

@@ -1,4 +1,4 @@
-"""Every change that the layer store itself makes on disk, with the syncs that make it last.
+"""Changes on disk with the syncs that make them last.
 
 A directory entry is on stable storage only when its directory was synced, a file's contents when the file was; the
 functions here do both, so that what follows one of them may rely on it after a loss of power.
@@ -12,10 +12,7 @@ import tempfile
 from contextlib import suppress
 
 from unionfs.host.files import remove_tree
-from unionfs.host.syscalls import renameat2
-
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
+from unionfs.host.syscalls import AT_FDCWD, RENAME_NOREPLACE, renameat2
 
 
 def sync_dir(path: str) -> None:
@@ -95,7 +92,7 @@ def move(old: str, new: str) -> None:
         OSError: it failed, and ``old`` is where it was.
     """
     try:
-        renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE)
+        renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), RENAME_NOREPLACE)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from error
