@@ -27,6 +27,7 @@ from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import CONTENTS, Need
+from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.overlay.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.overlay.format import UNSYNCED
 
@@ -39,8 +40,9 @@ _LATER_BYTES = 1 << 20  # copies of up to this size may be synced later: for lar
 class CopyUp:
     """Copies objects up, one after the other or in three steps: :meth:`begin`, ``job.run()``, :meth:`finish`."""
 
-    def __init__(self, view: MergedView, hard_links: HardLinks, accounts: Accounts) -> None:
+    def __init__(self, view: MergedView, protection: Protection, hard_links: HardLinks, accounts: Accounts) -> None:
         self._view = view
+        self.protection = protection
         self._accounts = accounts
         self.origins = Origins(view, accounts)
         self._placing = Placing(view, self.origins, self.copy_directory, hard_links, accounts)
@@ -227,9 +229,9 @@ class CopyUp:
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
         if inode.kind in (stat.S_IFREG, stat.S_IFDIR):
             copy_flags(source, target)
-        protection = self._view.protection.of(inode)
+        protection = self.protection.of(inode)
         if protection:
-            self._view.protection.record(at_path(*target), protection, follow=not target[1])
+            self.protection.record(at_path(*target), protection, follow=not target[1])
         copy_mode(*target, st)
         copy_times(*target, st)
 

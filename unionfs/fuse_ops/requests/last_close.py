@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
+from unionfs.fuse_ops.tree.inodes import LastClose
 
 _LARGE: Final = 2048  # blocks of 512 bytes
 _QUEUE_MAX: Final = 64  # descriptors that wait for the thread; they count against the limit of open files
 
 
-class LastClose:
+class LastCloseInThread(LastClose):
     """Closes descriptors, here or in a thread."""
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class LastClose:
         self.outside: Callable[[Callable[[], None]], None] = lambda call: call()
         self._calls: WaitingCalls | None = None
 
-    def __call__(self, fd: int) -> None:
+    def close(self, fd: int) -> None:
         """Close ``fd``, which may be the last descriptor of a file without a name."""
         if os.fstat(fd).st_blocks <= _LARGE:
             os.close(fd)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.open_files import OpenFile
+from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 
 
 class Observer:

@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import Copying, Job
+from unionfs.fuse_ops.requests.last_close import LastCloseInThread
 from unionfs.fuse_ops.requests.observer import Observer
 from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.changes import Caller, check_new_name
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import Inode, OpenDir, OpenFile
 from unionfs.fuse_ops.tree.listing import has_gone
 from unionfs.fuse_ops.tree.metadata import AttributeChange
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, NO_CONTENTS, Need, for_attributes, for_name
-from unionfs.fuse_ops.tree.open_files import OpenDir, OpenFile
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.host.syscalls import RENAME_EXCHANGE
 
@@ -51,6 +51,7 @@ class UnionRequests:
         self.directories: dict[int, OpenDir] = {}
         self._next_handle = 1
         self._copying: dict[Inode, Copying] = {}
+        self.last_close = tree.inodes.last_close = LastCloseInThread()
 
     # -- inodes -----------------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class UnionRequests:
     def link(self, inode: Inode, directory: Inode, name: bytes) -> Job[None] | None:
         """Give ``inode`` the further name ``name`` in ``directory``."""
         need = for_name(unsynced=inode.unsynced)
-        self.tree.view.protection.require_changeable(inode)
+        self.tree.protection.require_changeable(inode)
         return self._copied_up(inode, need, lambda: self.tree.link(inode, directory, name))
 
     def rename(
@@ -178,10 +179,10 @@ class UnionRequests:
         """Move a name, or exchange two; ``flags`` are those of renameat2(2)."""
         check_new_name(new_name)
         moved = [self.tree.lookup(old_dir, old_name)]
-        self.tree.view.protection.require_removable(old_dir, moved[0])
+        self.tree.protection.require_removable(old_dir, moved[0])
         if flags & RENAME_EXCHANGE:
             moved.append(self.tree.lookup(new_dir, new_name))
-            self.tree.view.protection.require_removable(new_dir, moved[1])
+            self.tree.protection.require_removable(new_dir, moved[1])
 
         def ready() -> Job[None] | None:
             while moved:
@@ -246,7 +247,7 @@ class UnionRequests:
         self, inode: Inode, name: bytes, value: bytes, flags: int, caller: Caller, *, drops_setgid: bool = False
     ) -> Job[None] | None:
         """Set an extended attribute; ``drops_setgid`` if it is an ACL and ``caller`` is not in the file's group."""
-        self.tree.view.protection.require_changeable(inode)
+        self.tree.protection.require_changeable(inode)
         if flags and not inode.upper:
             self.tree.check_xattr(inode, name, flags)
 
@@ -293,7 +294,7 @@ class UnionRequests:
         if flags & (os.O_TRUNC | os.O_ACCMODE) == os.O_RDONLY:
             return self.tree.open(inode, flags)
         truncate = bool(flags & os.O_TRUNC)
-        self.tree.view.protection.require_writable(inode, flags)
+        self.tree.protection.require_writable(inode, flags)
 
         def then() -> OpenFile:
             file = self.tree.open(inode, flags)
@@ -395,7 +396,7 @@ class UnionRequests:
     def fallocate(self, handle: int, mode: int, offset: int, length: int) -> Job[None] | None:
         """fallocate(2)."""
         fd, space = self.files[handle].fd, self.tree.space
-        self.tree.view.protection.require_allocatable(self.files[handle].inode, mode)
+        self.tree.protection.require_allocatable(self.files[handle].inode, mode)
         grown = 0 if space is None else space.allocation(fd, mode, offset, length)
         return self._growing(fd, grown, lambda: backing_calls.fallocate(fd, mode, offset, length))
 

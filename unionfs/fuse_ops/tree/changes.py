@@ -13,10 +13,9 @@ from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Override
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import Inode, OpenFile, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import METADATA
-from unionfs.fuse_ops.tree.open_files import OpenFile, backing_flags
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE
 
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
@@ -72,7 +71,7 @@ class NamespaceChanges:
     def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
         """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
         self._copy_up.require_writable()
-        self._view.protection.require_new_name(directory)
+        self._copy_up.protection.require_new_name(directory)
         if self._view.ownership.overrides:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         self._accounts.require_entry()
@@ -161,8 +160,8 @@ class NamespaceChanges:
         upper = self._copy_up.require_writable()
         check_new_name(name)
         self._require_free(directory, name)
-        self._view.protection.require_new_name(directory)
-        self._view.protection.require_changeable(inode)
+        self._copy_up.protection.require_new_name(directory)
+        self._copy_up.protection.require_changeable(inode)
         self._accounts.require_entry()
         unnamed = inode.orphan and inode.staged_link is None
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
@@ -219,7 +218,7 @@ class NamespaceChanges:
             self._require_free(directory, name)
         if directory.orphan:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(name))
-        self._view.protection.require_new_name(directory)
+        self._copy_up.protection.require_new_name(directory)
         directory_fd = self._copy_up.ensure_directory(directory)
         is_dir = stat.S_ISDIR(mode)
         try:
@@ -315,7 +314,7 @@ class NamespaceChanges:
         inode = self._view.lookup(directory, name)
         if inode.kind == stat.S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(name))
-        self._view.protection.require_removable(directory, inode)
+        self._copy_up.protection.require_removable(directory, inode)
         self._remove(upper, inode, directory, name)
 
     def rmdir(self, directory: Inode, name: bytes) -> None:
@@ -324,7 +323,7 @@ class NamespaceChanges:
         inode = self._view.lookup(directory, name)
         if inode.kind != stat.S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(name))
-        self._view.protection.require_removable(directory, inode)
+        self._copy_up.protection.require_removable(directory, inode)
         if not self._view.is_empty(inode):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
         self._remove(upper, inode, directory, name)

@@ -14,7 +14,6 @@ from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, s
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
-from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.host.files import open_confined
 from unionfs.host.syscalls import open_handle
 from unionfs.overlay import rules
@@ -47,7 +46,6 @@ class MergedView:
         self.options = options
         self.xattrs = xattrs
         self.ownership = Ownership(options)
-        self.protection = Protection(self)
         self._cache = cache
         self._can_open_handles = True
         # Whether a file that has blocks for all its data has the data. After a crash it may have them for nothing.

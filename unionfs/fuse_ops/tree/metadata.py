@@ -114,7 +114,7 @@ class MetadataChanges:
 
     def check_change(self, inode: Inode, change: AttributeChange) -> None:
         """Raise EPERM where the flags of ``inode`` forbid ``change``, before anything is copied up for it."""
-        protection = self._view.protection
+        protection = self._copy_up.protection
         if change.kills_privileges or not protection.of(inode):
             return
         if change.only_mtime and self._view.kernel_keeps_time and inode.handles is not None:
@@ -212,7 +212,7 @@ class MetadataChanges:
 
     def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
         """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
-        protection = self._view.protection
+        protection = self._copy_up.protection
         changes = backing_calls.changes_inode(command)
         if changes:
             self._copy_up.require_writable()
@@ -305,7 +305,7 @@ class MetadataChanges:
     def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an attribute; ``flags`` are os.XATTR_CREATE and os.XATTR_REPLACE."""
         self._copy_up.require_writable()
-        self._view.protection.require_changeable(inode)
+        self._copy_up.protection.require_changeable(inode)
         if name.startswith(b"user.fuseoverlayfs."):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         stored = self._stored_name(name)
@@ -337,7 +337,7 @@ class MetadataChanges:
         """Whether there is something to remove; ENODATA if not, except for ACLs of upper files (as the kernel)."""
         self._copy_up.require_writable()
         if name != CAPABILITY:  # which goes when an append-only file is written
-            self._view.protection.require_changeable(inode)
+            self._copy_up.protection.require_changeable(inode)
         try:
             self.get_xattr(inode, name)
         except OSError as error:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host.syscalls import attributes_of
-
-if TYPE_CHECKING:
-    from unionfs.fuse_ops.tree.merged_view import MergedView
 
 IMMUTABLE: Final = 0x10  # linux/fs.h: FS_IMMUTABLE_FL, and linux/stat.h: STATX_ATTR_IMMUTABLE
 APPEND: Final = 0x20  # FS_APPEND_FL, STATX_ATTR_APPEND

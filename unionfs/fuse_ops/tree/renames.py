@@ -82,7 +82,7 @@ class Renames:
             self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
 
     def _check_protection(self, source: Inode, old_dir: Inode, target: Inode | None, new_dir: Inode) -> None:
-        protection = self._view.protection
+        protection = self._copy_up.protection
         protection.require_removable(old_dir, source)
         if target is not None:
             protection.require_removable(new_dir, target)

@@ -25,11 +25,11 @@ from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import Inode, OpenFile, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.metadata import AttributeChange, MetadataChanges
 from unionfs.fuse_ops.tree.need import for_writing
-from unionfs.fuse_ops.tree.open_files import OpenFile, backing_flags
+from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.fuse_ops.tree.renames import Renames
 from unionfs.host.syscalls import syncfs
 from unionfs.overlay.format import OverlayXattrs
@@ -68,7 +68,8 @@ class UnionTree:
         self.inodes = self.view.inodes
         self._accounts = make_accounts(self.view)
         self.hard_links = HardLinks(self.view, self._accounts)
-        self.copy_up = CopyUp(self.view, self.hard_links, self._accounts)
+        self.protection = Protection(self.view)
+        self.copy_up = CopyUp(self.view, self.protection, self.hard_links, self._accounts)
         self._changes = NamespaceChanges(self.view, self.copy_up, self.hard_links, self._accounts)
         self._renames = Renames(self.view, self.copy_up, self._changes, self.hard_links, self._accounts)
         self._metadata = MetadataChanges(self.view, self.copy_up, self._accounts)
@@ -215,7 +216,7 @@ class UnionTree:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         truncate = bool(flags & os.O_TRUNC)
         if writable or truncate:
-            self.view.protection.require_writable(inode, flags)
+            self.protection.require_writable(inode, flags)
             self.copy_up.ensure(inode, for_writing(truncate=truncate))
         if self.opens_late and not inode.upper and not inode.metacopy:
             return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
@@ -224,7 +225,7 @@ class UnionTree:
             wanted |= os.O_TRUNC
             inode.capability = None
         file = OpenFile(inode, self._open_real(inode, wanted), writable=writable)
-        file.appends = writable and self.view.protection.of(inode) != 0
+        file.appends = writable and self.protection.of(inode) != 0
         if truncate or inode.orphan:
             self._accounts.changed(inode, truncated=truncate)
         return file

@@ -46,7 +46,7 @@ class Mount:
         speedups = options.speedups
         self.connection = Connection(BesideClient(usable="placement" in speedups))
         self.requests = UnionRequests(tree, options)
-        tree.inodes.last_close.outside = self.connection.beside.outside
+        self.requests.last_close.outside = self.connection.beside.outside
         self.packed = PackedAttributes(tree.view)
         self.patience = Patience(usable="inline" in speedups)
         self.short_reads = ShortReads(self.connection.beside)

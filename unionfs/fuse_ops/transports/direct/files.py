@@ -16,8 +16,7 @@ from unionfs.fuse_ops.transports.direct.answers import NO_REPLY, Answer, Answers
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open
 from unionfs.fuse_ops.transports.direct.request import Request
 from unionfs.fuse_ops.tree import backing_calls
-from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.open_files import OpenFile
+from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 
 log = logging.getLogger(__name__)
 

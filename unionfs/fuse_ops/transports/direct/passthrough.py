@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 from unionfs.fuse_ops.transports.direct.protocol import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN, U32, Open
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
-from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.open_files import OpenFile
+from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID
 

@@ -19,10 +19,9 @@ from unionfs.fuse_ops.requests.job import Job, Waiter, completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups.early_pages import EarlyPages
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode
+from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode, OpenFile
 from unionfs.fuse_ops.tree.listing import is_listed_bare
 from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.open_files import OpenFile
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
