@@ -126,7 +126,7 @@ class CopyUp:
         size_bytes = self._accounts.require_copy(inode, need)
         job = self._begin(inode, need, st)
         if job is not None:
-            self._accounts.copying(job, size_bytes)
+            self._accounts.copying(inode, job.target_fd, size_bytes)
         return job
 
     def _begin(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
@@ -170,7 +170,7 @@ class CopyUp:
         try:
             self._finish(job)
         finally:
-            self._accounts.copied(job)
+            self._accounts.copied(job.inode)
 
     def _finish(self, job: CopyUpJob) -> None:
         if job.mark is not None:
@@ -213,7 +213,7 @@ class CopyUp:
         job.close()
         if job.new is not None:
             self._upper.discard(job.new.temp)
-        self._accounts.copied(job)
+        self._accounts.copied(job.inode)
 
     # -- parts ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
+from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
@@ -17,7 +18,7 @@ from unionfs.fuse_ops.stack.overlap import check_separate
 from unionfs.fuse_ops.stack.raw_ids import unmapped_path
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import can_exchange, prepare_workdir, supports_xattrs
-from unionfs.fuse_ops.tree.accounts import Accounts
+from unionfs.fuse_ops.tree.accounts import Accounts, LimitedAccounts
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.host.fs_magic import fs_magic, fs_name
@@ -104,10 +105,6 @@ def _recover(tree: UnionTree, workdir_fd: int) -> None:
 def _accounts(options: MountOptions, upper: UpperDir) -> Callable[[MergedView], Accounts]:
     if not options.quota_bytes:
         return lambda view: Accounts()
-    # Here, because few mounts need it.
-    from unionfs.fuse_ops.quota.limited_accounts import LimitedAccounts
-    from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-
     limit = SpaceLimit(options.quota_bytes, (upper.layer.readable_fd, upper.work_fd))
     return lambda view: LimitedAccounts(view, limit)
 

@@ -12,10 +12,10 @@ import logging
 import os
 import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
 from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
@@ -33,10 +33,6 @@ from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.fuse_ops.tree.renames import Renames
 from unionfs.host.syscalls import syncfs
 from unionfs.overlay.format import OverlayXattrs
-
-if TYPE_CHECKING:
-    from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-
 
 log = logging.getLogger(__name__)
 
