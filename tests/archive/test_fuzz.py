@@ -129,25 +129,33 @@ class Arena:
         (self.victim / "dir").mkdir(parents=True)
         (self.victim / "hello").write_bytes(b"secret")
         self.target = base / "target"
+        self.lower = base / "lower"
+        self.fill(self.lower)
         self.before = self.state()
 
     def state(self) -> object:
         info = os.stat(self.victim)
-        inside = describe(self.victim)
+        inside = describe(self.victim), describe(self.lower)
         return inside, info.st_mode, info.st_mtime_ns, os.stat(self.victim / "hello").st_nlink
+
+    @staticmethod
+    def fill(directory: Path) -> None:
+        (directory / "old/a").mkdir(parents=True)
+        os.symlink("../victim", directory / "c")
+        os.symlink("../victim/hello", directory / "d")
 
     def run(self, data: bytes, options: UnpackOptions) -> None:
         shutil.rmtree(self.target, ignore_errors=True)
-        self.target.mkdir()
-        (self.target / "old").mkdir()
-        os.symlink("../victim", self.target / "c")
-        os.symlink("../victim/hello", self.target / "d")
+        if options.lowers is None:
+            self.fill(self.target)
+        else:
+            self.target.mkdir()
         try:
             unpack(io.BytesIO(data), str(self.target), options)
         except ArchiveError as error:
             assert "\n" not in str(error)
         assert self.state() == self.before
-        assert sorted(os.listdir(self.base)) == ["target", "victim"]
+        assert sorted(os.listdir(self.base)) == ["lower", "target", "victim"]
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +176,12 @@ def test_fuzz(arena: Arena) -> None:
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(data=archives(), mode=st.sampled_from(WhiteoutMode))
-    def once(data: bytes, mode: WhiteoutMode) -> None:
+    @given(data=archives(), mode=st.sampled_from(WhiteoutMode), known=st.booleans())
+    def once(data: bytes, mode: WhiteoutMode, known: bool) -> None:
         nonlocal runs
         runs += 1
-        arena.run(data, UnpackOptions(whiteouts=mode, include_root=bool(len(data) % 2)))
+        lowers = [str(arena.lower)] if known and mode is WhiteoutMode.OVERLAY else None
+        arena.run(data, UnpackOptions(whiteouts=mode, include_root=bool(len(data) % 2), lowers=lowers))
 
     descriptors = len(os.listdir("/proc/self/fd"))
     while time.monotonic() < deadline:

@@ -90,6 +90,163 @@ def test_opaque_through_a_symlinked_name(root: Path) -> None:
     assert tree(root) == ["lib/", "usr/", "usr/lib/", "usr/lib/new"]
 
 
+def test_whiteout_hides_what_was_there_and_not_what_the_archive_has(root: Path) -> None:
+    """OCI image-spec, layer.md: "Whiteout files MUST only apply to resources in lower/parent layers", in any order."""
+    for name in ("a", "d/old", "d/sub/old", "e/old", "f/old"):
+        write(root / name, "old")
+    apply(
+        root,
+        *files("a", ".wh.a", "b", ".wh.b", "d/sub/new", ".wh.d", "e/", ".wh.e", ".wh.f", "f/.wh.old", "g/x", "g/.wh.x"),
+    )
+    assert tree(root) == ["a", "b", "d/", "d/sub/", "d/sub/new", "e/", "g/", "g/x"]
+    assert (root / "a").read_bytes() == b"contents"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["copy", "layer"])
+def test_whiteout_where_nothing_is_leaves_nothing(root: Path, tmp_path: Path, known: bool) -> None:
+    """opencontainers/umoci#254, containerd/containerd#4658: rm -rf of a directory recorded with what was in it."""
+    lower = root if not known else tmp_path / "lower"
+    write(lower / "test/file")
+    write(lower / "plain")
+    os.symlink("loop", lower / "loop")
+    layer = files(".wh.test", "test/.wh.file", "none/.wh.x", "plain/.wh.x", "loop/.wh.x", "none/.wh..wh..opq", ".wh.n")
+    apply(root, *layer, options=over(lower) if known else None)
+    assert tree(root) == (["test"] if known else ["loop", "plain"])
+
+
+def over(*lowers: Path) -> UnpackOptions:
+    """A layer directory over known layers, top first."""
+    return UnpackOptions(whiteouts=WhiteoutMode.OVERLAY, lowers=[str(lower) for lower in lowers])
+
+
+def test_layer_that_needs_directories_of_the_layers_below(root: Path, tmp_path: Path) -> None:
+    """containerd/containerd#1723: they are as they are there, and keep their time."""
+    write(tmp_path / "lower/tmp/inner/old")
+    (tmp_path / "lower/tmp").chmod(0o1777)
+    os.chown(tmp_path / "lower/tmp/inner", 5, 6)
+    os.setxattr(tmp_path / "lower/tmp/inner", "user.note", b"1")
+    os.setxattr(tmp_path / "lower/tmp/inner", "user.fuseoverlayfs.opaque", b"y")
+    os.utime(tmp_path / "lower/tmp/inner", (1000, 1000))
+    apply(root, entry("tmp/inner/new"), entry("tmp/inner/more/x"), options=over(tmp_path / "lower"))
+    assert stat.S_IMODE((root / "tmp").stat().st_mode) == 0o1777
+    info = (root / "tmp/inner").stat()
+    assert (info.st_uid, info.st_gid, info.st_mtime) == (5, 6, 1000)
+    assert os.listxattr(root / "tmp/inner") == ["user.note"]
+    assert stat.S_IMODE((root / "tmp/inner/more").stat().st_mode) == 0o755
+
+
+def test_layer_with_links_of_the_layers_below(root: Path, tmp_path: Path) -> None:
+    """NixOS/nixpkgs#107021: an entry behind a link, and the link replaced in the middle of the archive."""
+    write(tmp_path / "bottom/opt/old")
+    (tmp_path / "top").mkdir()
+    os.symlink("/opt", tmp_path / "top/link")
+    lowers = over(tmp_path / "top", tmp_path / "bottom")
+    apply(root, symlink("L", "opt"), entry("L/n"), entry("link/m"), entry("link/.wh.old"), options=lowers)
+    assert tree(root) == ["L/", "opt/", "opt/m", "opt/n", "opt/old"]
+    second = tmp_path / "second"
+    apply(second, entry("link/m"), directory("link"), entry("link/n"), options=lowers)
+    assert tree(second) == ["link/", "link/n", "opt/", "opt/m"]
+    with pytest.raises(ArchiveError, match="link is not a directory"):
+        apply(tmp_path / "third", entry("link/m"), entry("link", b"x"), entry("link/n"), options=lowers)
+
+
+def test_layer_with_hard_links_to_the_layers_below(root: Path, tmp_path: Path) -> None:
+    """opencontainers/image-spec#1204"""
+    lower = tmp_path / "lower"
+    write(lower / "dir/a", b"x" * 5000, mode=0o4755, mtime=1000)
+    os.setxattr(lower / "dir/a", "user.note", b"1")
+    os.symlink("dir", lower / "link")
+    apply(root, hard_link("b", "link/a"), hard_link("c", "b"), hard_link("l", "link"), options=over(lower))
+    assert (root / "b").read_bytes() == b"x" * 5000
+    assert {(root / name).stat().st_ino for name in ("b", "c", "dir/a")} == {(root / "b").stat().st_ino}
+    assert os.getxattr(root / "b", "user.note") == b"1"
+    assert os.readlink(root / "l") == "dir"
+    for target, message in (("dir", "hard link to the directory"), ("link/none", "is not there")):
+        with pytest.raises(ArchiveError, match=message):
+            apply(tmp_path / "other", hard_link("b", target), options=over(lower))
+    with pytest.raises(ArchiveError, match="is not there"):
+        apply(tmp_path / "gone", entry(".wh.dir"), hard_link("b", "dir/a"), options=over(lower))
+
+
+def test_layer_with_a_hard_link_to_what_only_metadata_is_left_of(root: Path, tmp_path: Path) -> None:
+    write(tmp_path / "top/a", mode=0o600)
+    os.setxattr(tmp_path / "top/a", "trusted.overlay.metacopy", b"")
+    write(tmp_path / "bottom/a", b"data")
+    apply(root, hard_link("b", "a"), options=over(tmp_path / "top", tmp_path / "bottom"))
+    assert (root / "b").read_bytes() == b"data"
+    with pytest.raises(ArchiveError, match="a: is a metadata-only copy whose data is in none"):
+        apply(tmp_path / "other", hard_link("b", "a"), options=over(tmp_path / "top"))
+
+
+def test_layer_that_hides_all_of_the_root(root: Path, tmp_path: Path) -> None:
+    """The kernel knows no opaque root, so every name is hidden."""
+    for name in ("a", "d/old", "e/old", "f/old"):
+        write(tmp_path / "lower" / name)
+    apply(root, *files("d/", "d/new", ".wh..wh..opq", "e/", "new"), options=over(tmp_path / "lower"))
+    assert tree(root) == ["a", "d/", "d/new", "e/", "f", "new"]
+    assert (
+        os.getxattr(root / "d", "trusted.overlay.opaque") == os.getxattr(root / "e", "trusted.overlay.opaque") == b"y"
+    )
+    assert [(root / name).lstat().st_rdev for name in "af"] == [0, 0]
+    assert os.listxattr(root) == []
+
+
+def test_layer_does_not_change_the_layers_below(root: Path, tmp_path: Path) -> None:
+    lower = tmp_path / "lower"
+    write(lower / "d/a", "x")
+    os.symlink("d", lower / "l")
+    before = describe(lower)
+    made = [entry("l/a", b"new"), entry("d/.wh..wh..opq"), hard_link("d/b", "l/a"), entry(".wh.l"), directory("d/a")]
+    apply(root, *made, options=over(lower))
+    assert describe(lower) == before
+
+
+def test_attributes_of_a_directory_are_replaced(root: Path) -> None:
+    """OCI image-spec, layer.md: those of the entry, so the others go."""
+    acl = bytes.fromhex("0200000001000700ffffffff04000500ffffffff10000500ffffffff20000500ffffffff")
+    (root / "d").mkdir()
+    for name, value in (("user.a", b"1"), ("user.b", b"1"), ("trusted.c", b"1"), ("system.posix_acl_default", acl)):
+        os.setxattr(root / "d", name, value)
+    os.setxattr(root / "d", "trusted.overlay.opaque", b"y")  # a nested overlay's
+    apply(root, directory("d", xattrs={"user.a": b"2"}), entry("d/f"))
+    assert sorted(os.listxattr(root / "d")) == ["trusted.overlay.opaque", "user.a"]
+    assert os.getxattr(root / "d", "user.a") == b"2"
+    assert os.listxattr(root / "d/f") == []
+
+
+def test_nothing_is_inherited_from_a_default_acl(root: Path) -> None:
+    acl = bytes.fromhex("0200000001000700ffffffff02000700e803000004000500ffffffff10000700ffffffff20000500ffffffff")
+    acls = {"system.posix_acl_default": acl, "system.posix_acl_access": acl}
+    apply(
+        root,
+        directory("d", xattrs={"system.posix_acl_default": acl}),
+        entry("d/file", mode=0o640),
+        directory("d/dir"),
+        entry("d/implied/x"),
+        entry("d/fifo", kind=b"6"),
+        directory("d/own", xattrs=acls),
+        symlink("d/link", "x"),
+    )
+    for name in ("file", "dir", "implied", "fifo"):
+        assert os.listxattr(root / "d" / name) == [], name
+    assert stat.S_IMODE((root / "d/file").stat().st_mode) == 0o640
+    assert sorted(os.listxattr(root / "d/own")) == sorted(acls)
+
+
+def test_hard_link_that_changes_a_file_takes_it_out_of_its_other_names(root: Path) -> None:
+    """As in a layer, where the other names are in the layers below and are not changed."""
+    write(root / "a", "x", mtime=1000)
+    os.link(root / "a", root / "other")
+    same = entry("same", kind=b"1", linkname="other", mtime_ns=1000 * 10**9)
+    apply(root, same, entry("new", b"y"), hard_link("more", "new"))
+    assert (root / "a").stat().st_nlink == 3
+    apply(root, hard_link("b", "a"))
+    assert (root / "a").stat().st_ino == (root / "b").stat().st_ino != (root / "other").stat().st_ino
+    assert ((root / "a").stat().st_mtime, (root / "other").stat().st_mtime) == (0, 1000)
+    assert (root / "new").stat().st_nlink == 2
+    assert sorted(os.listdir(root)) == ["a", "b", "more", "new", "other", "same"]
+
+
 def test_whiteout_removes_trees_and_not_what_links_lead_to(root: Path) -> None:
     write(root / "keep/file")
     write(root / "gone/deep/file")

@@ -170,16 +170,33 @@ class _Event(NamedTuple):
         return self.key.endswith(b"/")
 
 
+_Way = tuple[Sequence[bytes], int]
+"""Names that lead to a change from somewhere above, and which of them is in the directory at hand; none: not known."""
+
+
 class _Frame:
     """A directory on the way down, with its own line while that is not known to be needed."""
 
-    __slots__ = ("empty", "events", "pending", "position")
+    __slots__ = ("ahead", "events", "pending", "position", "way")
 
-    def __init__(self, events: list[_Event], pending: Change | None) -> None:
+    def __init__(self, events: list[_Event], pending: Change | None, way: _Way = ((), 0)) -> None:
         self.events = events
         self.position = 0
         self.pending = pending
-        self.empty: set[bytes] = set()  # directories in it that were found to hold no change
+        self.way = way
+        self.ahead: dict[bytes, Sequence[bytes]] = {}  # directories that were looked into: the way to a change, or none
+
+    def leads_to_change(self, name: bytes) -> bool:
+        """Whether the directory ``name`` in it is known to hold a change."""
+        names, i = self.way
+        return i + 1 < len(names) and names[i] == name
+
+    def way_in(self, event: _Event) -> _Way:
+        """What is known of the directory that ``event`` goes into."""
+        names, i = self.way
+        if self.leads_to_change(event.key[:-1]):
+            return names, i + 1
+        return self.ahead.get(event.path, ()), 0
 
 
 class _Comparison:
@@ -203,7 +220,7 @@ class _Comparison:
 
         A directory whose own attributes are unchanged is listed when the first change beneath it shows up. With
         ``ordered``, one that has to be listed before a sibling that sorts between it and its contents ("a", "a-b",
-        "a/x") is looked into beforehand.
+        "a/x") is looked into beforehand. Without, such lines are left out: the first is the first change.
         """
         frames = [_Frame(events, None)]
         while frames:
@@ -214,13 +231,14 @@ class _Comparison:
             event = frame.events[frame.position]
             frame.position += 1
             if event.goes_in:
-                if event.path in frame.empty:
+                if frame.ahead.get(event.path) == ():
                     continue
                 assert event.new is not None
-                unlisted = event.old is not None and self._unchanged_dir(event)
-                looked_ahead = ordered and unlisted and self._has_sibling_between(frame, event)
+                unlisted = ordered and event.old is not None and self._unchanged_dir(event)
+                looked_ahead = unlisted and self._has_sibling_between(frame, event)
                 pending = _change(event, ChangeKind.MODIFY) if unlisted and not looked_ahead else None
-                frames.append(_Frame(self._events(event.path, event.new, event.old), pending))
+                inside = self._events(event.path, event.new, event.old)
+                frames.append(_Frame(inside, pending, frame.way_in(event)))
                 continue
             kind = self._kind(frame, event, ordered)
             if kind is None:
@@ -241,10 +259,14 @@ class _Comparison:
         if not event.new.is_dir and event.new.stat.st_nlink > event.old.stat.st_nlink:
             return ChangeKind.MODIFY  # a link to it was added, which an archive makes only to a file that it has
         if event.new.is_dir and ordered and self._sibling_follows(frame, event):
-            inside = self._events(event.path, event.new, event.old)
-            if next(self._walk(inside, ordered=False), None) is not None:
+            if frame.leads_to_change(event.key):
                 return ChangeKind.MODIFY
-            frame.empty.add(event.path)
+            inside = self._events(event.path, event.new, event.old)
+            first = next(self._walk(inside, ordered=False), None)
+            # All directories on the way to it hold a change, and need not be looked into when their turn comes.
+            way = tuple(first.path[len(event.path) + 1 :].split(b"/")) if first is not None else ()
+            frame.ahead[event.path] = way
+            return ChangeKind.MODIFY if way else None
         return None
 
     def _unchanged_dir(self, event: _Event) -> bool:

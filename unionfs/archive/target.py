@@ -46,12 +46,14 @@ class Parent(NamedTuple):
     Attributes:
         path: where it is, free of links.
         inherits: whether what is made in it gets an ACL from it.
+        stat: as it was when it was opened.
     """
 
     fd: int
     inode: int
     path: bytes
     inherits: bool
+    stat: os.stat_result
 
 
 class _Made:
@@ -123,6 +125,7 @@ class Target:
         self._has_lowers = False
         self._link_on_way = False  # where the last path that was not found has a link
         self._following = False
+        self._links: set[bytes] = set()  # those that led to the parents that are kept
         self._top = self._opened(os.dup(root.fd), b"")
 
     def close(self) -> None:
@@ -134,6 +137,8 @@ class Target:
     def remember(self, parent: Parent, name: bytes) -> None:
         """Note that ``name`` in ``parent`` comes from this archive."""
         self._made.add(parent.inode, name)
+        if self._links and join(parent.path, name) in self._links:
+            self._forget()  # it hides a link of a layer below
 
     # Parents
 
@@ -147,7 +152,7 @@ class Target:
             OSError: something on the way is not a directory.
         """
         self._close_retired()
-        return self._found(parts) or self._reached(parts)
+        return self._to_change(self._found(parts) or self._reached(parts))
 
     def _found(self, parts: Sequence[bytes]) -> Parent | None:
         """The directory at ``parts`` if it is there and no link is on the way."""
@@ -163,7 +168,7 @@ class Target:
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
-            self._link_on_way = error.errno == errno.ELOOP
+            self._link_on_way = error.errno != errno.ENOENT  # ENOTDIR: at the very end of it
             return None
         return self._keep(path, self._opened(fd, path))
 
@@ -185,7 +190,7 @@ class Target:
         if found is None and (self._link_on_way or self._has_lowers):
             names, node = self.resolve(parts)
             found = self._found(names) if node is not None and names != list(parts) else None
-        return found
+        return self._to_change(found) if found is not None else None
 
     def _step(self, above: Parent, name: bytes) -> Parent:
         """The directory ``name`` in ``above``, made if it is missing."""
@@ -214,6 +219,7 @@ class Target:
         return found._replace(fd=os.dup(found.fd))  # it is kept under two names
 
     def _missing(self, above: Parent, name: bytes) -> Parent:
+        self._to_change(above)
         os.mkdir(name, 0o700, dir_fd=above.fd)
         self.remember(above, name)
         fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd)
@@ -260,6 +266,7 @@ class Target:
                 continue
             if not stat.S_ISLNK(node.stat.st_mode):
                 raise _no_directory(b"/".join((*names, name)))
+            self._links.add(b"/".join((*names, name)))
             inner = _read_link(node).split(b"/")
             links += 1
             steps += len(inner)
@@ -279,10 +286,14 @@ class Target:
 
     def _opened(self, fd: int, path: bytes) -> Parent:
         info = os.fstat(fd)
-        if path and not self._made.is_new(info.st_ino):
-            # What an archive does not have is as it was, also its time.
-            self._times.setdefault((info.st_dev, info.st_ino), (path, info.st_atime_ns, info.st_mtime_ns))
-        return Parent(fd, info.st_ino, path, _has_default_acl(fd))
+        return Parent(fd, info.st_ino, path, _has_default_acl(fd), info)
+
+    def _to_change(self, parent: Parent) -> Parent:
+        """``parent``, in which something is about to be made or removed: without an entry, it keeps its time."""
+        info = parent.stat
+        if parent.path and not self._made.is_new(info.st_ino):
+            self._times.setdefault((info.st_dev, info.st_ino), (parent.path, info.st_atime_ns, info.st_mtime_ns))
+        return parent
 
     def _new_directory(self, fd: int, *, new: bool) -> None:
         info = os.fstat(fd)
@@ -300,6 +311,7 @@ class Target:
         # Not closed at once: the entry at hand may be using one.
         self._retired.extend(parent.fd for parent in self._parents.values())
         self._parents.clear()
+        self._links.clear()
         self.root.forget()
 
     def _close_retired(self) -> None:
@@ -321,9 +333,10 @@ class Target:
 
     def set_all_times(self) -> None:
         """Give the directories their times."""
+        self._forget()
         for identity, (path, atime_ns, mtime_ns) in self._times.items():
             try:
-                fd = open_confined(self.root.fd, path, DIRECTORY_FLAGS) if path else os.dup(self.root.fd)
+                fd = self.root.open_dir(path)
             except OSError:
                 continue  # a later entry removed it
             try:
@@ -388,7 +401,7 @@ class Target:
         It is about to be changed, which in a layer above would not change the others.
         """
         info = os.lstat(name, dir_fd=parent.fd)
-        if info.st_nlink < 2 or not stat.S_ISREG(info.st_mode) or self._made.has(parent.inode, name):
+        if info.st_nlink < 2 or self._made.has(parent.inode, name):
             return
         os.rename(name, _ASIDE, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
         place = Place(self.root, join(parent.path, _ASIDE))
@@ -469,7 +482,9 @@ class Target:
     def _existing(self, parts: Sequence[bytes]) -> Parent | None:
         try:
             return self.find(parts)
-        except NotADirectoryError:
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
             return None
 
     def _remove_older(self, parent: Parent, name: bytes) -> os.stat_result | None:
@@ -602,6 +617,7 @@ class LayerTarget(Target):
 
     def _copy_directory(self, above: Parent, name: bytes, node: Node) -> Parent:
         """Make the directory that is in the layers below, as it is there."""
+        self._to_change(above)
         os.mkdir(name, 0o700, dir_fd=above.fd)
         self._made.add_copy(above.inode, name)
         fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd)
@@ -720,7 +736,9 @@ class LayerTarget(Target):
     def _existing_merged(self, parts: Sequence[bytes], parent: Parent | None) -> Node | None:
         try:
             return self._merged_at(parts, parent)
-        except NotADirectoryError:
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
             return None
 
     def _mark_hidden(self, parent: Parent, name: bytes, owner: tuple[int, int]) -> None:
