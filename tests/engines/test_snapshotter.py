@@ -11,8 +11,9 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.engines.snapshotter_rig import file, mounted, mounts_below, remove_al
 from tests.layers.dying import run_and_kill, run_and_watch
 from tests.support.mounts import mounted_image, servers_of, take_down, wait_until
 from tests.support.sandbox import needs_root
+from tests.support.syscalls import MNT_DETACH, mount, umount2
 from unionfs.engines.snapshotter import Info, Kind, Snapshotter, UnionSnapshotter
 from unionfs.engines.snapshotter.filters import compile_filters
 from unionfs.engines.snapshotter.server import SocketServer
@@ -224,6 +226,58 @@ def test_committed_while_a_program_still_has_it_open(
         assert (tmp_path / "root/snapshots/3/fs/top").read_bytes() == b"top\n" + b"x" * 300_000
 
 
+def marked_copies(fs: Path) -> list[str]:
+    """The files of a layer that say that their data is elsewhere."""
+    names = ("trusted.overlay.metacopy", "user.overlay.metacopy")
+    return [
+        path.name
+        for path in sorted(fs.rglob("*"))
+        if any(name in os.listxattr(path, follow_symlinks=False) for name in names)
+    ]
+
+
+@pytest.mark.parametrize("state", ["idle", "held", "killed", "crashed"])
+def test_a_committed_layer_says_of_no_file_that_its_data_is_elsewhere(
+    sn: Snapshotter, tmp_path: Path, state: str
+) -> None:
+    """Copies of ``chown -R`` are synced later, and marked until then; the kernel's overlayfs refuses marked files."""
+    top = two_layers(sn)
+    mounts = sn.prepare("container", top)
+    fs, work = (tmp_path / "root/snapshots/3" / name for name in ("fs", "work"))
+    os.chown(f"{mounts[0].source}/base", 1, 1)
+    assert marked_copies(fs) == ["base"]
+    with ExitStack() as held:
+        if state == "held":
+            held.enter_context(mounted(mounts, tmp_path / "mnt"))
+        if state in ("killed", "crashed"):
+            take_down_killed(mounts[0].source)
+        if state == "crashed":
+            # The power was cut: its data never came to the disk, and nothing is mounted.
+            os.truncate(fs / "base", 0)
+            os.truncate(fs / "base", 5)
+        sn.commit("committed", "container")
+        assert marked_copies(fs) == []
+        assert (fs / "base").read_bytes() == b"base\n"
+        assert (fs / "base").stat().st_uid == 1
+    assert wait_until(lambda: not (work / "unsynced").exists(), 30)
+    assert mounts_below(tmp_path) == []
+    layers = ":".join(str(tmp_path / f"root/snapshots/{number}/fs") for number in (3, 2, 1))
+    (tmp_path / "kernel").mkdir()
+    mount("overlay", str(tmp_path / "kernel"), "overlay", 0, f"lowerdir={layers},metacopy=off")
+    try:
+        assert (tmp_path / "kernel/base").read_text() == "base\n"
+    finally:
+        take_down(str(tmp_path / "kernel"))
+
+
+def take_down_killed(target: str) -> None:
+    """Kill the server of a mount, and unmount what is left."""
+    for pid in servers_of(target):
+        os.kill(pid, signal.SIGKILL)
+    while os.path.ismount(target) or any(target == one for one in mounts_below(Path(target).parent)):
+        umount2(target, MNT_DETACH)
+
+
 _IN_USER_NAMESPACE = """
 import os, sys
 from unionfs.engines.snapshotter import UnionSnapshotter
@@ -292,6 +346,21 @@ def test_a_lost_mount_is_made_again(sn: Snapshotter) -> None:
     assert take_down(mount.source, servers_of(mount.source)) == []
     os.rmdir(mount.source)
     assert os.listdir(sn.mounts("container")[0].source) != []
+
+
+def test_a_mount_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with snapshotter_at(tmp_path, "object") as sn:
+        two_layers(sn)
+    bad = UnionSnapshotter(str(tmp_path / "root"), ["lowerdir=/nonexistent"])
+    file("base", "base\n")(bad.prepare("base-active")[0].source)
+    bad.commit("base", "base-active")
+    for make in (bad.prepare, bad.view):
+        with pytest.raises(SnapshotterError, match="option lowerdir is given twice"):
+            make("container", "base", {"containerd.io/snapshot/uidmapping": "0:1:1"})
+        assert [info.name for info in bad.walk()] == ["base"]
+    bad.cleanup()
+    assert os.listdir(tmp_path / "root/snapshots") == ["1"]
+    bad.close()
 
 
 # Unpacking without a mount
@@ -370,6 +439,30 @@ def test_shifted_ids(sn: Snapshotter) -> None:
 
 
 # Many at once
+
+
+def test_a_parent_that_is_replaced_while_a_snapshot_is_made_over_it(
+    sn: Snapshotter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is mounted and what the database says must not be of two parents of the same name."""
+    two_layers(sn)
+    assert isinstance(sn, UnionSnapshotter)
+    create = sn._directories.create
+
+    def replaced(parents: Sequence[int]) -> int:
+        monkeypatch.undo()
+        number = create(parents)
+        sn.remove("top")
+        file("other", "other\n")(sn.prepare("again", "base")[0].source)
+        sn.commit("top", "again")
+        return number
+
+    monkeypatch.setattr(sn._directories, "create", replaced)
+    with pytest.raises(SnapshotterError, match="parent snapshot top was replaced meanwhile; try again"):
+        sn.prepare("container", "top")
+    assert [info.name for info in sn.walk()] == ["base", "top"]
+    assert mounts_below(tmp_path) == []
+    assert sorted(os.listdir(sn.prepare("container", "top")[0].source)) == ["base", "other"]
 
 
 def test_calls_from_many_threads(sn: Snapshotter) -> None:

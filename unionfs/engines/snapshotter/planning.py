@@ -76,14 +76,19 @@ def plan_mounts(
         if overlay_unpack and _UNPACK_KEY.fullmatch(key) and _is_plain(chain, parents[0]):
             options = ("index=off", f"workdir={paths.work}", f"upperdir={paths.fs}", "lowerdir=" + ":".join(parents))
             return Plan((Mount(type="overlay", source="overlay", options=options),))
-    stack = Stack(
+    return Plan((_bind(paths.union, "rw"),), writable_union(directories, number, chain), words)
+
+
+def writable_union(directories: SnapshotDirectories, number: int, chain: Chain) -> Stack:
+    """The union of an active snapshot, whether its plan has one or not."""
+    paths = directories.paths(number)
+    return Stack(
         home=directories.root,
         target=paths.union,
-        lowers=parents or (directories.empty,),
+        lowers=tuple(directories.paths(parent).fs for parent in chain.numbers) or (directories.empty,),
         upper=paths.fs,
         work=paths.work,
     )
-    return Plan((_bind(paths.union, "rw"),), stack, words)
 
 
 def _bind(source: str, mode: str) -> Mount:

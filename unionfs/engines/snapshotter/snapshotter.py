@@ -16,7 +16,7 @@ from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.filters import compile_filters
-from unionfs.engines.snapshotter.planning import Plan, plan_mounts
+from unionfs.engines.snapshotter.planning import Plan, plan_mounts, writable_union
 from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, check_active
 from unionfs.engines.snapshotter.unions import SnapshotUnions
 from unionfs.engines.snapshotter.wishes import Wishes
@@ -120,9 +120,8 @@ class UnionSnapshotter:
             record = self._store.get(key)
             check_active(record)
             self._store.check_free(name)
-            union = self._directories.paths(record.number).union
-            self._unions.settle(union)
-            self._unions.detach(union)
+            union = writable_union(self._directories, record.number, self._store.chain(record.info.parent))
+            self._unions.end(union, Wishes.of_labels(record.info.labels, writable=True).mount_words())
             measured = self._directories.measure(record.number)
             self._directories.sync(record.number)
             self._store.commit(key, name, labels or {}, measured.usage, redirected=measured.redirected)
@@ -153,18 +152,22 @@ class UnionSnapshotter:
         _check_labels(labels)
         Wishes.of_labels(labels, writable=True)  # a bad one is told before anything is made
         with self._names.hold(key), _system_errors(f"prepare snapshot {key}"):
-            self._store.check_free(key)
-            chain = self._store.chain(parent)
+            chain = self._store.plan(key, parent)
             number = self._directories.create(chain.numbers)
             try:
-                info = Info(name=key, parent=parent, kind=kind, created_ns=0, updated_ns=0, labels=labels)
-                mounts = self._mount(self._plan(number, info, chain))
-                self._store.add(number, kind, key, parent, labels)
+                self._store.add(number, kind, key, parent, labels, planned=chain)
             except BaseException:
                 with suppress(SnapshotterError):  # the next start deletes it; the first error is the one to tell
                     self._set_aside_number(number)
                 raise
-            return mounts
+            # Only now, since its parents might have been removed meanwhile; without a mount it is complete, too.
+            try:
+                info = Info(name=key, parent=parent, kind=kind, created_ns=0, updated_ns=0, labels=labels)
+                return self._mount(self._plan(number, info, chain))
+            except BaseException:
+                with suppress(SnapshotterError):
+                    self._set_aside(self._store.remove(key))
+                raise
 
     def _plan(self, number: int, info: Info, chain: Chain) -> Plan:
         return plan_mounts(

@@ -177,32 +177,54 @@ class SnapshotStore:
             SnapshotNotFoundError: there is none of this name.
             SnapshotArgumentError: it is not committed.
         """
-        if not name:
-            return Chain()
         with self._reading() as database:
-            number = self._committed(database, name)
-            rows = database.execute(_CHAIN, (number,)).fetchall()
-        return Chain(tuple(number for number, _ in rows), any(redirected for _, redirected in rows))
+            return self._chain(database, name)
 
-    def check_free(self, name: str) -> None:
-        """Raise :class:`SnapshotExistsError` when the name is taken."""
-        with self._reading() as database:
-            if database.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone():
-                raise _taken(name)
-
-    # Changing
-
-    def add(self, number: int, kind: Kind, name: str, parent: str, labels: Mapping[str, str]) -> None:
-        """Add an active snapshot or a view.
+    def plan(self, name: str, parent: str) -> Chain:
+        """What a new snapshot ``name`` would stand on; :meth:`add` then sees whether it still does.
 
         Raises:
             SnapshotExistsError: the name is taken.
             SnapshotNotFoundError: there is no such parent.
             SnapshotArgumentError: the parent is not committed.
         """
+        with self._reading() as database:
+            if self._is_taken(database, name):
+                raise _taken(name)
+            return self._chain(database, parent)
+
+    def check_free(self, name: str) -> None:
+        """Raise :class:`SnapshotExistsError` when the name is taken."""
+        with self._reading() as database:
+            if self._is_taken(database, name):
+                raise _taken(name)
+
+    # Changing
+
+    def add(
+        self, number: int, kind: Kind, name: str, parent: str, labels: Mapping[str, str], *, planned: Chain
+    ) -> None:
+        """Add an active snapshot or a view. From now on its parents stay.
+
+        Args:
+            number: names its directory.
+            kind: what it is.
+            name: its key.
+            parent: what it is made over; empty for nothing.
+            labels: texts that its users attached.
+            planned: what its files were made for.
+
+        Raises:
+            SnapshotExistsError: the name is taken.
+            SnapshotNotFoundError: there is no such parent.
+            SnapshotArgumentError: the parent is not committed.
+            SnapshotterError: the parent is not the one that was planned with.
+        """
         now = time.time_ns()
         with self._changing() as database:
-            above = self._committed(database, parent) if parent else None
+            if self._chain(database, parent) != planned:
+                raise SnapshotterError(f"parent snapshot {parent} was replaced meanwhile; try again")
+            above = planned.numbers[0] if planned.numbers else None
             try:
                 database.execute(
                     "INSERT INTO snapshots (number, name, parent, kind, created_ns, updated_ns)"
@@ -269,6 +291,17 @@ class SnapshotStore:
             raise SnapshotNotFoundError(f"snapshot {name} does not exist")
         labels = database.execute("SELECT key, value FROM labels WHERE snapshot = ?", (row[0],)).fetchall()
         return _record(row, dict(labels))
+
+    @staticmethod
+    def _is_taken(database: sqlite3.Connection, name: str) -> bool:
+        return database.execute("SELECT 1 FROM snapshots WHERE name = ?", (name,)).fetchone() is not None
+
+    @classmethod
+    def _chain(cls, database: sqlite3.Connection, name: str) -> Chain:
+        if not name:
+            return Chain()
+        rows = database.execute(_CHAIN, (cls._committed(database, name),)).fetchall()
+        return Chain(tuple(number for number, _ in rows), any(redirected for _, redirected in rows))
 
     @staticmethod
     def _committed(database: sqlite3.Connection, name: str) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import stat
 
+from unionfs.fuse_ops.speedups.late_sync.unsynced import unmark
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 from unionfs.host import syscalls
 from unionfs.host.files import open_directory, walk_tree
-from unionfs.overlay.format import UNSYNCED
+from unionfs.overlay.format import TRUSTED, UNSYNCED, USER
 from unionfs.overlay.rules import entry_path
 
 
@@ -65,13 +66,8 @@ def _marked(top_fd: int, mark: bytes) -> list[bytes]:
     path: list[bytes] = []
 
     def enter(fd: int) -> list[bytes]:
-        directories = []
-        for name in map(os.fsencode, os.listdir(fd)):
-            st = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(st.st_mode):
-                directories.append(name)
-            elif stat.S_ISREG(st.st_mode) and _is_marked(entry_path(fd, name), mark):
-                found.append(b"/".join([*path, name]))
+        directories, marked = _divided(fd, mark)
+        found.extend(b"/".join([*path, name]) for name in marked)
         return directories
 
     def open_below(fd: int, name: bytes) -> int:
@@ -82,6 +78,41 @@ def _marked(top_fd: int, mark: bytes) -> list[bytes]:
 
     walk_tree(top_fd, enter, lambda fd, name: path.pop(), open_below)
     return found
+
+
+def _divided(fd: int, mark: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The names of the directories in the directory ``fd``, and those of its marked files."""
+    directories, marked = [], []
+    for name in map(os.fsencode, os.listdir(fd)):
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISDIR(st.st_mode):
+            directories.append(name)
+        elif stat.S_ISREG(st.st_mode) and _is_marked(entry_path(fd, name), mark):
+            marked.append(name)
+    return directories, marked
+
+
+def settle_marked(upperdir: str) -> None:
+    """Settle all marked files of an upper directory without a mount, while the machine lives on which they were made.
+
+    For one that becomes a layer though a server goes on to use it. That finds them settled when it gets to them. Raises
+    OSError.
+    """
+    fd = os.open(upperdir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(fd)
+        for mark in (TRUSTED.metacopy, USER.metacopy):
+
+            def enter(fd: int, mark: bytes = mark) -> list[bytes]:
+                directories, marked = _divided(fd, mark)
+                for name in marked:
+                    unmark(entry_path(fd, name), mark, None)
+                return directories
+
+            walk_tree(fd, enter)
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def _is_marked(path: bytes, mark: bytes) -> bool:
