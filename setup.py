@@ -20,7 +20,7 @@ _COMPILED = """
 # Not: what runs once for each mount, what hypothesis or a person steps through, and what lives on Python's own classes
 # (threads, ctypes).
 _NOT_COMPILED = """
-    fuse_ops/requests/waiting_calls fuse_ops/speedups/beside_client fuse_ops/speedups/idle_thread
+    fuse_ops/requests/waiting_calls fuse_ops/speedups/placement
     fuse_ops/speedups/pyfuse3_waiting fuse_ops/speedups/late_sync/settling
     fuse_ops/speedups/late_sync/recovery fuse_ops/tree/renames fuse_ops/stack/workdir fuse_ops/stack/raw_ids
     fuse_ops/stack/overlap overlay/idmap

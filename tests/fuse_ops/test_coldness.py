@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unionfs.fuse_ops.speedups.coldness import Coldness
+from unionfs.fuse_ops.speedups.reading_ahead import Coldness
 
 
 def test_one_slow_read_is_an_accident() -> None:

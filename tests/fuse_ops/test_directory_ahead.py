@@ -13,8 +13,8 @@ import pytest
 from tests.support.sandbox import needs_root
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups import directory_ahead
-from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
+from unionfs.fuse_ops.speedups import reading_ahead
+from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower
 from unionfs.host import io_uring
 from unionfs.host.io_uring import LookupRing
@@ -71,7 +71,7 @@ class Recorder:
 @pytest.fixture
 def ring(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(directory_ahead, "LookupRing", lambda: recorder)
+    monkeypatch.setattr(reading_ahead, "LookupRing", lambda: recorder)
     return recorder
 
 
@@ -161,7 +161,7 @@ class TestWhatIsRead:
         def refuse() -> LookupRing:
             raise PermissionError(1, "not here")
 
-        monkeypatch.setattr(directory_ahead, "LookupRing", refuse)
+        monkeypatch.setattr(reading_ahead, "LookupRing", refuse)
         ahead = DirectoryReadAhead()
         make_cold(ahead)
         ahead.want([(layer, b"a")])
@@ -175,7 +175,7 @@ class TestWhatIsRead:
             made.append(Recorder())
             return made[-1]
 
-        monkeypatch.setattr(directory_ahead, "LookupRing", make)
+        monkeypatch.setattr(reading_ahead, "LookupRing", make)
         ahead = DirectoryReadAhead()
         make_cold(ahead)
         ahead.want([(layer, b"a")])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from unionfs.fuse_ops.speedups.idle_thread import IdleThread
+from unionfs.fuse_ops.speedups.placement import IdleThread
 
 
 def names() -> list[str]:

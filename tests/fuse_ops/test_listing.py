@@ -12,8 +12,7 @@ from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.listing import DirectListing
-from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
+from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes
 from unionfs.fuse_ops.tree import listing as listings
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 

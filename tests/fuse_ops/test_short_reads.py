@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups.placement import BesideClient
 from unionfs.fuse_ops.speedups.short_reads import ShortReads
 
 CONTENTS = os.urandom(10_000)

@@ -10,8 +10,8 @@ from contextlib import suppress
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-from unionfs.fuse_ops.speedups.directory_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
+from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.overlap import check_separate

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Final
 
 from unionfs.fuse_ops.requests.observer import Observer
-from unionfs.fuse_ops.speedups.file_ahead import FileReadAhead
 from unionfs.fuse_ops.speedups.patience import Patience
+from unionfs.fuse_ops.speedups.reading_ahead import FileReadAhead
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import os
 import time
 from typing import Final
 
-from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups.placement import BesideClient
 
 _SOON_S: Final = 300e-6
 _CANNOT_SAY: Final = (errno.EOPNOTSUPP, errno.EINVAL)  # whether it would wait

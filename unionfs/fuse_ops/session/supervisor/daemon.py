@@ -17,7 +17,7 @@ import time
 from typing import Final, NoReturn
 
 from unionfs.fuse_ops.session.supervisor import worker
-from unionfs.fuse_ops.session.supervisor.code import LoadedCode
+from unionfs.fuse_ops.session.supervisor.wire import LoadedCode
 from unionfs.host.daemon import inherited_fds
 
 # Making the next copy takes a processor from the mount that was just asked for. It can wait, unless somebody else asks.

@@ -15,32 +15,61 @@ The mount program reads this module before it does anything else, so only what P
 since even ``__future__`` is a module.
 """
 
+from __future__ import annotations
+
+import os
 import posix
 import sys
 
 from unionfs import __version__
+
+
+class LoadedCode:
+    """The files of our package, and of trio's first module, as they were when this was made.
+
+    A server must never be a mixture: it imports some modules only when they are needed.
+    """
+
+    def __init__(self) -> None:
+        names = [name for name in sys.modules if name.partition(".")[0] == "unionfs"]
+        files = {sys.modules[name].__file__ for name in [*names, "trio"] if name in sys.modules}
+        self._states = {path: _state(path) for path in sorted(path for path in files if path)}
+
+    def is_current(self) -> bool:
+        """Whether each of them is still the same file, as seen from this process' root."""
+        return all(_state(path) == state for path, state in self._states.items())
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    # Not the device: a mount that shows the same files may cover the installation.
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
 
 TYPE_CHECKING = False  # the module typing takes 3 ms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Final
 
-SWITCH: "Final" = "UNIONFS_SUPERVISOR"
+SWITCH: Final = "UNIONFS_SUPERVISOR"
 """The environment variable: ``0`` for no supervisor, or the path of another socket."""
 
-TAKEN: "Final" = b"t"
-GO: "Final" = b"g"
-READY: "Final" = b"r"
-FAILED: "Final" = b"f"
-DECLINED: "Final" = b"d"
+TAKEN: Final = b"t"
+GO: Final = b"g"
+READY: Final = b"r"
+FAILED: Final = b"f"
+DECLINED: Final = b"d"
 
-MAX_REQUEST_BYTES: "Final" = 16 << 20  # more than execve(2) takes: a quarter of the stack limit, 6 MiB at most
-LENGTH_BYTES: "Final" = 4
+MAX_REQUEST_BYTES: Final = 16 << 20  # more than execve(2) takes: a quarter of the stack limit, 6 MiB at most
+LENGTH_BYTES: Final = 4
 
-_MAGIC: "Final" = "unionfs supervisor 1"
-_PACKAGE: "Final" = __file__.rsplit("/", 3)[0]
-_ENCODING: "Final" = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
-_INITIAL_USER_NAMESPACE: "Final" = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
+_MAGIC: Final = "unionfs supervisor 1"
+_PACKAGE: Final = __file__.rsplit("/", 3)[0]
+_ENCODING: Final = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
 
 
 class DeclinedError(Exception):
@@ -60,7 +89,7 @@ class Request:
     __slots__ = ("argv", "environment", "namespaces", "word_count")
 
     def __init__(
-        self, argv: "Sequence[str]", word_count: int, environment: "Mapping[bytes, bytes]", namespaces: tuple[int, int]
+        self, argv: Sequence[str], word_count: int, environment: Mapping[bytes, bytes], namespaces: tuple[int, int]
     ) -> None:
         self.argv = list(argv)
         self.word_count = word_count
@@ -81,7 +110,7 @@ class Request:
         return len(body).to_bytes(LENGTH_BYTES, sys.byteorder) + body
 
     @classmethod
-    def unpack(cls, body: bytes) -> "Request":
+    def unpack(cls, body: bytes) -> Request:
         """The request that was sent, without its length; ValueError for that of another version or installation."""
         greeting, fields = [encode(text) for text in _greeting()], body.split(b"\0")
         if fields[: len(greeting)] != greeting:
@@ -114,7 +143,7 @@ def own_namespaces() -> tuple[int, int]:
     return posix.stat("/proc/thread-self/ns/mnt").st_ino, posix.stat("/proc/thread-self/ns/user").st_ino
 
 
-def socket_paths(environment: "Mapping[bytes, bytes]") -> list[bytes]:
+def socket_paths(environment: Mapping[bytes, bytes]) -> list[bytes]:
     """Where a supervisor for this process may listen, the preferred place first; empty when it is switched off."""
     chosen = environment.get(encode(SWITCH))
     if chosen:

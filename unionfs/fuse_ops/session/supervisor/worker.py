@@ -12,9 +12,8 @@ from typing import Final
 
 from unionfs.fuse_ops.session.supervisor import wire
 from unionfs.fuse_ops.session.supervisor.caller import Identity, examine
-from unionfs.fuse_ops.session.supervisor.code import LoadedCode
 from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
-from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
+from unionfs.fuse_ops.session.supervisor.wire import DeclinedError, LoadedCode
 from unionfs.host.daemon import Ready, open_null, release_caller
 from unionfs.host.process_title import set_title
 

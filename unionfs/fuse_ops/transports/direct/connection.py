@@ -13,11 +13,10 @@ import trio
 
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
-from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups.placement import BesideClient
 from unionfs.fuse_ops.transports import mounting
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.protocol import Opcode
-from unionfs.fuse_ops.transports.direct.request import Request
+from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
 from unionfs.fuse_ops.tree.inodes import Inode
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""The answers to READDIR and READDIRPLUS: as many entries as fit, packed one after the other."""
+"""The answers to READDIR and READDIRPLUS: as many entries as fit, packed one after the other.
+
+Attributes of lower files are packed once, for all programs that list a directory.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,49 @@ from typing import Final
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.stack.lower_stack import LowerDir
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.packed_attributes import PackedAttributes
+from unionfs.fuse_ops.transports.direct.protocol import ATTR, attr_fields
+from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode
 from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings, has_gone, is_listed_bare
+from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.union_tree import UnionTree
+
+
+def pack(inode: Inode, attributes: Attributes) -> bytes:
+    """``attributes`` of ``inode`` as struct fuse_attr; kept where they stay what they are."""
+    packed = ATTR.pack(*attr_fields(attributes))
+    # A file of several names has fewer when one of them is removed.
+    if not inode.upper and (attributes.nlink == 1 or inode.kind == stat.S_IFDIR):
+        inode.packed = packed
+    return packed
+
+
+class PackedAttributes:
+    """Attributes of the inodes of a tree."""
+
+    def __init__(self, view: MergedView) -> None:
+        self._view = view
+
+    def of(self, inode: Inode) -> bytes:
+        """What stat(2) shows of ``inode``."""
+        packed = inode.packed
+        if packed is None or inode.upper or inode.parent is None:  # copied up since, or removed
+            return pack(inode, self._view.attributes(inode))
+        return packed
+
+    def of_new(self, inode: Inode) -> bytes:
+        """As :meth:`of`, for the answer to the request that made ``inode``."""
+        return pack(inode, self._view.attributes_of_new(inode))
+
+    def child(self, directory: Inode, name: bytes) -> tuple[Inode, bytes] | None:
+        """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
+        if directory.children is not None:
+            inode = directory.children.get(name)
+            if inode is not None:
+                return inode, self.of(inode)
+        found = self._view.child(directory, name)
+        return None if found is None else (found[0], pack(*found))
+
 
 _PLUS_SIZE: Final = p.ENTRY.size + p.ATTR.size
 _PADDING: Final = [bytes(-length % 8) for length in range(8)]

@@ -21,18 +21,21 @@ from typing import Any, Final
 import trio
 
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.speedups.beside_client import LOOK_EVERY
 from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+from unionfs.fuse_ops.speedups.placement import LOOK_EVERY
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.fuse_ops.transports.direct.answers import Handler, Mount
-from unionfs.fuse_ops.transports.direct.attributes import AttributeAnswers
 from unionfs.fuse_ops.transports.direct.connection import name_of
-from unionfs.fuse_ops.transports.direct.directories import DirectoryAnswers
-from unionfs.fuse_ops.transports.direct.files import FileAnswers
-from unionfs.fuse_ops.transports.direct.names import NameAnswers
-from unionfs.fuse_ops.transports.direct.protocol import Opcode
-from unionfs.fuse_ops.transports.direct.request import Request
-from unionfs.fuse_ops.transports.direct.session import MAX_WRITE, SessionAnswers
+from unionfs.fuse_ops.transports.direct.handlers import (
+    MAX_WRITE,
+    AttributeAnswers,
+    DirectoryAnswers,
+    FileAnswers,
+    Handler,
+    Mount,
+    NameAnswers,
+    SessionAnswers,
+)
+from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
 from unionfs.fuse_ops.transports.serving import serve_beside
 from unionfs.fuse_ops.tree.union_tree import UnionTree
 

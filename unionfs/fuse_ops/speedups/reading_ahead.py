@@ -1,26 +1,57 @@
-"""Reads directories of lower layers from the disk before they are asked for.
+"""Reads directories and files of lower layers from the disk before they are asked for.
 
 A cold walk through layers waits for the disk once for each directory of each layer, one after the other: longer than
 all the rest takes. What will be wanted is known: the same directory in the layers below, and the directories in one
 that was just looked at. When directories turn out to come from the disk, they are read by the kernel in the
 background; when they come from memory nothing is done, and it costs nothing.
+
+The kernel reads ahead within a file only; each small file from the disk costs a wait. Who opens the files of a
+directory in the order of their listing (tar, cp, grep) has the next ones read while it is busy with this one.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
-from unionfs.fuse_ops.speedups.coldness import Coldness
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir, StackObserver
+from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.host.io_uring import LookupRing
 
 log = logging.getLogger(__name__)
+
+_COLD_WEIGHT: Final = 16  # so many reads from memory make up for one from the disk: reading ahead makes them fast
+_ACTIVE_FROM: Final = 2 * _COLD_WEIGHT  # one slow read may be an accident
+_MOST: Final = 4 * _COLD_WEIGHT
+
+
+class Coldness:
+    """Counts slow reads against fast ones."""
+
+    __slots__ = ("_score",)
+
+    def __init__(self) -> None:
+        self._score = 0
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether the disk was waited for lately, so that reading ahead may save something."""
+        return self._score >= _ACTIVE_FROM
+
+    def took(self, seconds: float, warm_s: float) -> None:
+        """A read took ``seconds``; from memory it takes ``warm_s`` at most."""
+        if seconds > warm_s:
+            self._score = min(self._score + _COLD_WEIGHT, _MOST)
+        elif self._score:
+            self._score -= 1
+
 
 _DIRECTORY_S: Final = 50e-6  # from memory it takes a third of it
 _ENTRY_S: Final = 1e-6  # for each name in it
@@ -111,3 +142,80 @@ class DirectoryReadAhead(StackObserver):
             self._ring.close()
         self._ring = None
         self._usable = False
+
+
+_WARM_S: Final = 40e-6  # for a small file that is in memory
+_KEPT: Final = 16  # directories
+_SKIPPED: Final = 16  # entries between two opens that may have been something else: directories, links, large files
+_AHEAD: Final = 3  # files
+_BYTES: Final = 128 * 1024  # of each; what the kernel reads ahead at once
+
+
+class _Walk:
+    """The names of a directory, and how far its reader is."""
+
+    __slots__ = ("ahead", "names", "position")
+
+    def __init__(self, names: list[bytes]) -> None:
+        self.names = names
+        self.position = 0  # of the first name that was not opened yet
+        self.ahead = 0  # of the first one that was not read ahead
+
+
+class FileReadAhead:
+    """Who reads which directory's files in order, and whether they come from the disk."""
+
+    def __init__(self) -> None:
+        self._coldness = Coldness()
+        self._walks: OrderedDict[Inode, _Walk] = OrderedDict()
+        self._busy_until = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether files may be read in the background just now."""
+        return time.monotonic() < self._busy_until
+
+    def listed(self, directory: Inode, names: list[bytes]) -> None:
+        """All ``names`` of ``directory`` were told, in this order."""
+        self._walks[directory] = _Walk(names)
+        self._walks.move_to_end(directory)
+        if len(self._walks) > _KEPT:
+            self._walks.popitem(last=False)
+
+    def took(self, seconds: float) -> None:
+        """Reading a small file took ``seconds``."""
+        self._coldness.took(seconds, _WARM_S)
+
+    def opened(self, inode: Inode) -> None:
+        """A lower file is opened to be read: read those ahead that come after it, if it is their turn."""
+        directory = inode.parent
+        if directory is None or not self._coldness.is_cold:
+            return
+        walk = self._walks.get(directory)
+        if walk is None:
+            return
+        try:
+            position = walk.names.index(inode.name, walk.position, walk.position + _SKIPPED)
+        except ValueError:
+            return  # some other order
+        walk.position = position + 1
+        children = directory.children or {}
+        first = max(walk.ahead, position + 1)
+        walk.ahead = max(walk.ahead, min(position + 1 + _AHEAD, len(walk.names)))
+        self._busy_until = time.monotonic() + _BUSY_S
+        for name in walk.names[first : walk.ahead]:
+            child = children.get(name)
+            if child is not None:
+                _begin_to_read(child)
+
+
+def _begin_to_read(inode: Inode) -> None:
+    if inode.lower is None or inode.upper or inode.metacopy or inode.filled or inode.kind != stat.S_IFREG:
+        return
+    layer, path = inode.lower
+    with suppress(OSError):  # whoever opens or reads it is told
+        fd = layer.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, _BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)

@@ -18,8 +18,8 @@ import pytest
 from tests.support.mounts import servers_of
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.users import in_child
-from unionfs.fuse_ops.speedups import beside_client
-from unionfs.fuse_ops.speedups.beside_client import BesideClient
+from unionfs.fuse_ops.speedups import placement
+from unionfs.fuse_ops.speedups.placement import BesideClient
 from unionfs.fuse_ops.transports.direct.connection import Connection
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -95,7 +95,7 @@ def test_the_privilege_is_asked_for_when_it_is_needed(
     client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(beside_client, "_may_return", lambda: asked.append(True))  # None: no
+    monkeypatch.setattr(placement, "_may_return", lambda: asked.append(True))  # None: no
     beside = BesideClient()
     try:
         for before in range(IN_A_ROW):
@@ -113,7 +113,7 @@ class TestWithoutPrivilege:
 
     @pytest.fixture(autouse=True)
     def without_privilege(self, quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(beside_client, "_may_return", lambda: False)
+        monkeypatch.setattr(placement, "_may_return", lambda: False)
 
     def test_another_thread_serves_the_client(self, beside: BesideClient, client: int) -> None:
         def serve() -> bool:
@@ -309,17 +309,17 @@ def test_nothing_half_done_where_it_is_refused(
 
 class TestPrivilege:
     def test_root_may_come_back(self) -> None:
-        assert beside_client._may_return()
+        assert placement._may_return()
 
     def test_not_without(self) -> None:
         def ask() -> bool:
             os.setresuid(65534, 65534, 65534)
-            return beside_client._may_return()
+            return placement._may_return()
 
         assert in_child(ask) is False
 
     def test_not_with_the_privilege_of_a_user_namespace(self) -> None:
-        code = "from unionfs.fuse_ops.speedups import beside_client as b; print(b._may_return())"
+        code = "from unionfs.fuse_ops.speedups import placement as b; print(b._may_return())"
         done = subprocess.run(
             ["unshare", "--user", "--map-root-user", sys.executable, "-c", code],
             capture_output=True,
@@ -333,7 +333,7 @@ class TestPrivilege:
 
         def ask() -> bool:
             os.setresuid(65534, 65534, 65534)
-            return beside_client._may_return()
+            return placement._may_return()
 
         assert in_child(ask)
 
