@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from tests.cli.programs import TIMEOUT_S, layer_options, run, server_of, unionfs_mount
-from tests.support.mounts import is_running, mount_program, take_down, wait_until
+from tests.support.mounts import is_mounted, is_running, mount_program, take_down, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -86,6 +87,41 @@ def test_limits_and_umask(layers: Sandbox) -> None:
             assert "Umask:\t0000\n" in status.readlines()
         made = os.open(layers.at("made"), os.O_CREAT | os.O_WRONLY, 0o666)
         os.close(made)
+    finally:
+        take_down(layers.target, [pid])
+
+
+def mount_once(layers: Sandbox) -> None:
+    """Have Python's compiled modules in its cache: under a limit, it writes the half of one and reads it ever after."""
+    assert unionfs_mount("-o", layer_options(layers), layers.target).returncode == 0
+    take_down(layers.target, [server_of(layers.target)])
+
+
+# Executes the words after it with every signal blocked and SIGCHLD ignored.
+BLOCKED = """import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execvp(sys.argv[1], sys.argv[1:])"""
+
+
+def test_what_hurts_others_is_not_taken_from_the_caller(layers: Sandbox) -> None:
+    mount_once(layers)
+    limits = "ulimit -Sf 8; ulimit -Sv 8000000; ulimit -Sd 8000000; ulimit -St 100; ulimit -Sn 100; "
+    words = [sys.executable, "-c", BLOCKED, mount_program(), "-o", layer_options(layers), layers.target]
+    done = run(["sh", "-c", limits + 'exec "$@"', "sh", *words])
+    assert (done.returncode, done.stderr) == (0, "")
+    pid = server_of(layers.target)
+    try:
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU):
+            soft, hard = resource.prlimit(pid, limit)
+            assert soft == hard == resource.getrlimit(limit)[1]
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] > 1000
+        with open(layers.at("name"), "ab") as file:
+            file.write(bytes(1 << 20))
+        assert os.stat(layers.in_upper("name")).st_size > 1 << 20
+        os.kill(pid, signal.SIGTERM)
+        assert wait_until(lambda: not is_running(pid), 20)
+        assert not is_mounted(layers.target)
     finally:
         take_down(layers.target, [pid])
 

@@ -40,18 +40,24 @@ def mounted(box: Sandbox) -> Iterator[Sandbox]:
 
 
 @contextlib.contextmanager
-def user_with_dirty_data(box: Sandbox) -> Iterator[int]:
-    """A descriptor of a file whose data only the kernel has."""
+def user(box: Sandbox) -> Iterator[int]:
+    """A descriptor of a file whose data as a rule only the kernel has."""
     fd = os.open(box.at("dirty"), os.O_RDWR | os.O_CREAT)
     try:
         os.write(fd, DIRTY)
-        with open(box.in_upper("dirty"), "rb") as file:
-            assert file.read() != DIRTY, "nothing was left to lose"
         yield fd
     finally:
         # The last close writes, for which a dead server is not there.
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+@contextlib.contextmanager
+def user_with_dirty_data(box: Sandbox) -> Iterator[int]:
+    """As :func:`user`, and the data is not written yet."""
+    with user(box) as fd:
+        assert in_upper(box) != DIRTY, "nothing was left to lose"
+        yield fd
 
 
 def in_upper(box: Sandbox) -> bytes:
@@ -209,7 +215,7 @@ def test_killed_while_it_unmounts_leaves_nobody_waiting(box: Sandbox) -> None:
         assert unionfs_mount("-o", layer_options(box) + ",passthrough=0", box.target).returncode == 0
         pid = server_of(box.target)
         try:
-            with user_with_dirty_data(box) as fd:
+            with user(box) as fd:
                 os.kill(pid, signal.SIGTERM)
                 helpers: list[int] = []
                 while not helpers and is_mounted(box.target):

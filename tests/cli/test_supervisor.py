@@ -694,3 +694,19 @@ def test_limits_of_the_supervisor_are_not_the_callers(layers: Sandbox, superviso
     with mounted(layers) as pid:
         assert pid == waiting
         assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+def test_limits_of_the_caller_that_would_bind_others(layers: Sandbox, supervisor: Supervisor) -> None:
+    test_daemon.mount_once(layers)
+    words = [mount_program(), "-o", layer_options(layers), layers.target]
+    done = run(["sh", "-c", 'ulimit -f 8; ulimit -t 100; exec "$@"', "sh", *words])
+    assert (done.returncode, done.stderr) == (0, "")
+    pid = server_of(layers.target)
+    try:
+        assert supervisor.serves(pid)
+        with open(layers.at("name"), "ab") as file:
+            file.truncate(1 << 20)
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU):
+            assert resource.prlimit(pid, limit) == (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    finally:
+        assert take_down(layers.target, [pid]) == []

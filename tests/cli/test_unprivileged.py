@@ -79,6 +79,20 @@ def test_user_without_a_place_for_records(layers: Sandbox) -> None:
     assert wait_until(lambda: servers_of(layers.target) == (), 10)
 
 
+def test_limit_that_the_user_cannot_raise(layers: Sandbox) -> None:
+    """It holds for what is written through the mount too; the server goes on."""
+    done = as_user(
+        layers,
+        f"(ulimit -f 16; unionfs-mount -o {layer_options(layers)} {layers.target}); cd {layers.target}; "
+        "head -c 4096 /dev/zero > small; head -c 100000 /dev/zero > large || true; ls; stat -c %s small; "
+        f"cd /; unionfs umount {layers.target}",
+    )
+    warned, refused = done.stderr.splitlines()
+    assert warned.endswith("no file can become larger than 8192 bytes, which is this user's limit; see ulimit -Hf")
+    assert "File too large" in refused or "Input/output error" in refused  # the kernel's cache tells it later
+    assert (done.returncode, done.stdout.split()) == (0, ["large", "name", "secret", "small", "4096"])
+
+
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_signal_unmounts_through_fusermount(layers: Sandbox, busy: bool) -> None:
     done = as_user(

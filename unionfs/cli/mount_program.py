@@ -29,6 +29,10 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
                 return status
     except KeyboardInterrupt:
         return 130
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        sys.dont_write_bytecode = True  # Python would cache the half of a module, and read that ever after
     from unionfs.cli import mount_server
 
     return mount_server.main(words)

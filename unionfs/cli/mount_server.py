@@ -10,7 +10,6 @@ import contextlib
 import gc
 import os
 import re
-import resource
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from unionfs.fuse_ops.options import MountOptions, parse_options
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
 from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
+from unionfs.host.processes import file_size_limit, reset_signals, shed_limits
 
 _USAGE = """\
 usage: unionfs-mount [-f] [-d] -o OPTION[,OPTION...] [SOURCE] TARGET
@@ -109,9 +109,11 @@ def _prepare(line: _CommandLine) -> tuple[MountOptions, str]:
     if not _HANDED_OVER.match(target):
         target = _checked_target(target)
 
-    # A container opens more files than the soft limit of a login shell, and each is one of ours.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    shed_limits()
+    largest = file_size_limit()
+    if largest is not None and not options.read_only:
+        _say(f"no file can become larger than {largest} bytes, which is this user's limit; see ulimit -Hf")
+    reset_signals()
     os.umask(0)  # the kernel has applied the caller's already
     return options, target
 

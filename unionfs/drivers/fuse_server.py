@@ -6,22 +6,21 @@ The server is a daemon: it outlives the process that asked for it, as containers
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError
 from unionfs.fuse_ops.options import escape_value, format_layers
 from unionfs.fuse_ops.session import mount_registry
+from unionfs.fuse_ops.session.mount_registry import MountRecord
 from unionfs.fuse_ops.session.supervisor import client as supervisor
 from unionfs.host import mountinfo, mounts, unmount
-from unionfs.host.processes import has_ended, open_process, process_start
+from unionfs.host.processes import has_ended, open_process
 from unionfs.host.selinux import mount_context
 
 _log = logging.getLogger(__name__)
@@ -30,12 +29,6 @@ _log = logging.getLogger(__name__)
 _END_S = 30.0
 _SETTLE_S = 2.0
 _POLL_S = 0.005
-
-
-class _Server(NamedTuple):
-    pid: int
-    started: int
-    minor: int
 
 
 class FuseMounter:
@@ -105,7 +98,7 @@ def _mount(words: list[str]) -> tuple[int, bytes]:
     return done.returncode, done.stderr
 
 
-def _wait(target: str, server: _Server, ended: int) -> None:
+def _wait(target: str, server: MountRecord, ended: int) -> None:
     """Wait for the end of a server whose mount is gone here; kill one that does not end though nobody uses it."""
     used = mounts.is_mounted_anywhere(server.minor)
     if used and mountinfo.is_mounted_here(server.minor):
@@ -125,21 +118,10 @@ def _wait(target: str, server: _Server, ended: int) -> None:
     has_ended(ended, _END_S)
 
 
-def _server_of(target: str) -> _Server | None:
-    """The process that serves the mount at ``target``, as it said of itself; None if it did not or is another mount."""
+def _server_of(target: str) -> MountRecord | None:
+    """What the server of the mount at ``target`` said of itself; None if it did not, or if it is another mount."""
     mount = mountinfo.top_mount(target)
-    if mount is None or not mount.is_union:
-        return None
-    for directory in [*mount_registry.run_directories(), "/run/unionfs"]:
-        try:
-            with open(f"{directory}/{mount.minor}.json", encoding="utf-8", errors="surrogateescape") as file:
-                record = json.load(file)
-            server = _Server(int(record["pid"]), int(record["started"]), mount.minor)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if process_start(server.pid) == server.started:
-            return server
-    return None
+    return mount_registry.find(mount.minor) if mount is not None and mount.is_union else None
 
 
 def _wait_for_requests(minor: int) -> None:

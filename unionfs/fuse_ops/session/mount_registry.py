@@ -10,10 +10,12 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from unionfs.host.mountinfo import Mount, read_mounts
 from unionfs.host.processes import process_start
+
+_ROOTS_DIRECTORY: Final = "/run/unionfs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class MountStatus:
 
 def run_directories() -> list[str]:
     """Where records may be, the preferred place first."""
-    directories = ["/run/unionfs"] if os.geteuid() == 0 else []
+    directories = [_ROOTS_DIRECTORY] if os.geteuid() == 0 else []
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     # Also for root: in a user namespace it may not write /run.
     if runtime and os.path.isabs(runtime):
@@ -110,8 +112,7 @@ class RecordPlace:
 
 def find(minor: int) -> MountRecord | None:
     """The record of the mount with this device minor, if its server lives."""
-    name = f"{minor}.json"
-    records = (_read(path) for path in _files() if os.path.basename(path) == name)
+    records = (_read(f"{directory}/{minor}.json") for directory in _all_directories())
     return next((record for record in records if record is not None and is_alive(record)), None)
 
 
@@ -142,12 +143,15 @@ def read_all() -> list[MountStatus]:
     return sorted(found, key=lambda status: status.target)
 
 
-def _files() -> list[str]:
+def _all_directories() -> list[str]:
     directories = run_directories()
-    if "/run/unionfs" not in directories:
-        directories.append("/run/unionfs")  # root's mounts are everybody's to see
+    # Root's mounts are everybody's to see.
+    return directories if _ROOTS_DIRECTORY in directories else [*directories, _ROOTS_DIRECTORY]
+
+
+def _files() -> list[str]:
     files = []
-    for directory in directories:
+    for directory in _all_directories():
         try:
             names = os.listdir(directory)
         except OSError:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import select
 import socket
 import struct
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Final
 
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
 from unionfs.host import syscalls
+from unionfs.host.processes import SHED_LIMITS, has_ended
 
 _SO_PEERPIDFD: Final = 77  # linux/asm-generic/socket.h, Linux 6.5
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
@@ -99,7 +99,9 @@ class Caller:
         for fd in (root, self.root, self.cwd):
             os.close(fd)
         for number, limits in zip(_LIMITS, self.limits, strict=True):
-            if resource.getrlimit(number) != limits:
+            ours = resource.getrlimit(number)
+            # A limit that a server sheds would bind all who use the mount, and the caller may be unable to raise it.
+            if ours != limits and not (number in SHED_LIMITS and ours[1] == resource.RLIM_INFINITY):
                 resource.setrlimit(number, limits)
         if os.getpriority(os.PRIO_PROCESS, 0) != self.niceness:
             os.setpriority(os.PRIO_PROCESS, 0, self.niceness)
@@ -129,7 +131,7 @@ def examine(connection: socket.socket, namespaces: tuple[int, int], ours: Identi
             opened.callback(os.close, pidfd)
             caller = _examine(pid, namespaces, ours, opened)
             # The number may have been given to another process, but not while this one has not ended.
-            ended = bool(select.select([pidfd], [], [], 0)[0])
+            ended = has_ended(pidfd, 0)
         except (OSError, ValueError, KeyError) as error:
             raise DeclinedError(f"the caller cannot be examined: {error!r}") from None
         if ended:
