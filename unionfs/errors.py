@@ -125,8 +125,20 @@ class MetadataError(LayerStoreError):
     """A file of the layer store's metadata that is missing or cannot be understood; the message names it."""
 
 
+class StoreNotFoundError(LayerStoreError):
+    """There is no layer store, and one is only to be looked at."""
+
+
 class StoreLockedError(LayerStoreError):
-    """A layer store that another process has open."""
+    """A layer store that another process has open.
+
+    Attributes:
+        lock: path of the lock's file, to wait for; empty when this process itself has it open.
+    """
+
+    def __init__(self, message: str, lock: str = "") -> None:
+        super().__init__(message)
+        self.lock = lock
 
 
 class TarSplitError(LayerStoreError):

@@ -12,9 +12,27 @@ import pytest
 
 from tests.layers.archives import files
 from unionfs.cli.main import main
-from unionfs.engines.images import Image, ImageStore, Platform, Reference, parse_image, parse_reference
+from unionfs.engines.images import (
+    ExportOptions,
+    Format,
+    Image,
+    ImageStore,
+    LayerCompression,
+    Platform,
+    Reference,
+    export_stream,
+    parse_image,
+    parse_reference,
+)
 from unionfs.engines.images.model import digest_of
-from unionfs.errors import ImageError, ImageFormatError, ImageInUseError, ImageNotFoundError, LayerDoesNotExistError
+from unionfs.errors import (
+    ImageError,
+    ImageFormatError,
+    ImageInUseError,
+    ImageNotFoundError,
+    LayerDoesNotExistError,
+    LayerStoreError,
+)
 from unionfs.layers import DiffID, LayerStore, collect, open_store
 
 DIGEST = "sha256:" + "ab" * 32
@@ -417,3 +435,34 @@ def test_images_without_layers_and_names_without_images(shelf: Shelf, capsys: py
     shelf.images.remove("gone")
     assert fsck(shelf, capsys) == (0, [])
     assert shelf.images.is_complete(shelf.images.get("app"))
+
+
+def test_images_are_looked_at(shelf: Shelf) -> None:
+    """Beside the process that has the store open, whose half-written files stay."""
+    contents = config(shelf.chain("one", "two"))
+    shelf.images.add(contents, [parse_reference("app")])
+    shelf.images.add(config([]), [parse_reference("other")])
+    begun = shelf.root / "image/vfs/imagedb/content/sha256/.tmp-begun"
+    begun.touch()
+    with open_store(shelf.root, read_only=True) as look:
+        images = ImageStore(look)
+        assert [one.names for one in images.all()] == [("app:latest",), ("other:latest",)]
+        assert images.is_complete(images.get("app"))
+        out = io.BytesIO()
+        export_stream(images, images.get("app"), out, ExportOptions(Format.OCI_TAR, [], LayerCompression.GZIP))
+        assert out.getvalue()
+        for change in (
+            lambda: images.add(config([], author="x")),
+            lambda: images.tag("app", parse_reference("new")),
+            lambda: images.untag(parse_reference("app")),
+            lambda: images.remove("app"),
+        ):
+            with pytest.raises(LayerStoreError, match="opened to be read only"):
+                change()
+    assert begun.exists()
+
+
+def test_there_is_nothing_of_images_to_look_at(tmp_path: Path) -> None:
+    with open_store(tmp_path / "root", "vfs"), open_store(tmp_path / "root", read_only=True) as look:
+        assert ImageStore(look).all() == []
+    assert not (tmp_path / "root/image/vfs/imagedb").exists()

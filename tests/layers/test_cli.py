@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +233,110 @@ def test_wrong_usage(shell: Shell, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("driver", ["vfs"])
 def test_a_store_in_use(shell: Shell) -> None:
-    with open_store(shell.directory / "root", "vfs"):
-        assert "is in use by process" in shell.fails("layer", "ls", stdin=b"a process of its own")
-    assert shell.out("layer", "ls") == "There are no layers.\n"
+    """What only lists goes on at once; what reads all of it or changes something waits, and says for whom."""
+    with open_store(shell.directory / "root", "vfs") as store:
+        store.register(io.BytesIO(BASE))
+        assert BASE_ID[7:19] in shell.out("layer", "ls", stdin=b"a process of its own")
+        assert shell.json("container", "ls") == []
+        assert "There are no images" in shell.out("image", "ls")
+        waiting = [
+            subprocess.Popen(
+                [sys.executable, "-m", "unionfs.cli.main", *words],
+                cwd=shell.directory,
+                env=os.environ | {"UNIONFS_ROOT": str(shell.directory / "root")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for words in (("layer", "register", "base.tar.gz", "top.tar"), ("layer", "verify"), ("gc",))
+        ]
+        for process in waiting:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            layerdb = shell.directory / "root" / "image" / "vfs" / "layerdb"
+            assert said == f"unionfs: waiting: the layer store {layerdb} is in use by process {os.getpid()}\n"
+    assert [process.wait(60) for process in waiting] == [0, 0, 0]
+    assert waiting[0].communicate() == (f"{BASE_ID}\n{TOP_ID}\n", "")
+    for process in waiting[1:]:
+        assert process.communicate()[1] == ""
+
+
+@pytest.mark.parametrize("driver", ["vfs"])
+def test_commands_in_a_pipe(shell: Shell) -> None:
+    """None waits for the store while the other waits for it: standard input is read first."""
+    shell.out("layer", "register", "base.tar.gz")
+    shell.out("container", "create", BASE_ID, "-n", "c")
+    big = os.urandom(1 << 20)
+    Path(shell.out("container", "mount", "c").strip(), "big").write_bytes(big)
+    unionfs = f"{sys.executable} -m unionfs.cli.main"
+    done = subprocess.run(
+        ["sh", "-c", f"{unionfs} container export c | gzip | {unionfs} layer register -"],
+        env=os.environ | {"UNIONFS_ROOT": str(shell.directory / "root")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert len(shell.json("layer", "ls")) == 2
+    with tarfile.open(fileobj=io.BytesIO(shell.run("layer", "export", done.stdout.strip()).stdout)) as tar:
+        file = tar.extractfile("big")
+        assert file is not None
+        assert file.read() == big
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    subprocess.run(["mount", "--bind", path, path], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_store_on_a_read_only_file_system(shell: Shell) -> None:
+    """All that only reads works; all that changes says why not."""
+    shell.out("layer", "register", "base.tar.gz", "top.tar")
+    shell.out("container", "create", TOP_ID, "--name", "c")
+    # What a crash left cannot be cleaned up, and is no reason to show nothing.
+    write_set = shell.directory / "root" / "image" / shell.driver / "layerdb" / "tmp" / "write-set-crashed"
+    write_set.mkdir()
+    reading: list[tuple[str, ...]] = [
+        ("layer", "ls"),
+        ("layer", "tree"),
+        ("layer", "inspect", TOP_ID),
+        ("layer", "verify"),
+        ("layer", "export", TOP_ID),
+        ("layer", "diff", TOP_ID),
+        ("container", "ls"),
+        ("container", "ls", "--size"),
+        ("container", "diff", "c"),
+        ("container", "export", "--changes", "c"),
+        ("image", "ls"),
+    ]
+    expected = {words: shell.run(*words).stdout for words in reading}
+    write_set.mkdir(exist_ok=True)
+    with read_only(shell.directory / "root"):
+        for words in reading:
+            done = shell.run(*words)
+            assert (done.returncode, done.stderr) == (0, b""), (words, done.stderr)
+            assert done.stdout == expected[words]
+        for words in (("fsck",), ("fsck", "--deep"), ("gc", "--dry-run")):
+            done = shell.run(*words)
+            assert b"an unfinished registration" in done.stdout
+            assert b"Read-only" not in done.stderr
+        for words in (
+            ("layer", "register", "base.tar.gz"),
+            ("layer", "rm", TOP_ID),
+            ("container", "create"),
+            ("container", "mount", "c"),
+            ("container", "rm", "c"),
+            ("fsck", "--repair"),
+            ("gc",),
+        ):
+            said = shell.fails(*words)
+            assert "Read-only file system" in said, said
+    assert shell.json("fsck", "--repair")[0]["repaired"]
 
 
 def test_a_terminal_sees_how_far_it_is(tmp_path: Path) -> None:

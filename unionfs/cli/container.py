@@ -10,6 +10,7 @@ import click
 from unionfs.cli.layer import print_changes
 from unionfs.cli.layer_output import (
     Group,
+    OpenMode,
     find_layer,
     human_size,
     json_option,
@@ -54,7 +55,7 @@ def create(root: str | None, driver: str, name: str | None, storage: Sequence[st
 @store_options
 def list_containers(root: str | None, driver: str, size: bool, as_json: bool) -> None:
     """List the containers."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.LOOK) as store:
         found = []
         for name in store.rw_layers():
             rw = store.get_rw_layer(name)
@@ -122,7 +123,7 @@ def umount(root: str | None, driver: str, names: Sequence[str]) -> None:
 @click.argument("name")
 def diff(root: str | None, driver: str, as_json: bool, name: str) -> None:
     """List what a container changed."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.READ) as store:
         print_changes(store.get_rw_layer(name).changes(), as_json)
 
 
@@ -145,7 +146,7 @@ def commit(root: str | None, driver: str, name: str) -> None:
 @click.argument("name")
 def export(root: str | None, driver: str, output: str, changes: bool, name: str) -> None:
     """Write all files of a container as a tar archive."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.READ) as store:
         rw = store.get_rw_layer(name)
         with rw.tar_stream() if changes else store.driver.diff(rw.mount_id, "") as stream:
             write_stream(stream, output)

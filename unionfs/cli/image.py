@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -14,6 +14,7 @@ import click
 from unionfs.cli.image_progress import layer_bars
 from unionfs.cli.layer_output import (
     Group,
+    OpenMode,
     human_size,
     json_option,
     opened,
@@ -21,6 +22,7 @@ from unionfs.cli.layer_output import (
     print_table,
     printable,
     short,
+    spooled_stdin,
     store_options,
 )
 from unionfs.errors import ImageError
@@ -62,11 +64,11 @@ def image() -> None:
 
 
 @contextmanager
-def opened_images(root: str | None, driver: str) -> Iterator[ImageStore]:
+def opened_images(root: str | None, driver: str, mode: OpenMode = OpenMode.WRITE) -> Iterator[ImageStore]:
     """The images of a store."""
     from unionfs.engines.images import ImageStore
 
-    with opened(root, driver, hold_images=False) as store:
+    with opened(root, driver, mode, hold_images=False) as store:
         images = ImageStore(store)
         for image_id, why in images.unreadable.items():
             click.echo(f"unionfs: image {short(image_id)} cannot be used: {why}; pull or import it again", err=True)
@@ -95,10 +97,13 @@ def import_(root: str | None, driver: str, name: str, only: str, platform: str, 
         raise ImageError(f"{source}: does not exist; name an archive or the directory of an OCI layout")
     names = [parse_reference(name).with_default_tag()] if name else None
     chosen = Platform.parse(platform) if platform else None
-    with opened_images(root, driver) as images, layer_bars() as report:
+    with ExitStack() as stack:
+        given = stack.enter_context(spooled_stdin(root)) if source == "-" else source
+        images = stack.enter_context(opened_images(root, driver))
+        report = stack.enter_context(layer_bars())
         found = import_images(
             images,
-            sys.stdin.buffer if source == "-" else source,
+            given,
             platform=chosen,
             only=only,
             names=names,
@@ -212,7 +217,7 @@ def push(root: str | None, driver: str, compress: str, name: str, target: str, *
     from unionfs.engines.images.registry import push as give
     from unionfs.engines.images.registry import run
 
-    with opened_images(root, driver) as images, layer_bars() as report:
+    with opened_images(root, driver, OpenMode.READ) as images, layer_bars() as report:
         one = images.get(name)
         names = images.meant(name, one)
         if not target and not names:
@@ -228,7 +233,7 @@ def push(root: str | None, driver: str, compress: str, name: str, target: str, *
 @store_options
 def list_images(root: str | None, driver: str, as_json: bool) -> None:
     """List the images."""
-    with opened_images(root, driver) as images:
+    with opened_images(root, driver, OpenMode.LOOK) as images:
         found = images.all()
         if as_json:
             print_json([facts(images, one) for one in found])
@@ -261,7 +266,7 @@ def list_images(root: str | None, driver: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
 def inspect(root: str | None, driver: str, as_json: bool, names: Sequence[str]) -> None:
     """Show all that is known about images."""
-    with opened_images(root, driver) as images:
+    with opened_images(root, driver, OpenMode.LOOK) as images:
         found = [images.get(text) for text in names]
         if as_json:
             print_json([_details(images, one) for one in found])
@@ -374,7 +379,7 @@ def export(root: str | None, driver: str, output: str, kind: str, compress: str 
             raise click.UsageError("--format oci-dir needs --output", click.get_current_context())
         if sys.stdout.isatty():
             raise ImageError("an archive is nothing for a terminal; name a file with --output, or redirect")
-    with opened_images(root, driver) as images, layer_bars() as report:
+    with opened_images(root, driver, OpenMode.READ) as images, layer_bars() as report:
         one = images.get(name)
         options = ExportOptions(form, images.meant(name, one), compression)
         if output == "-":

@@ -6,13 +6,15 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING
+from contextlib import ExitStack
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import click
 
 from unionfs.cli.held_images import images_in
 from unionfs.cli.layer_output import (
     Group,
+    OpenMode,
     find_layer,
     human_size,
     json_option,
@@ -23,6 +25,7 @@ from unionfs.cli.layer_output import (
     printable,
     progress_bar,
     short,
+    spooled_stdin,
     store_options,
     write_stream,
 )
@@ -52,11 +55,15 @@ def register(root: str | None, driver: str, parent: str, expect: str, as_json: b
     """
     if expect and len(files) > 1:
         raise click.UsageError("--expect is for one FILE", click.get_current_context())
-    with opened(root, driver) as store:
+    if "-" in files and sys.stdin.isatty():
+        raise LayerStoreError("stdin is a terminal; name a file, or redirect an archive")
+    with ExitStack() as stack:
+        stdin = stack.enter_context(spooled_stdin(root)) if "-" in files else None
+        store = stack.enter_context(opened(root, driver))
         below = find_layer(store, parent).chain_id if parent else ""
         done = []
         for name in files:
-            made = _register_file(store, name, below, expect)
+            made = _register_file(store, name, stdin, below, expect)
             below = made.chain_id
             done.append(made)
             if not as_json:
@@ -65,11 +72,9 @@ def register(root: str | None, driver: str, parent: str, expect: str, as_json: b
             print_json([facts(store, one) for one in done])
 
 
-def _register_file(store: LayerStore, name: str, below: str, expect: str) -> Layer:
-    if name == "-":
-        if sys.stdin.isatty():
-            raise LayerStoreError("stdin is a terminal; name a file, or redirect an archive")
-        return _register_stream(store, sys.stdin.buffer, "stdin", below, expect)
+def _register_file(store: LayerStore, name: str, stdin: BinaryIO | None, below: str, expect: str) -> Layer:
+    if name == "-" and stdin is not None:
+        return _register_stream(store, stdin, "stdin", below, expect)
     try:
         with open(name, "rb") as file:
             return _register_stream(store, file, name, below, expect)
@@ -119,7 +124,7 @@ def _containers(store: LayerStore, one: Layer) -> list[str]:
 @store_options
 def list_layers(root: str | None, driver: str, as_json: bool) -> None:
     """List the layers."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.LOOK) as store:
         layers = sorted(store.map().values(), key=lambda one: (one.depth, one.chain_id))
         if as_json:
             print_json([facts(store, one) for one in layers])
@@ -151,7 +156,7 @@ def list_layers(root: str | None, driver: str, as_json: bool) -> None:
 @store_options
 def tree(root: str | None, driver: str, as_json: bool) -> None:
     """Show which layer and which container stands on which."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.LOOK) as store:
         children: dict[str, list[Layer]] = {}
         for one in store.map().values():
             children.setdefault(one.parent.chain_id if one.parent is not None else "", []).append(one)
@@ -200,7 +205,7 @@ def _nested(
 @click.argument("layers", nargs=-1, required=True, metavar="LAYER...")
 def inspect(root: str | None, driver: str, as_json: bool, layers: Sequence[str]) -> None:
     """Show all that is known about layers."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.LOOK) as store:
         found = []
         for text in layers:
             one = find_layer(store, text)
@@ -229,7 +234,7 @@ def _shown(key: str, value: object) -> str:
 @click.argument("layers", nargs=-1, metavar="[LAYER...]")
 def verify(root: str | None, driver: str, as_json: bool, layers: Sequence[str]) -> int:
     """Compare layers, all unless some are named, with their digests."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.READ) as store:
         chosen = [find_layer(store, text) for text in layers] if layers else list(store.map().values())
         results = []
         with progress_bar("verifying", len(chosen), unit_is_bytes=False) as show:
@@ -257,7 +262,7 @@ def verify(root: str | None, driver: str, as_json: bool, layers: Sequence[str]) 
 @click.argument("name", metavar="LAYER")
 def export(root: str | None, driver: str, output: str, name: str) -> None:
     """Write a layer as the tar archive it was registered from, byte for byte."""
-    with opened(root, driver) as store, find_layer(store, name).tar_stream() as stream:
+    with opened(root, driver, OpenMode.READ) as store, find_layer(store, name).tar_stream() as stream:
         write_stream(stream, output)
 
 
@@ -268,7 +273,7 @@ def export(root: str | None, driver: str, output: str, name: str) -> None:
 @click.argument("ancestor", metavar="[ANCESTOR]", default="")
 def diff(root: str | None, driver: str, as_json: bool, name: str, ancestor: str) -> None:
     """List what a layer changes in the one below it, or in ANCESTOR."""
-    with opened(root, driver) as store:
+    with opened(root, driver, OpenMode.READ) as store:
         one = find_layer(store, name)
         below = one.parent
         if ancestor:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import click
 
 from unionfs.cli.held_images import images_in
-from unionfs.errors import LayerDoesNotExistError, LayerStoreError
+from unionfs.errors import (
+    LayerDoesNotExistError,
+    LayerStoreError,
+    NotSupportedError,
+    StoreLockedError,
+    StoreNotFoundError,
+)
 
 if TYPE_CHECKING:
     from unionfs.layers import Layer, LayerStore
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 _ROOT_VARIABLE = "UNIONFS_ROOT"
 _SHORT_DIGITS = 12
 _PIECE_BYTES = 1 << 20
+_SILENT_WAIT_S = 1.0
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -58,25 +69,100 @@ def store_options(command: _Command) -> _Command:
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
+class OpenMode(Enum):
+    """What a command wants of the store."""
+
+    LOOK = auto()
+    """A list of what is there: at once, whoever uses the store."""
+    READ = auto()
+    """The files of layers, too: when nobody else uses the store. On a read-only file system, a look is enough."""
+    WRITE = auto()
+    """To change it, when nobody else uses it."""
+
+
 @contextmanager
-def opened(root: str | None, driver: str, *, recover: bool = True, hold_images: bool = True) -> Iterator[LayerStore]:
-    """The store, and a word about what in it cannot be used.
+def opened(
+    root: str | None,
+    driver: str,
+    mode: OpenMode = OpenMode.WRITE,
+    *,
+    recover: bool = True,
+    hold_images: bool = True,
+) -> Iterator[LayerStore]:
+    """The store, and a word about what in it cannot be used. Waits for another process that uses it, if need be.
 
     Args:
         root, driver: of :func:`store_options`.
+        mode: see :class:`OpenMode`.
         recover: see :class:`LayerStore`.
         hold_images: let its images hold their layers; off for who opens the images.
     """
-    # Here and not at the top: the commands that have nothing to do with layers start faster without.
-    from unionfs.layers import open_store
-
-    with open_store(root, driver, recover=recover) as store:
+    with _open(root, driver, mode, recover) as store:
         if hold_images:
             images_in(store)
         if store.unreadable and recover:
             count = len(store.unreadable)
             click.echo(f"unionfs: {count} stored {plural(count, 'thing')} cannot be read; run unionfs fsck", err=True)
         yield store
+
+
+def _open(root: str | None, driver: str, mode: OpenMode, recover: bool) -> LayerStore:
+    # Here and not at the top: the commands that have nothing to do with layers start faster without.
+    from unionfs.layers import default_root, open_store
+
+    if mode is OpenMode.LOOK or (mode is OpenMode.READ and _is_on_read_only_fs(root or default_root())):
+        # Without a store one is made; a driver of another package may not know how to look only.
+        with suppress(StoreNotFoundError, NotSupportedError):
+            return open_store(root, driver, read_only=True)
+    return open_store(root, driver, recover=recover, wait=wait_for_store)
+
+
+def _is_on_read_only_fs(path: str) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
+def wait_for_store(error: StoreLockedError) -> None:
+    """Wait until the process that has the store open closes it; says so when that takes longer than a moment.
+
+    A command that reads its standard input does so before it opens the store: what writes there may want it too.
+    """
+    from unionfs.layers.lock import wait_until_free
+
+    if not wait_until_free(error.lock, _SILENT_WAIT_S):
+        click.echo(f"unionfs: waiting: {str(error).partition(';')[0]}", err=True)
+        wait_until_free(error.lock)
+
+
+@contextmanager
+def spooled_stdin(root: str | None) -> Iterator[BinaryIO]:
+    """The standard input as a file that can be read in any order: a copy of it, unless it is one.
+
+    Args:
+        root: where the layers are; the copy lies there, if there is such a directory.
+
+    Raises:
+        LayerStoreError: it cannot be copied.
+    """
+    from unionfs.layers import default_root
+
+    if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        yield sys.stdin.buffer
+        return
+    where = root or default_root()
+    if not os.access(where, os.W_OK | os.X_OK):
+        where = tempfile.gettempdir()
+    with tempfile.TemporaryFile(dir=where) as file:
+        try:
+            shutil.copyfileobj(sys.stdin.buffer, file, _PIECE_BYTES)
+            file.seek(0)
+        except OSError as error:
+            raise LayerStoreError(
+                f"standard input cannot be copied to {where}: {error.strerror}; free space there, or give a file"
+            ) from error
+        yield cast(BinaryIO, file)
 
 
 def plural(count: int, word: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unionfs.cli.layer_output import find_layer, store_options
+from unionfs.cli.layer_output import find_layer, store_options, wait_for_store
 from unionfs.errors import CommandNotExecutableError, CommandNotFoundError, UnionfsError
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def _run(root: str | None, driver: str, prepare: Callable[[LayerStore, Container
     from unionfs.engines.run.foreground import run_in_foreground
     from unionfs.engines.run.guard import Guard
     from unionfs.engines.run.user_namespace import is_rootless, must_enter, run_inside
+    from unionfs.layers import open_store
 
     if must_enter():
         return run_inside([sys.executable, *sys.orig_argv[1:]])
@@ -177,7 +178,7 @@ def _run(root: str | None, driver: str, prepare: Callable[[LayerStore, Container
             Containers(store, rootless=rootless).sweep()
 
     with Guard(clean_up):
-        with open_when_free(root, driver) as store:
+        with open_store(root, driver, wait=wait_for_store) as store:
             containers = Containers(store, rootless=rootless)
             containers.sweep()
             ready = prepare(store, containers)

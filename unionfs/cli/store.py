@@ -9,6 +9,7 @@ import click
 
 from unionfs.cli.held_images import images_in
 from unionfs.cli.layer_output import (
+    OpenMode,
     human_size,
     json_option,
     opened,
@@ -35,7 +36,8 @@ def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool)
     from unionfs.engines.run.containers import Containers
     from unionfs.layers import fsck as check
 
-    with opened(root, driver, recover=False, hold_images=False) as store:
+    mode = OpenMode.WRITE if repair else OpenMode.READ
+    with opened(root, driver, mode, recover=False, hold_images=False) as store:
         images = images_in(store)
         Containers(store).claim_trees()
         with progress_bar("checking", None, unit_is_bytes=False) as show:
@@ -68,7 +70,8 @@ def gc(root: str | None, driver: str, layers: bool, dry_run: bool, as_json: bool
     from unionfs.engines.run.containers import Containers
     from unionfs.layers import collect
 
-    with opened(root, driver, recover=False) as store:
+    mode = OpenMode.READ if dry_run else OpenMode.WRITE
+    with opened(root, driver, mode, recover=False) as store:
         containers = Containers(store)
         if not dry_run:
             containers.sweep()

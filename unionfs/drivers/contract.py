@@ -243,6 +243,13 @@ class Checker(Protocol):
         """Whether a usable file system is mounted at ``path``, an absolute path without links."""
 
 
+LookFunc = Callable[[str, Sequence[str], IdMapping], Driver]
+"""Makes a driver over a home that is there, to be looked at only; takes what an :data:`InitFunc` does.
+
+Another process may use the home at the same time, and its file system may be read-only: nothing is made, cleaned up or
+put right. The driver need only tell what there is, its differences and its files; nobody asks more of it.
+"""
+
 InitFunc = Callable[[str, Sequence[str], IdMapping], Driver]
 """Makes a driver: from its home directory, its ``key=value`` options, and the owners' mapping (remapped root).
 

@@ -107,6 +107,7 @@ class LayeredDriver:
         id_mapping: streams carry the container's ids, layers the host's.
         default_size_bytes: limit for container layers without one of their own; 0 for none.
         native_diff: take differences from a layer's own directory. False where the kernel leaves it incomplete.
+        read_only: the home is only looked at, so nothing in it is put right.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class LayeredDriver:
         *,
         default_size_bytes: int = 0,
         native_diff: bool = True,
+        read_only: bool = False,
     ) -> None:
         self._name = name
         self._layers = layers
@@ -133,8 +135,9 @@ class LayeredDriver:
         self._spaces: Spaces = (TRUSTED if may_use_trusted() else USER,)
         self._pack = PackOptions(to_container=id_mapping.to_container, spaces=self._spaces)
         self._unpack = UnpackOptions(to_host=id_mapping.to_host, parents_owner=layers.owner)
-        layers.recover()
-        self._detach_dead()
+        if not read_only:
+            layers.recover()
+            self._detach_dead()
 
     @property
     def name(self) -> str:

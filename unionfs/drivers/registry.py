@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers.contract import Driver, InitFunc
+from unionfs.drivers.contract import Driver, InitFunc, LookFunc
 from unionfs.errors import DriverError, NotSupportedError
 
 _log = logging.getLogger(__name__)
@@ -38,9 +38,10 @@ class Registry:
 
     def __init__(self) -> None:
         self._drivers: dict[str, InitFunc] = {}
+        self._looks: dict[str, LookFunc] = {}
 
-    def register(self, name: str, init: InitFunc) -> None:
-        """Add a driver.
+    def register(self, name: str, init: InitFunc, look: LookFunc | None = None) -> None:
+        """Add a driver; without ``look``, only one process at a time can use a home, also to read.
 
         Raises:
             DriverError: the name is taken, or cannot be a directory's.
@@ -50,6 +51,8 @@ class Registry:
         if name in self._drivers:
             raise DriverError(f"name already registered: {name}; choose another name for the driver")
         self._drivers[name] = init
+        if look is not None:
+            self._looks[name] = look
 
     def is_registered(self, name: str) -> bool:
         """Whether there is a driver of this name."""
@@ -93,6 +96,24 @@ class Registry:
         from unionfs.drivers.plugin import connect
 
         return connect(name, os.path.join(root, name), options, mapping)
+
+    def look_at(self, name: str, root: str, options: Sequence[str] = (), id_mapping: IdMapping | None = None) -> Driver:
+        """The driver ``name`` for reading what is at ``root/name``, whoever uses it (:data:`LookFunc`).
+
+        Args:
+            name, root, options, id_mapping: see :meth:`get_driver`.
+
+        Raises:
+            NotSupportedError: the driver cannot do that.
+            DriverError: it has no home there.
+        """
+        look = self._looks.get(name)
+        if look is None:
+            raise NotSupportedError(f"driver {name} cannot only be looked at; use the store when nobody else does")
+        home = os.path.join(root, name)
+        if not os.path.isdir(home):
+            raise DriverError(f"{home}: the {name} driver has no directory there; see that its file system is mounted")
+        return look(home, options, id_mapping or IdMapping())
 
     def new(
         self,
@@ -164,7 +185,7 @@ def default_registry() -> Registry:
     """Our own drivers and those of installed packages; a package cannot take the name of one of ours."""
     registry = Registry()
     for name, module in _BUILT_IN.items():
-        registry.register(name, _imported_later(module))
+        registry.register(name, _imported_later(module, "init"), _imported_later(module, "look"))
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
         try:
             registry.register(point.name, _loaded_later(point))
@@ -173,12 +194,12 @@ def default_registry() -> Registry:
     return registry
 
 
-def _imported_later(module: str) -> InitFunc:
-    def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> Driver:
-        made: Driver = import_module(f"unionfs.drivers.{module}").init(root, options, id_mapping)
+def _imported_later(module: str, function: str) -> InitFunc:
+    def make(root: str, options: Sequence[str], id_mapping: IdMapping) -> Driver:
+        made: Driver = getattr(import_module(f"unionfs.drivers.{module}"), function)(root, options, id_mapping)
         return made
 
-    return init
+    return make
 
 
 def _loaded_later(point: EntryPoint) -> InitFunc:

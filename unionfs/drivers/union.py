@@ -54,16 +54,32 @@ def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> UnionDrive
     check_fuse()
     layers = OverlayHome(root, id_mapping, int(depth))
     check_filesystem(layers.root)
-    return UnionDriver(layers, id_mapping, redirect, parse_size(given.get("unionfs.size", "0")))
+    size = parse_size(given.get("unionfs.size", "0"))
+    limits = union_limits(layers.root)
+    if size:
+        limits.check()
+    return UnionDriver(layers, id_mapping, redirect, limits, size)
+
+
+def look(root: str, options: Sequence[str], id_mapping: IdMapping) -> UnionDriver:
+    """The driver to look at a home with (a :data:`unionfs.drivers.contract.LookFunc`); options are as for init."""
+    parse_options(options, _OPTIONS, "unionfs")
+    return UnionDriver(OverlayHome(root, id_mapping), id_mapping, "on", UnionLimits(), 0, read_only=True)
 
 
 class UnionDriver(LayeredDriver):
     """See :func:`init`."""
 
-    def __init__(self, layers: OverlayHome, id_mapping: IdMapping, redirect_dir: str, default_size_bytes: int) -> None:
-        limits = union_limits(layers.root)
-        if default_size_bytes:
-            limits.check()
+    def __init__(
+        self,
+        layers: OverlayHome,
+        id_mapping: IdMapping,
+        redirect_dir: str,
+        limits: SizeLimits,
+        default_size_bytes: int,
+        *,
+        read_only: bool = False,
+    ) -> None:
         super().__init__(
             "unionfs",
             layers,
@@ -71,6 +87,7 @@ class UnionDriver(LayeredDriver):
             limits,
             id_mapping,
             default_size_bytes=default_size_bytes,
+            read_only=read_only,
         )
         self._redirect_dir = redirect_dir
 

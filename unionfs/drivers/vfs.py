@@ -15,15 +15,16 @@ from unionfs.drivers.contract import CreateOptions
 from unionfs.drivers.files import TreeFiles
 from unionfs.drivers.ids import check_layer_id, is_layer_id
 from unionfs.drivers.naive_diff import NaiveDiffDriver
-from unionfs.drivers.quota import project_limits
+from unionfs.drivers.quota import NoQuota, ProjectQuota, project_limits
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
 from unionfs.drivers.tree_copy import copy_tree
-from unionfs.errors import DriverError, LayerNotFoundError, OptionError
+from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
 from unionfs.host import syscalls
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.locks import NamedLocks
 from unionfs.host.selinux import label_directory
 
+_OPTIONS = ("size", "vfs.xattrs")
 # Docker's name for "go on without xattrs", and our own.
 _BEST_EFFORT = frozenset({"i_want_broken_containers", "best_effort"})
 
@@ -34,7 +35,7 @@ def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> NaiveDiffD
     Options: ``size`` (limit for container layers without one of their own), ``vfs.xattrs=best_effort`` (go on where
     the file system takes no xattrs).
     """
-    given = parse_options(options, ("size", "vfs.xattrs"), "vfs")
+    given = parse_options(options, _OPTIONS, "vfs")
     xattrs = given.get("vfs.xattrs", "")
     if xattrs and xattrs not in _BEST_EFFORT:
         raise OptionError(f"vfs: option vfs.xattrs={xattrs} is unknown; write vfs.xattrs=best_effort or leave it out")
@@ -42,12 +43,27 @@ def init(root: str, options: Sequence[str], id_mapping: IdMapping) -> NaiveDiffD
     return NaiveDiffDriver(proto, id_mapping, best_effort_xattrs=bool(xattrs))
 
 
+def look(root: str, options: Sequence[str], id_mapping: IdMapping) -> NaiveDiffDriver:
+    """The driver to look at a home with (a :data:`unionfs.drivers.contract.LookFunc`); options are as for init."""
+    parse_options(options, _OPTIONS, "vfs")
+    proto = VfsDriver(root, id_mapping, size_bytes=0, best_effort_xattrs=False, read_only=True)
+    return NaiveDiffDriver(proto, id_mapping)
+
+
 class VfsDriver:
     """A :class:`ProtoDriver` that copies; see :func:`init`."""
 
     name = "vfs"
 
-    def __init__(self, root: str, id_mapping: IdMapping, *, size_bytes: int, best_effort_xattrs: bool) -> None:
+    def __init__(
+        self,
+        root: str,
+        id_mapping: IdMapping,
+        *,
+        size_bytes: int,
+        best_effort_xattrs: bool,
+        read_only: bool = False,
+    ) -> None:
         self._root = os.path.abspath(root)
         self._dirs = os.path.join(self._root, "dir")
         self._owner = home.root_owner(id_mapping)
@@ -55,8 +71,11 @@ class VfsDriver:
         self._locks = NamedLocks()
         home.ensure_dir(self._root, 0o710, (os.geteuid(), self._owner[1]))
         home.ensure_dir(self._dirs, 0o710, (os.geteuid(), self._owner[1]))
-        removal.sweep(self._dirs)
         self._default_size = size_bytes
+        self._limits: ProjectQuota | NoQuota = NoQuota(QuotaNotSupportedError("the store is opened to be read only"))
+        if read_only:
+            return
+        removal.sweep(self._dirs)
         self._limits = project_limits(self._root, self._dirs)
         if size_bytes:
             self._limits.check()

@@ -62,17 +62,25 @@ class FileMetadataStore:
 
     Args:
         root: the ``layerdb`` directory; made with mode 0700 where it is missing.
+        read_only: every change is refused.
 
     Raises:
         OSError: the directory cannot be made.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, read_only: bool = False) -> None:
         self.root = os.path.abspath(root)
         self._layers = os.path.join(self.root, ALGORITHM)
         self._mounts = os.path.join(self.root, "mounts")
         self._tmp = os.path.join(self.root, "tmp")
-        disk.ensure_dir(self.root, 0o700)
+        self.read_only = read_only
+        if not read_only:
+            disk.ensure_dir(self.root, 0o700)
+
+    def check_writable(self) -> None:
+        """See :meth:`MetadataStore.check_writable`."""
+        if self.read_only:
+            raise LayerStoreError(f"{self.root}: the store was opened to be read only; open it without read_only")
 
     # Reading
 
@@ -155,6 +163,7 @@ class FileMetadataStore:
 
     def begin(self, cache_id: str, *, adopting: bool = False) -> FileTransaction:
         """See :meth:`MetadataStore.begin`."""
+        self.check_writable()
         where = self._new_set(_ADOPT_SET if adopting else _WRITE_SET)
         disk.write_file(os.path.join(where, "cache-id"), cache_id.encode())
         disk.sync_dir(where)
@@ -162,6 +171,7 @@ class FileMetadataStore:
 
     def begin_mount(self, name: str, record: MountRecord, *, adopting: bool = False) -> FileMountTransaction:
         """See :meth:`MetadataStore.begin_mount`."""
+        self.check_writable()
         target = self._mount_path(name)
         where = self._new_set(_ADOPT_SET if adopting else _MOUNT_SET)
         disk.write_file(os.path.join(where, "mount-id"), record.mount_id.encode())
@@ -174,6 +184,7 @@ class FileMetadataStore:
 
     def remove_layer(self, chain_id: ChainID) -> FileRemoval:
         """See :meth:`MetadataStore.remove_layer`."""
+        self.check_writable()
         path = self._layer_path(chain_id)
         trash = f"{path}-{secrets.token_hex(32)}{REMOVING}"
         with suppress(FileNotFoundError):  # somebody deleted it by hand: then it is off the list
@@ -182,6 +193,7 @@ class FileMetadataStore:
 
     def remove_mount(self, name: str) -> FileRemoval:
         """See :meth:`MetadataStore.remove_mount`."""
+        self.check_writable()
         path = self._mount_path(name)
         disk.ensure_dir(self._tmp, 0o755)
         trash = os.path.join(self._tmp, _MOUNT_REMOVING + secrets.token_hex(16))
@@ -210,6 +222,7 @@ class FileMetadataStore:
 
     def forget(self, leftover: Leftover) -> None:
         """See :meth:`MetadataStore.forget`."""
+        self.check_writable()
         disk.delete(leftover.path)
 
     # For the transactions

@@ -56,6 +56,8 @@ def fsck(
     Returns:
         Everything that was found, also what was repaired.
     """
+    if repair:
+        store.records.check_writable()
     found = [*_dead_mounts(store, repair), *_unreadable(store, repair), *_leftovers(store, repair)]
     found += _orphans(store, repair)
     found += _records(store)

@@ -37,6 +37,8 @@ def collect(store: LayerStore, *, layers: bool = False, dry_run: bool = False) -
             line has no handles: this removes every layer that no container stands on.
         dry_run: only tell.
     """
+    if not dry_run:
+        store.records.check_writable()
     found: list[Garbage] = []
     for leftover in store.leftovers():
         size = sum(disk_usage(store, tree) for tree in leftover.driver_ids)

@@ -40,12 +40,14 @@ def load(records: MetadataStore, driver: Driver) -> Loaded:
         try:
             loader.layer(chain_id)
         except (MetadataError, OSError) as error:
-            loader.cannot_use("layer", chain_id, error)
+            if chain_id in records.list_layers():  # or else another process has removed it since, and this is a look
+                loader.cannot_use("layer", chain_id, error)
     for name in loader.mount_records:
         try:
             loader.mount(name)
         except (MetadataError, OSError) as error:
-            loader.cannot_use("mount", name, error)
+            if name in records.list_mounts():
+                loader.cannot_use("mount", name, error)
     for stray in records.strays():
         _log.warning("%s", stray.reason)
         loader.loaded.unreadable.append(stray)

@@ -9,9 +9,40 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from contextlib import suppress
 
 from unionfs.errors import StoreLockedError
+
+_POLL_S = 0.02
+
+
+def wait_until_free(path: str, timeout_s: float | None = None) -> bool:
+    """Wait until nobody holds a lock; somebody else may get it before the caller.
+
+    Args:
+        path: the lock's file.
+        timeout_s: how long to wait; None for as long as it takes.
+
+    Returns:
+        Whether it was free.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while end is not None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_S)
+            else:
+                return True
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return True
+    finally:
+        os.close(fd)
 
 
 class StoreLock:
@@ -38,7 +69,8 @@ class StoreLock:
             if holder == str(os.getpid()):
                 who = "this process"
             raise StoreLockedError(
-                f"the layer store {os.path.dirname(path)} is in use by {who}; close it there, or wait for it to end"
+                f"the layer store {os.path.dirname(path)} is in use by {who}; close it there, or wait for it to end",
+                "" if who == "this process" else path,
             ) from error
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)

@@ -167,7 +167,17 @@ class Removal(Protocol):
 
 
 class MetadataStore(Protocol):
-    """The contract. Methods that take a chain id or a name expect it valid."""
+    """The contract. Methods that take a chain id or a name expect it valid.
+
+    Those that change something raise :class:`LayerStoreError` when the store is only looked at.
+    """
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the store is only looked at."""
+
+    def check_writable(self) -> None:
+        """Raise :class:`LayerStoreError` when the store is only looked at."""
 
     def list_layers(self) -> list[ChainID]:
         """The chain ids of all layers, readable or not, sorted."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.registry import PRIORITY, Registry, default_registry
-from unionfs.errors import DriverError, LayerStoreError
+from unionfs.errors import DriverError, LayerStoreError, StoreLockedError, StoreNotFoundError
 from unionfs.host import disk
 from unionfs.host.syscalls import in_user_namespace
 from unionfs.layers.file_metadata import FileMetadataStore
@@ -44,6 +44,8 @@ def open_store(
     id_mapping: IdMapping | None = None,
     registry: Registry | None = None,
     recover: bool = True,
+    read_only: bool = False,
+    wait: Callable[[StoreLockedError], None] | None = None,
 ) -> LayerStore:
     """Open the layer store at ``root``, or make one there.
 
@@ -55,28 +57,61 @@ def open_store(
         id_mapping: the owners' mapping; None for none.
         registry: the drivers to choose from; None for ours and those of installed packages.
         recover: see :class:`LayerStore`.
+        read_only: only look at what is there: no lock is taken, nothing is written or cleaned up, and nothing mounted,
+            so that it works while another process has the store open, and on a read-only file system. What that
+            process changes meanwhile is not seen, or is gone when it is read.
+        wait: called when another process has the store open, and returns when it is to be tried again
+            (:func:`unionfs.layers.lock.wait_until_free`); None: that is an error.
 
     Raises:
         StoreLockedError: another process has it open.
+        StoreNotFoundError: there is none to look at.
         NotSupportedError: the driver cannot work here, or none does.
         DriverError: several drivers were used there, name one.
         LayerStoreError: the directory cannot be made or used.
     """
     where = os.path.abspath(default_root() if root is None else root)
     drivers = registry or default_registry()
+    if read_only:
+        return _look(where, driver, options, id_mapping, drivers)
+    while True:
+        try:
+            return _open(where, driver, options, id_mapping, drivers, recover)
+        except StoreLockedError as error:
+            if wait is None or not error.lock:
+                raise
+            wait(error)
+
+
+def _look(
+    where: str, driver: str, options: Sequence[str], id_mapping: IdMapping | None, drivers: Registry
+) -> LayerStore:
+    name = driver or _used_before(where, drivers)
+    if not name or not os.path.isdir(_place(where, name)):
+        raise StoreNotFoundError(f"there is no layer store at {where}; name the directory of one (--root)")
+    records = FileMetadataStore(_place(where, name), read_only=True)
+    return LayerStore(drivers.look_at(name, where, options, id_mapping), records)
+
+
+def _open(
+    where: str,
+    driver: str,
+    options: Sequence[str],
+    id_mapping: IdMapping | None,
+    drivers: Registry,
+    recover: bool,
+) -> LayerStore:
     with _alone(where):
         name = driver or _used_before(where, drivers)
         lock = None
         try:
             if name and os.path.isdir(_place(where, name)):
                 # Locked before the driver looks at its home, where it cleans up after a crash.
-                records = _records(where, name)
-                lock = StoreLock(os.path.join(records.root, "lock"))
+                records, lock = _locked_records(where, name)
                 made = drivers.get_driver(name, where, options, id_mapping)
             else:
                 made = drivers.new(where, name, options, id_mapping)
-                records = _records(where, made.name)
-                lock = StoreLock(os.path.join(records.root, "lock"))
+                records, lock = _locked_records(where, made.name)
             return LayerStore(made, records, lock, recover=recover)
         except BaseException:
             if lock is not None:
@@ -88,9 +123,10 @@ def _place(root: str, driver: str) -> str:
     return os.path.join(root, "image", driver, "layerdb")
 
 
-def _records(root: str, driver: str) -> FileMetadataStore:
+def _locked_records(root: str, driver: str) -> tuple[FileMetadataStore, StoreLock]:
     try:
-        return FileMetadataStore(_place(root, driver))
+        records = FileMetadataStore(_place(root, driver))
+        return records, StoreLock(os.path.join(records.root, "lock"))
     except OSError as error:
         raise _unusable(root, error) from error
 

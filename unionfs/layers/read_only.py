@@ -88,6 +88,8 @@ class ReadOnlyLayers(Trees):
             current.reference_count -= 1
             if current.reference_count or (keep_parents and current is not layer):
                 break
+            if self.records.read_only:
+                break
             if reason := self.claims.why_layer_stays(current.chain_id):
                 _log.warning("layer %s stays: %s", current.chain_id, reason)
                 break

@@ -56,6 +56,7 @@ class ReadWriteLayers(ReadOnlyLayers):
             MountNameConflictError: the name is taken.
             LayerDoesNotExistError: there is no ``parent``.
         """
+        self.records.check_writable()
         with self._names.hold(name):
             with self._mount_lock:
                 if name in self._mounts:
@@ -102,6 +103,7 @@ class ReadWriteLayers(ReadOnlyLayers):
             LayerDoesNotExistError: there is no ``parent``.
             LayerStoreError: there is no such tree, or it belongs to something else. It stays as it is.
         """
+        self.records.check_writable()
         if not is_valid_id(tree) or tree.endswith(INIT_SUFFIX):
             raise LayerStoreError(
                 f"invalid mount id value {tree[:100]!r}; a tree is adopted by its 64 hexadecimal digits"
@@ -236,6 +238,7 @@ class ReadWriteLayers(ReadOnlyLayers):
             MountDoesNotExistError: there is no such damaged read-write layer of this name.
             DriverError: a tree could not be removed. The record is still there.
         """
+        self.records.check_writable()
         with self._names.hold(name):
             damaged = self.claims.find("mount", name)
             if damaged is None:

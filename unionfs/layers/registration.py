@@ -88,6 +88,7 @@ class Registration(ReadOnlyLayers):
         expected: DiffID | None,
         progress: Progress | None,
     ) -> LayerHandle:
+        self.records.check_writable()
         with ExitStack() as stack:
             pin = stack.enter_context(self._pinned(parent_id))
             parent = pin.layer
@@ -149,6 +150,7 @@ class Registration(ReadOnlyLayers):
             LayerStoreError: there is no such tree, or it belongs to a layer.
             LayerDamagedError: the tree is not what the record is of.
         """
+        self.records.check_writable()
         self._check_exists(tree)
         with self._pinned(parent) as pin, self._claimed(tree):
             _check_depth(pin.layer)

@@ -78,6 +78,7 @@ class RWLayer:
             MountError: the mount failed.
             LayerNotFoundError: the tree is gone.
         """
+        self._store.records.check_writable()
         path = self._store.driver.get(self.stored.record.mount_id, mount_label)
         with self._store.counting:
             self.stored.mounts += 1
@@ -89,6 +90,7 @@ class RWLayer:
         Raises:
             NotMountedError: it is not mounted.
         """
+        self._store.records.check_writable()
         with self._store.counting:
             known = self.stored.mounts > 0
             if known:
@@ -124,6 +126,7 @@ class RWLayer:
 
     def apply_diff(self, stream: Readable) -> int:
         """Apply a layer's uncompressed tar stream to it; the size of what it holds then, in bytes."""
+        self._store.records.check_writable()
         return self._store.driver.apply_diff(self.stored.record.mount_id, self.stored.driver_parent, stream)
 
     def metadata(self) -> dict[str, str]:

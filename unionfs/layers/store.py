@@ -25,16 +25,23 @@ class LayerStore(Registration, ReadWriteLayers):
         lock: held as long as the store is open, and released by :meth:`close`; None: the caller sees to that.
         recover: finish what a crash left half done. Only to look at a store as it is, leave it off.
 
+    With records that are only looked at, nothing is recovered, and every change is an error.
+
     Raises:
         OSError: the metadata cannot be listed. A layer that cannot be read is no error: see :attr:`unreadable`.
     """
 
     def __init__(
-        self, driver: Driver, records: MetadataStore, lock: StoreLock | None = None, *, recover: bool = True
+        self,
+        driver: Driver,
+        records: MetadataStore,
+        lock: StoreLock | None = None,
+        *,
+        recover: bool = True,
     ) -> None:
         super().__init__(driver, records)
         self._lock = lock
-        if recover:
+        if recover and not records.read_only:
             self.recover()
 
     def __enter__(self) -> LayerStore:
@@ -52,6 +59,7 @@ class LayerStore(Registration, ReadWriteLayers):
 
     def cleanup(self) -> None:
         """Finish removals that failed, and end all mounts: for the end of the program that runs the containers."""
+        self.records.check_writable()
         self.recover()
         self.driver.cleanup()
 

@@ -76,6 +76,7 @@ class Trees:
         """Remove what belongs to it; False if that failed, with a line in the log."""
         needed = self.driver_ids() | self.claims.trees()
         try:
+            self.records.check_writable()
             for tree in leftover.driver_ids:
                 if tree not in needed:
                     self.driver.remove(tree)

@@ -163,14 +163,18 @@ class ImageStore:
         self._lock = threading.RLock()
         self._images: dict[str, Image] = {}
         self._handles: dict[str, LayerHandle] = {}
-        ensure_dir(self._content, 0o700)
+        looking = layers.records.read_only
+        if not looking:
+            ensure_dir(self._content, 0o700)
         self._names = ImageNames(os.path.join(self.root, "repositories.json"))
-        for name in sorted(os.listdir(self._content)):
+        for name in sorted(os.listdir(self._content)) if os.path.isdir(self._content) else ():
             if is_hex_digest(name):
                 self._load(f"{ALGORITHM}:{name}")
-            elif name.startswith(".tmp-"):
+            elif name.startswith(".tmp-") and not looking:
                 with suppress(OSError):
                     os.unlink(os.path.join(self._content, name))
+        if looking:  # another process may have removed images meanwhile, their names first
+            self._names = ImageNames(os.path.join(self.root, "repositories.json"))
         for image_id in sorted(set(self._names.all().values()) - self._images.keys() - self.unreadable.keys()):
             self._cannot_read(image_id, "its configuration is gone")
 
@@ -295,7 +299,7 @@ class ImageStore:
 
     def spool(self) -> BinaryIO:
         """A temporary file beside the images, which nobody else sees and which is gone when it is closed."""
-        return tempfile.TemporaryFile(dir=self.root)
+        return tempfile.TemporaryFile(dir=None if self.layers.records.read_only else self.root)
 
     def users(self, image: Image) -> list[str]:
         """The read-write layers that stand on the image, unless another image has the same layers."""
@@ -326,6 +330,7 @@ class ImageStore:
             LayerDoesNotExistError: a layer is missing. Nothing is stored.
             OSError: it could not be written. Nothing is stored.
         """
+        self.layers.records.check_writable()
         image = parse_image(config_bytes)
         with self._lock:
             path = os.path.join(self._content, digits_of(image.image_id))
@@ -355,6 +360,7 @@ class ImageStore:
             ImageNotFoundError: there is no image ``text``.
             ImageError: the name has a digest, which only a registry gives.
         """
+        self.layers.records.check_writable()
         if name.digest:
             raise ImageError(f"{name.familiar}: a name with a digest comes from a registry; give a tag")
         with self._lock:
@@ -368,6 +374,7 @@ class ImageStore:
         Raises:
             ImageNotFoundError: nothing has that name.
         """
+        self.layers.records.check_writable()
         with self._lock:
             if self._names.image_id(name) is None:
                 raise ImageNotFoundError(f"no such image: {name.familiar}; unionfs image ls shows those that are here")
@@ -393,6 +400,7 @@ class ImageStore:
             ImageInUseError: see ``force``.
             DriverError: a layer could not be removed. The image is gone; ``unionfs gc --layers`` removes it later.
         """
+        self.layers.records.check_writable()
         with self._lock:
             if (damaged := self._find_unreadable(text)) is not None:
                 return self._remove_unreadable(damaged)
