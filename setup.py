@@ -14,15 +14,15 @@ from setuptools import Extension, setup
 
 # From reading a request to the system calls: all modules of these packages of ``unionfs``, those below them too.
 _COMPILED = """
-    fuse_ops/transports/direct fuse_ops/requests fuse_ops/speedups fuse_ops/copy_up fuse_ops/quota fuse_ops/tree
-    fuse_ops/stack overlay
+    fuse_ops/transports/direct fuse_ops/requests fuse_ops/speedups fuse_ops/union fuse_ops/copy_up fuse_ops/tree
+    fuse_ops/quota fuse_ops/stack overlay
 """
 # Not: what runs once for each mount, what hypothesis or a person steps through, and what lives on Python's own classes
 # (threads, ctypes).
 _NOT_COMPILED = """
     fuse_ops/requests/waiting_calls fuse_ops/speedups/placement
     fuse_ops/speedups/pyfuse3_waiting fuse_ops/speedups/late_sync/settling
-    fuse_ops/speedups/late_sync/recovery fuse_ops/tree/renames fuse_ops/stack/workdir fuse_ops/stack/raw_ids
+    fuse_ops/speedups/late_sync/recovery fuse_ops/union/renames fuse_ops/stack/workdir fuse_ops/stack/raw_ids
     fuse_ops/stack/overlap overlay/idmap
 """
 

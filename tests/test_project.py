@@ -8,11 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
 
-import unionfs.fuse_ops.tree.union_tree
+import unionfs.fuse_ops.union.union_tree
 from tests.support.compiled import compiled_sources, miscompiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,12 +21,24 @@ PACKAGE = ROOT / "unionfs"
 
 # Each layer may import those below it; archive and fuse_ops lie side by side (docs/design/architecture.md).
 LAYERS = [{"cli"}, {"engines"}, {"layers"}, {"drivers"}, {"archive", "fuse_ops"}, {"overlay"}, {"host"}]
+# The rooms of the file system, by the same rule.
+ROOMS = [
+    {"session"},
+    {"transports"},
+    {"speedups"},
+    {"requests"},
+    {"union"},
+    {"copy_up"},
+    {"tree"},
+    {"quota"},
+    {"stack"},
+]
 # Modules that anything may import, and that import nothing of ours.
 FOUNDATION = {"errors"}
 
 
-def level_of(part: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if part in names)
+def level_of(part: str, layers: list[set[str]]) -> int:
+    return next(i for i, names in enumerate(layers) if part in names)
 
 
 def imported_modules(path: Path, module: str) -> Iterator[tuple[int, str]]:
@@ -43,29 +56,36 @@ def imported_modules(path: Path, module: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{base}.{alias.name}"
 
 
-def wrong_imports(package: Path) -> list[str]:
+def wrong_imports(
+    package: Path, layers: list[set[str]] = LAYERS, foundation: AbstractSet[str] = frozenset(FOUNDATION)
+) -> list[str]:
     """Imports in ``package`` that do not point downwards, as "file:line: importer -> imported"."""
     found = []
+    parents = [package.name]  # of a room: the package itself, and the one it is in
+    while (package.parents[len(parents) - 1] / "__init__.py").exists():
+        parents.insert(0, package.parents[len(parents) - 1].name)
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         importer = parts[0]
-        module = ".".join([package.name, *(part for part in parts if part != "__init__")])
+        module = ".".join([*parents, *(part for part in parts if part != "__init__")])
         for line, name in imported_modules(path, module):
             pieces = name.split(".")
             if pieces[0] == "tests" or pieces[0] == "scripts":
                 found.append(f"{path}:{line}: {importer} -> {name}")
-            if pieces[0] != package.name or len(pieces) == 1:
+            if pieces[: len(parents)] != parents or len(pieces) == len(parents):
                 continue
-            imported = pieces[1]
-            if imported in FOUNDATION or imported.startswith("__") or importer == imported:
+            imported = pieces[len(parents)]
+            if imported in foundation or imported.startswith("__") or importer == imported:
                 continue
-            if importer in FOUNDATION or importer == "__init__" or level_of(imported) <= level_of(importer):
+            upwards = importer in foundation or importer == "__init__"
+            if upwards or level_of(imported, layers) <= level_of(importer, layers):
                 found.append(f"{path}:{line}: {importer} -> {imported}")
     return found
 
 
 def test_imports_point_downwards() -> None:
     assert wrong_imports(PACKAGE) == []
+    assert wrong_imports(PACKAGE / "fuse_ops", ROOMS, {"options"}) == []
 
 
 @pytest.mark.parametrize(
@@ -92,9 +112,47 @@ def test_the_import_rule_is_applied(tmp_path: Path, where: str, statement: str, 
     assert bool(wrong_imports(tmp_path / "unionfs")) is bad
 
 
+@pytest.mark.parametrize(
+    ("where", "statement", "bad"),
+    [
+        ("requests/a.py", "from unionfs.fuse_ops.tree.b import c", False),
+        ("tree/a.py", "from unionfs.fuse_ops.copy_up.b import c", True),
+        ("tree/deeper/a.py", "import unionfs.fuse_ops.union", True),
+        ("tree/a.py", "from ..requests import b", True),
+        ("options.py", "from unionfs.fuse_ops.stack import b", True),
+        ("stack/a.py", "from unionfs.fuse_ops.options import b", False),
+    ],
+)
+def test_the_rule_is_applied_to_rooms(tmp_path: Path, where: str, statement: str, bad: bool) -> None:
+    rooms = tmp_path / "unionfs" / "fuse_ops"
+    path = rooms / where
+    path.parent.mkdir(parents=True)
+    path.write_text(statement)
+    (tmp_path / "unionfs" / "__init__.py").touch()
+    assert bool(wrong_imports(rooms, ROOMS, {"options"})) is bad
+
+
+def test_no_import_goes_round() -> None:
+    """Not even one that only types need: what knows of each other is one module, or has a third one below both."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names = {name for _, name in imported_modules(path, module)}
+        imports[module] = {m for name in names for m in (name, name.rpartition(".")[0]) if m in paths and m != module}
+    # What is left, when nothing is that imports no other or that no other imports, is in a circle or between two.
+    while ends := {
+        m for m in imports if not imports[m] & imports.keys() or not any(m in names for names in imports.values())
+    }:
+        for module in ends:
+            del imports[module]
+    # The layer store is still made of mixins that know each other.
+    assert {module for module in imports if not module.startswith("unionfs.layers.")} == set()
+
+
 def test_every_package_has_its_place() -> None:
     known = set().union(*LAYERS)
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {path.parent.name for path in PACKAGE.glob("fuse_ops/*/__init__.py")} == set().union(*ROOMS)
     assert packages <= known, "add the new package to LAYERS, where it belongs, and to docs/design/architecture.md"
 
 
@@ -186,7 +244,7 @@ def test_what_was_compiled_is_what_is_there() -> None:
     assert set(compiled) == set(sources)
     for source, made in compiled.items():
         assert source.stat().st_mtime <= made.stat().st_mtime, f"{source} was changed; run scripts/setup"
-    assert unionfs.fuse_ops.tree.union_tree.__file__ == str(compiled[ROOT / "unionfs/fuse_ops/tree/union_tree.py"])
+    assert unionfs.fuse_ops.union.union_tree.__file__ == str(compiled[ROOT / "unionfs/fuse_ops/union/union_tree.py"])
 
 
 def test_nothing_that_is_compiled_waits_while_it_handles_an_exception() -> None:

@@ -580,7 +580,7 @@ def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch
         with mounted(layers) as pid:
             assert not running.serves(pid)
         (waiting,) = running.copies()
-        with open(f"{copied}/unionfs/fuse_ops/tree/union_tree.py", "a", encoding="utf-8") as file:
+        with open(f"{copied}/unionfs/fuse_ops/union/union_tree.py", "a", encoding="utf-8") as file:
             file.write("# changed\n")
         assert not served()
         assert wait_until(lambda: running.copies() != [] and waiting not in running.copies(), END_S)

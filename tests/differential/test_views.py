@@ -27,7 +27,7 @@ from unionfs.archive.overlay_view import MergedView, Node
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.files import RootedDir
 
 needs_root()

@@ -15,8 +15,8 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)

@@ -15,7 +15,7 @@ from tests.support.syscalls import cached_pages
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.speedups.reading_ahead import FileReadAhead
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

@@ -12,8 +12,8 @@ from tests.support.syscalls import renameat2
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 IMPURE = "trusted.overlay.impure"
 

@@ -14,7 +14,7 @@ from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes
 from unionfs.fuse_ops.tree import listing as listings
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 needs_root()
 

@@ -13,14 +13,15 @@ import pytest
 import trio
 import trio.testing
 
+from unionfs.fuse_ops.copy_up import unsynced
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.late_sync import recovery, settling, unsynced
+from unionfs.fuse_ops.speedups.late_sync import recovery, settling
 from unionfs.fuse_ops.speedups.late_sync.settling import Settling
-from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)

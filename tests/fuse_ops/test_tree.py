@@ -18,9 +18,9 @@ from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.metadata import AttributeChange
 from unionfs.fuse_ops.tree.need import METADATA
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def _versions() -> str:
     from importlib.metadata import version
     from importlib.util import find_spec
 
-    spec = find_spec("unionfs.fuse_ops.tree.union_tree")
+    spec = find_spec("unionfs.fuse_ops.union.union_tree")
     compiled = "" if spec is None or (spec.origin or "").endswith(".py") else " (compiled)"
     lines = [f"unionfs-mount: version {__version__}{compiled}", f"pyfuse3 version: {version('pyfuse3')}"]
     try:

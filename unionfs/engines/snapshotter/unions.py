@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
 from unionfs.errors import MountError, SnapshotterError
-from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
+from unionfs.fuse_ops.copy_up.unsynced import was_noted
 from unionfs.fuse_ops.stack.workdir import Claim
 from unionfs.host import mountinfo, unmount
 from unionfs.host.mounts import is_dead

@@ -2,7 +2,7 @@
 
 A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
 disk before that, unless the mount is volatile, or the lower file answers for it
-(:mod:`unionfs.fuse_ops.speedups.late_sync.unsynced`).
+(:mod:`unionfs.fuse_ops.copy_up.unsynced`).
 Until then the copy has no name, where the file system allows that.
 The slow part, copying data, is a :class:`CopyUpJob` that knows only descriptors: it may run in a worker thread while
 the tree goes on serving others.
@@ -18,7 +18,7 @@ import stat
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
 from unionfs.fuse_ops.copy_up.placing import Placing
-from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, Unsynced, unmark
+from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, unmark
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unionfs.fuse_ops.speedups.late_sync.unsynced import Attribute, settle
+from unionfs.fuse_ops.copy_up.unsynced import Attribute, settle
 from unionfs.fuse_ops.stack.upper_dir import NewFile
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.overlay.copying import always, copy_data

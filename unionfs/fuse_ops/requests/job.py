@@ -14,6 +14,8 @@ from unionfs.host.process_state import is_being_killed
 
 T = TypeVar("T")
 
+SHORT_WAIT_S: Final = 5e-3
+"""A wait for the disk that takes longer is not a short one."""
 LOOK_S: Final = 0.1
 """How often to look whether a program that waits has been killed."""
 

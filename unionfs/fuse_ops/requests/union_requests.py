@@ -17,18 +17,17 @@ from typing import Any, TypeVar
 
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.requests.job import Copying, Job
+from unionfs.fuse_ops.requests.job import SHORT_WAIT_S, Copying, Job
 from unionfs.fuse_ops.requests.observer import Observer
 from unionfs.fuse_ops.requests.waiting_calls import LastCloseInThread
-from unionfs.fuse_ops.speedups.patience import SLOW_S
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
-from unionfs.fuse_ops.tree.changes import Caller, check_new_name
 from unionfs.fuse_ops.tree.inodes import Inode, OpenDir, OpenFile
 from unionfs.fuse_ops.tree.listing import has_gone
-from unionfs.fuse_ops.tree.metadata import AttributeChange
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, NO_CONTENTS, Need, for_attributes, for_name
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.changes import Caller, check_new_name
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.syscalls import RENAME_EXCHANGE
 
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
@@ -468,7 +467,7 @@ class UnionRequests:
             start = time.perf_counter()
             sync(fd)
             # A database, say, which is large and has little to write each time.
-            file.synced_size = size if time.perf_counter() - start <= SLOW_S else 0
+            file.synced_size = size if time.perf_counter() - start <= SHORT_WAIT_S else 0
 
         return Job(run, short=grown <= _SHORT_SYNC_BYTES, changes=False)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from unionfs.errors import LayerError
+from unionfs.fuse_ops.copy_up.unsynced import Unsynced, was_noted
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
@@ -20,7 +20,7 @@ from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import can_exchange, prepare_workdir, supports_xattrs
 from unionfs.fuse_ops.tree.accounts import Accounts, LimitedAccounts
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.overlay.format import OverlayXattrs, may_use_trusted
 
@@ -89,7 +89,7 @@ def _assemble(
         raise
     tree.hold_claim(work.claim)
     tree.warnings.extend(work.warnings)
-    if work.unsynced and work.claim is not None:
+    if work.claim is not None and was_noted(work.claim.workdir_fd):
         _recover(tree, work.claim.workdir_fd)
     return tree
 

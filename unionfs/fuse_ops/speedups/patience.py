@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from unionfs.fuse_ops.requests.job import SHORT_WAIT_S
+
 _IN_A_ROW: Final = 8  # requests of one thread of one program, until it counts as alone
-SLOW_S: Final = 5e-3  # a wait that is longer is not a short one
 _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so many times its length
 
 
@@ -46,5 +47,5 @@ class Patience:
     def waited_since(self, start: float) -> None:
         """A wait that began when time.perf_counter() was ``start`` is over."""
         now = time.perf_counter()
-        if now - start > SLOW_S:
+        if now - start > SHORT_WAIT_S:
             self._not_before = now + _PAUSE_FACTOR * (now - start)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.errors import LayerError
-from unionfs.fuse_ops.speedups.late_sync.unsynced import was_noted
 from unionfs.host import syscalls
 from unionfs.host.files import remove_tree
 from unionfs.host.fs_magic import FsMagic, fs_magic
@@ -62,7 +61,6 @@ class WorkDir:
     fd: int
     claim: Claim | None
     warnings: list[str]
-    unsynced: bool  # a server has ended before its copies were on the disk
 
     def close(self) -> None:
         """Give it up."""
@@ -94,7 +92,6 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: b
         fd = _open_work(workdir, lock_fd)
         opened.callback(os.close, fd)
         _check_marker(workdir, fd)
-        unsynced = claim is not None and was_noted(lock_fd)
         if claim is not None:
             _empty(fd)
             _make_neutral(fd, upper_fd)
@@ -104,7 +101,7 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: b
     if claim is None:
         os.close(lock_fd)
         os.close(upper_fd)
-    return WorkDir(fd, claim, warnings, unsynced)
+    return WorkDir(fd, claim, warnings)
 
 
 def _open(name: str, path: str, step: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 # FUSE 7.36, with room for more than 32 capabilities in INIT.
 _DIRECT_SINCE: Final = (5, 17)

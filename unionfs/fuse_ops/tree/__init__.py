@@ -1,1 +1,1 @@
-"""The merged tree: look-up, listing, changes, attributes, open files."""
+"""The merged tree as it is: look-up, listing, attributes, open files."""

@@ -1,6 +1,6 @@
 """What a mount does first when the one before it has ended in a crash: finishes copies that were not yet synced.
 
-See :mod:`unionfs.fuse_ops.speedups.late_sync.unsynced`: their data may be anything, and the lower files have it.
+See :mod:`unionfs.fuse_ops.copy_up.unsynced`: their data may be anything, and the lower files have it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import stat
 
-from unionfs.fuse_ops.speedups.late_sync.unsynced import unmark
+from unionfs.fuse_ops.copy_up.unsynced import unmark
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host import syscalls
 from unionfs.host.files import open_directory, walk_tree
 from unionfs.overlay.format import TRUSTED, UNSYNCED, USER

@@ -9,9 +9,9 @@ from typing import Final
 
 import trio
 
+from unionfs.fuse_ops.copy_up import unsynced
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.speedups.late_sync import unsynced
 from unionfs.fuse_ops.tree.inodes import Inode
 
 log = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from unionfs.fuse_ops.transports.direct.protocol import Init, Opcode, Open, Requ
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, DEFAULT_ACL
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
-from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode
 from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings, has_gone, is_listed_bare
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 
 def pack(inode: Inode, attributes: Attributes) -> bytes:

@@ -37,7 +37,7 @@ from unionfs.fuse_ops.transports.direct.handlers import (
 )
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
 from unionfs.fuse_ops.transports.serving import serve_beside
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from unionfs.fuse_ops.speedups.early_pages import EarlyPages
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode, OpenFile
 from unionfs.fuse_ops.tree.listing import is_listed_bare
-from unionfs.fuse_ops.tree.metadata import AttributeChange
-from unionfs.fuse_ops.tree.union_tree import UnionTree
+from unionfs.fuse_ops.union.metadata import AttributeChange
+from unionfs.fuse_ops.union.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
 

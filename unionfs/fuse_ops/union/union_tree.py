@@ -14,23 +14,23 @@ import stat
 from collections.abc import Callable
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up.unsynced import Unsynced
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-from unionfs.fuse_ops.speedups.late_sync.unsynced import Unsynced
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import Claim
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.fuse_ops.tree.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.metadata import AttributeChange, MetadataChanges
 from unionfs.fuse_ops.tree.need import for_writing
 from unionfs.fuse_ops.tree.protection import Protection
-from unionfs.fuse_ops.tree.renames import Renames
+from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges
+from unionfs.fuse_ops.union.metadata import AttributeChange, MetadataChanges
+from unionfs.fuse_ops.union.renames import Renames
 from unionfs.host.syscalls import syncfs
 from unionfs.overlay.format import OverlayXattrs
 

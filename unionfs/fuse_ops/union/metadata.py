@@ -14,10 +14,10 @@ from unionfs.fuse_ops.options import XattrPermissions
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
-from unionfs.fuse_ops.tree.changes import Caller
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, for_attributes
+from unionfs.fuse_ops.union.changes import Caller
 
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
 _XATTR_NAME_MAX: Final = 255
