@@ -128,6 +128,29 @@ def test_root_of_a_user_namespace(layers: Sandbox) -> None:
     assert sorted(os.listdir(layers.in_upper())) != ["d"], "the removed file is not marked"
 
 
+def test_files_of_others_that_are_shown_as_ones_own(layers: Sandbox) -> None:
+    """squash_to_uid: a copy cannot have the owner that nobody sees."""
+    lower = layers.lower()
+    for name in ("a", "b", "c", "d/e/f", "d/g"):
+        lower.file(name, b"text\n")
+    lower.symlink("link", "a").link("a2", "a")
+    squash = f"squash_to_uid={USER},squash_to_gid={USER}"
+    done = as_user(
+        layers,
+        f"unionfs-mount -o {layer_options(layers)},{squash} {layers.target}; cd {layers.target}; "
+        "stat -c %u:%g a d link; "
+        "chmod 750 a; echo more >> b; mv c c0; touch d/e/new; rm -r d/e; mv d d1; touch -d @9 a2; ln c0 c1; rm link; "
+        f"stat -c '%n %a %u %Y' a; cat b c1 d1/g; ls; cd /; unionfs umount {layers.target}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [
+        *[f"{USER}:{USER}"] * 3,
+        *["a", "750", str(USER), "9", "text", "more", "text", "text"],
+        *["a", "a2", "b", "c0", "c1", "d1", "name", "secret"],
+    ]
+    assert {os.lstat(layers.in_upper(name)).st_uid for name in ("a", "b", "c0", "d1")} == {USER}
+
+
 def test_directories_that_their_owner_may_not_write(layers: Sandbox) -> None:
     """Module caches and package stores are such. Files in them may be changed, though their names may not."""
     lower = layers.lower()
@@ -155,3 +178,36 @@ def test_directories_that_their_owner_may_not_write(layers: Sandbox) -> None:
     ]
     assert stat.S_IMODE(os.stat(layers.in_upper("d")).st_mode) == 0o555
     assert os.listdir(f"{layers.work}/work") == []
+
+
+def test_directories_that_their_owner_may_only_search(layers: Sandbox) -> None:
+    """Names in them are found and changed as on any file system; an empty one can be removed or replaced."""
+    lower, second = layers.lower(), layers.lower()
+    for layer in (lower, second):
+        for name in ("f", "g", "h", "i"):
+            layer.file(f"x/{name}", name.encode(), owner=(USER, USER))
+    second.file("x/low", b"low", owner=(USER, USER))
+    # Hard links are looked for in everything, of which some is somebody else's.
+    lower.file("x/one", b"1", owner=(USER, USER)).link("two", "x/one").dir("secrets", mode=0o700)
+    for layer in (lower, second):
+        layer.dir("x", mode=0o311, owner=(USER, USER))
+    mount = f"unionfs-mount -o {layer_options(layers)} {layers.target}"
+    done = as_user(
+        layers,
+        f"{mount}; cd {layers.target}; "
+        # Of the upper layer alone.
+        "mkdir a b c d e e/e; chmod a-rw a; rmdir a; chmod 0 b; rm -r b; chmod 0 d; mv -T c d; "
+        "mv x/h e/e; chmod 311 e/e; rm e/e/h; chmod 0 e/e; rmdir e/e; mkdir f f/in; chmod 0 f; "
+        "rmdir f 2>/dev/null || stat -c %a f; "
+        # In lower ones.
+        "cat x/f x/low; echo new > x/new; rm x/g; test ! -e x/g; echo >> two; cat x/one x/f; echo; "
+        f"cd /; unionfs umount {layers.target}; {mount}; cd {layers.target}; "
+        "cat x/f x/low x/new; test ! -e x/g; test ! -e x/none; test ! -e x/h; mv x/i x/j; cat x/j; echo; "
+        "stat -c '%a %n' *; "
+        f"cd /; unionfs umount {layers.target}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [
+        *["0", "flow1", "f", "flownew", "i"],
+        *["755", "d", "755", "e", "0", "f", "644", "name", "600", "secret", "700", "secrets", "644", "two", "311", "x"],
+    ]

@@ -223,7 +223,7 @@ class CopyUp:
         The mode follows the extended attributes, which a server without privilege can set on a file that it may
         write only. The times are last, and stay: renames and links do not change them.
         """
-        copy_owner(*target, st)
+        self._copy_owner(target, st)
         if with_origin:
             self.origins.record(inode, st, (self._lower(inode)[0], source), target)
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
@@ -234,6 +234,18 @@ class CopyUp:
             self.protection.record(at_path(*target), protection, follow=not target[1])
         copy_mode(*target, st)
         copy_times(*target, st)
+
+    def _copy_owner(self, target: At, st: os.stat_result) -> None:
+        try:
+            copy_owner(*target, st)
+        except PermissionError:
+            # A server without privilege. What is squashed is shown whatever the copy has, which is the server's.
+            ownership = self._view.ownership
+            if not ownership.squashed:
+                raise
+            uid = st.st_uid if ownership.squash_uid is None else -1
+            gid = st.st_gid if ownership.squash_gid is None else -1
+            os.chown(at_path(*target), uid, gid, follow_symlinks=not target[1])
 
     @staticmethod
     def _lower(inode: Inode) -> tuple[LayerDir, bytes]:

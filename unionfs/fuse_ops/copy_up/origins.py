@@ -83,7 +83,10 @@ class Origins:
             return
         dir_fd = self._view.upper_dir_fd(directory)
         if directory.origin_names is None:
-            directory.origin_names = self._names_with_origin(directory, dir_fd)
+            try:
+                directory.origin_names = self._names_with_origin(directory, dir_fd)
+            except PermissionError:
+                return  # a server without privilege may search it, but not read
         directory.origin_names.discard(name)
         if not directory.origin_names:
             directory.impure, directory.origin_names = False, None

@@ -14,7 +14,7 @@ from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, s
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
-from unionfs.host.files import open_confined
+from unionfs.host.files import make_accessible, open_confined
 from unionfs.host.syscalls import open_handle
 from unionfs.overlay import rules
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE, OverlayXattrs, decode_origin, inode_in_handle
@@ -179,22 +179,34 @@ class MergedView:
         dir_fd = self.upper_dir_fd(directory)
         st = rules.stat_entry(dir_fd, name, self.lower.spaces, xwhiteouts=directory.xwhiteouts)
         if st is None:
-            return None, bool(directory.lowers) and name in self.upper_marks(directory)
+            return None, bool(directory.lowers) and self._is_marked(directory, name)
         if st is WHITEOUT:
             return None, True
         if not stat.S_ISDIR(st.st_mode):
             return st, True
-        return st, bool(directory.lowers) and name in self.upper_marks(directory)
+        return st, bool(directory.lowers) and self._is_marked(directory, name)
+
+    def _is_marked(self, directory: Inode, name: bytes) -> bool:
+        """Whether a ``.wh.`` mark in the upper directory hides ``name``."""
+        try:
+            return name in self.upper_marks(directory)
+        except PermissionError:  # a directory that a server without privilege may search, but not read
+            try:
+                os.stat(MARK + name, dir_fd=self.upper_dir_fd(directory), follow_symlinks=False)
+            except OSError:  # there is none, or there can be none of such a length
+                return False
+            return True
 
     def upper_marks(self, directory: Inode) -> set[bytes]:
         """The names that ``.wh.`` marks in the upper directory hide. Reads that directory once."""
         marks = directory.marks
         if marks is None:
-            marks = directory.marks = set()
+            marks = set()
             with scan(self.upper_dir_fd(directory)) as items:
                 for item in items:
                     if rules.is_mark(item.name):
                         marks.add(item.name[len(MARK) :])
+            directory.marks = marks
         return marks
 
     def lower_hit(self, directory: Inode, name: bytes) -> LowerHit | None:
@@ -205,7 +217,10 @@ class MergedView:
         if len(lowers) == 1:
             return self.lower.lookup(lowers, name)
         if directory.index is None:
-            directory.index = self.lower.index(lowers)
+            try:
+                directory.index = self.lower.index(lowers)
+            except PermissionError:  # as in _is_marked: one of them cannot be read
+                return self.lower.lookup(lowers, name)
         return self.lower.lookup_indexed(lowers, directory.index, name)
 
     def _adopt_lower(self, directory: Inode, name: bytes, hit: LowerHit) -> Inode:
@@ -493,5 +508,16 @@ class MergedView:
         return list(index.names)
 
     def is_empty(self, directory: Inode) -> bool:
-        """Whether there is nothing in ``directory``."""
-        return not self.names(directory, limit=1)
+        """Whether there is nothing in ``directory``, also in one of the server's own that it may not look into."""
+        try:
+            return not self.names(directory, limit=1)
+        except PermissionError:
+            if not directory.upper:
+                raise
+        dir_fd, name = self.upper_at(directory)
+        mode = stat.S_IMODE(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+        make_accessible(dir_fd, name)
+        try:
+            return not self.names(directory, limit=1)
+        finally:
+            os.chmod(name, mode, dir_fd=dir_fd)

@@ -14,6 +14,7 @@ from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
 from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges, check_new_name
+from unionfs.host.files import make_accessible
 from unionfs.host.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from unionfs.overlay.format import WHITEOUT_DEVICE
 
@@ -153,7 +154,7 @@ class Renames:
             changes.keep_for_users(target)
             if target.kind == stat.S_IFDIR and target.upper:
                 view.forget_upper_dir(target)
-                if os.listdir(b"/proc/self/fd/%d/%s" % (new_fd, new_name)):
+                if _has_entries(new_fd, new_name):
                     upper.clear_directory(new_fd, new_name)
         over_whiteout = False
         if target is None or not target.upper:
@@ -207,3 +208,13 @@ class Renames:
         if inode.has_origin:
             self._copy_up.origins.arrived(directory, name)
         self._changes.note_nested(inode, directory)
+
+
+def _has_entries(dir_fd: int, name: bytes) -> bool:
+    """Whether there are whiteouts in a directory that is to be replaced; its owner may be forbidden to look."""
+    path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+    try:
+        return bool(os.listdir(path))
+    except PermissionError:
+        make_accessible(dir_fd, name)
+        return bool(os.listdir(path))
