@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import stat
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode, InodeNumbers, InodeTable
 
 
 def table() -> tuple[InodeTable, Inode]:
@@ -24,12 +25,39 @@ def test_a_remount_gives_the_same_numbers() -> None:
     assert first.of((20, 5)) == second.of((21, 5)) != 5
 
 
-@given(st.sets(st.tuples(st.sampled_from([10, 20, 30]), st.integers(0, 2**64 - 1)), max_size=20))
-def test_different_files_have_different_numbers(reals: set[tuple[int, int]]) -> None:
-    numbers = InodeNumbers(iter([10, 20]))
-    given_out = [numbers.of(real) for real in reals]
+@given(
+    st.sets(st.tuples(st.sampled_from([10, 20, 30]), st.integers(0, 2**64 - 1)), max_size=20),
+    st.sampled_from(["auto", "on", "off"]),
+)
+def test_different_files_have_different_numbers(reals: set[tuple[int, int]], xino: str) -> None:
+    inodes = InodeTable(InodeNumbers(iter([10, 20]), xino))
+    given_out = [inodes.new(stat.S_IFREG, inodes.numbers.of(real)).ino for real in reals]
     assert len(set(given_out)) == len(reals)
     assert all(ROOT_INO < number < 2**64 for number in given_out)
+
+
+@pytest.mark.parametrize("xino", ["auto", "off"])
+def test_numbers_fit_32_bits(xino: str) -> None:
+    numbers = InodeNumbers(iter(range(40)), xino)
+    given_out = [numbers.of((device, ino)) for device in range(25) for ino in (2, 3, 1 << 25, (1 << 26) - 1)]
+    assert len(set(given_out)) == len(given_out)
+    assert max(given_out) < 1 << 32
+    again = InodeNumbers(iter(range(40)), xino)
+    assert (numbers.of((7, 77)) == again.of((7, 77))) == (xino == "auto")
+    assert numbers.of((7, 1 << 26)) == 7 << 56 | 1 << 26 if xino == "auto" else numbers.of((7, 1 << 26)) < 1 << 32
+
+
+def test_numbers_of_the_kernel() -> None:
+    """``xino=on``: those of further devices have the device in their highest bits."""
+    numbers = InodeNumbers(iter([10, 20]), "on")
+    assert numbers.of((10, 5)) == 5
+    assert numbers.of((20, 5)) == 1 << 56 | 5
+
+
+def test_numbers_never_end() -> None:
+    numbers = InodeNumbers(iter([10]))
+    numbers._next_virtual = UNKNOWN_INO - 1
+    assert [numbers.virtual() for _ in range(3)] == [UNKNOWN_INO - 1, 1 << 63, (1 << 63) + 1]
 
 
 def test_a_number_in_use_is_not_given_twice() -> None:

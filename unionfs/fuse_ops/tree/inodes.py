@@ -17,7 +17,12 @@ ROOT_INO: Final = 1  # FUSE_ROOT_ID
 UNKNOWN_INO: Final = 0xFFFF_FFFF
 """The number of a name that is listed without attributes, as libfuse has it; no inode is given it."""
 _DEVICE_SHIFT: Final = 56
-_VIRTUAL: Final = 1 << 63
+_MAX_POSITION: Final = 0x7F
+_SHORT: Final = 1 << 31
+_SHORT_SHIFT: Final = 26  # 64 million files: the default of ext4 for one TiB
+_VIRTUAL_POSITION: Final = 0x1F
+_FIRST_VIRTUAL: Final = _SHORT | _VIRTUAL_POSITION << _SHORT_SHIFT
+_FURTHER_VIRTUAL: Final = 1 << 63
 
 RealFile = tuple[int, int]  # st_dev and st_ino of a file in a layer
 
@@ -262,36 +267,42 @@ class OpenDir:
 class InodeNumbers:
     """Numbers for inodes: those of the layers' file systems, told apart when there are several (kernel: ``xino``).
 
-    Files of the first device keep their number. Those of others get the position of their device in the high bits,
-    so that numbers survive a remount with the same layers. A number that does not fit, or that another file in memory
-    has, is replaced by one that is only valid while mounted. With ``persistent`` false (``xino=off``) all numbers of
-    further devices are such.
+    Files of the first device keep their number. What those of others get survives a remount with the same layers:
+
+    - ``auto``: one with the highest of 32 bits set, the position of its device in the five below, and its own number
+      in the others, so that programs of 32 bits can use it; where that does not fit, as with ``on``.
+    - ``on``: the position of the device in the highest of 64 bits, as the kernel has it.
+    - ``off``: one that is only valid while mounted, as where neither fits. It has 32 bits too.
+
+    A number that another file in memory has is replaced by one of the last kind (:class:`InodeTable`).
     """
 
-    def __init__(self, devices: Iterator[int], *, persistent: bool = True) -> None:
-        self._persistent = persistent
+    def __init__(self, devices: Iterator[int], xino: str = "auto") -> None:
+        self._xino = xino
         self._device_ids: dict[int, int] = {}
         for device in devices:
             self._device_ids.setdefault(device, len(self._device_ids))
-        self._next_virtual = _VIRTUAL
+        self._next_virtual = _FIRST_VIRTUAL
 
     def of(self, real: RealFile) -> int:
         """The number that the file with this device and inode number should have."""
         device, ino = real
         position = self._device_ids.setdefault(device, len(self._device_ids))
-        if (
-            ino <= ROOT_INO
-            or ino == UNKNOWN_INO
-            or ino >> _DEVICE_SHIFT
-            or position > (0x7F if self._persistent else 0)
-        ):
+        if ino <= ROOT_INO or ino == UNKNOWN_INO:
+            return self.virtual()
+        if position == 0:
+            return self.virtual() if ino >> _DEVICE_SHIFT else ino
+        if self._xino == "auto" and position < _VIRTUAL_POSITION and ino < 1 << _SHORT_SHIFT:
+            return _SHORT | position << _SHORT_SHIFT | ino
+        if self._xino == "off" or ino >> _DEVICE_SHIFT or position > _MAX_POSITION:
             return self.virtual()
         return position << _DEVICE_SHIFT | ino
 
     def virtual(self) -> int:
-        """A number that no file of any layer has."""
-        self._next_virtual += 1
-        return self._next_virtual
+        """A number that was not given before. In theory a file of the first device can have it."""
+        number = self._next_virtual
+        self._next_virtual = number + 1 if number + 1 != UNKNOWN_INO else _FURTHER_VIRTUAL
+        return number
 
 
 class LastClose:
@@ -325,7 +336,7 @@ class InodeTable:
 
     def new(self, kind: int, ino: int) -> Inode:
         """A new inode with the number ``ino``, or a virtual one if that is taken."""
-        if ino in self._by_ino:
+        while ino in self._by_ino:
             ino = self.numbers.virtual()
         inode = self._by_ino[ino] = Inode(ino, kind)
         return inode

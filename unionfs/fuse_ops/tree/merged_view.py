@@ -53,7 +53,7 @@ class MergedView:
         # With the writeback cache the kernel does not take modification times from us: it sends those it wants.
         self.kernel_keeps_time = options.writeback
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
-        numbers = InodeNumbers((layer.device for layer in layers), persistent=options.xino != "off")
+        numbers = InodeNumbers((layer.device for layer in layers), options.xino)
         self.inodes = InodeTable(numbers)
         self.root = self._make_root()
 
