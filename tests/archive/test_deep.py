@@ -110,7 +110,7 @@ LAYERS: dict[str, Callable[[int], list[bytes]]] = {
     "opaque again and again": lambda depth: [entry("d/.wh..wh..opq")] * depth,
     "made and hidden": lambda depth: [directory("x/" + deep(depth)), entry(".wh.x"), entry("x/.wh..wh..opq")],
     "hard link": lambda depth: [hard_link("link", deep(depth - 1, "f"))],
-    "link": lambda depth: [symlink("link", deep(min(depth, 500))), entry("link/new")],
+    "link": lambda depth: [symlink("link", deep(min(depth, 200))), entry("link/new")],
 }
 
 

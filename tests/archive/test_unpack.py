@@ -191,6 +191,35 @@ def test_layer_that_hides_all_of_the_root(root: Path, tmp_path: Path) -> None:
     assert os.listxattr(root) == []
 
 
+def test_links_that_lead_far_are_refused(root: Path) -> None:
+    """More components than anybody needs: each would be looked up for each entry."""
+    apply(root, directory("a"), symlink("far", "a/../" * 150), symlink("near", "a/../" * 100), entry("near/f"))
+    assert (root / "f").exists()
+    with pytest.raises(ArchiveError, match="far/f: cannot be unpacked: Too many levels of symbolic links"):
+        apply(root, entry("far/f"))
+
+
+def test_layer_over_many(root: Path, tmp_path: Path) -> None:
+    """It holds few files open: a process has 1024 at least."""
+    lowers = [tmp_path / str(number) for number in range(127)]
+    for lower in lowers:
+        write(lower / "d/e" / lower.name)
+    before = len(os.listdir("/proc/self/fd"))
+    most = 0
+
+    class Counting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal most
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+            return super().read(512)
+
+    made = [part for number in range(127) for part in (entry(f"d/e/.wh.{number}"), entry(f"d/e/{number}x", b"x"))]
+    unpack(Counting(archive(*made)), str(root), over(*lowers))
+    assert len(os.listdir(root / "d/e")) == 254
+    assert 128 < most < 450
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_layer_does_not_change_the_layers_below(root: Path, tmp_path: Path) -> None:
     lower = tmp_path / "lower"
     write(lower / "d/a", "x")

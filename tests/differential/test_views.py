@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.support.mounts import mounted_overlay, mounted_tmpfs
 from tests.support.sandbox import needs_root
+from unionfs.archive.changes import changes_of_upper
 from unionfs.archive.overlay_view import MergedView, Node
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
@@ -203,6 +204,21 @@ def of_mount(top: str) -> Listing:
     return found
 
 
+def added_and_deleted(old: Listing, new: Listing) -> list[str]:
+    """The lines of a change list from ``old`` to ``new``, but for what was modified."""
+    lines = [(path, "A") for path in new.keys() - old.keys()]
+    for path in old.keys() - new.keys():
+        parent = path.rpartition("/")[0]
+        if not parent or new.get(parent) == "dir":
+            lines.append((path, "D"))
+    return [f"{kind} {path}" for path, kind in sorted(lines)]
+
+
+def changed_kinds(old: Listing, new: Listing) -> set[str]:
+    """Files with other contents, and directories that took the place of files, or the other way round."""
+    return {path for path in old.keys() & new.keys() if old[path] != new[path]}
+
+
 # -- the comparison -------------------------------------------------------------------------------------------
 
 
@@ -293,6 +309,9 @@ def test_all_show_one_tree(memory: Path, stack: list[Entry], steps: list[tuple[s
         live = of_tree(tree)
         tree.close()
         assert of_archive(paths) == live, "archive, after changes"
+        listed = [str(change) for change in changes_of_upper(str(paths[0]), [str(path) for path in paths[1:]])]
+        assert [line for line in listed if not line.startswith("C")] == added_and_deleted(of_archive(paths[1:]), live)
+        assert {line[2:] for line in listed if line.startswith("C")} >= changed_kinds(of_archive(paths[1:]), live)
         tree = opened(top, len(stack))
         assert of_tree(tree) == live, "remount"
         tree.close()

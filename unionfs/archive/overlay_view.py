@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -212,18 +211,16 @@ class _Part(NamedTuple):
 
 
 class OpenMerged:
-    """A merged directory whose layers' directories are held open while its entries are read."""
+    """A merged directory whose layers' directories are held open while its entries are read.
+
+    Only the first is opened at once: the others may never be needed, and unlike an upper directory they do not vanish.
+    """
 
     def __init__(self, view: MergedView, stack: Sequence[Place]) -> None:
         self._view = view
+        self._stack = stack
         self._parts: list[_Part] = []
-        with ExitStack() as undo:
-            for place in stack:
-                fd = place.layer.open_dir(place.rel)
-                undo.callback(os.close, fd)
-                marks = rules.read_marks(rules.entry_path(fd, b"."), view.spaces)
-                self._parts.append(_Part(place, fd, marks.xwhiteouts))
-            self._close = undo.pop_all()
+        self._part(0)
 
     def __enter__(self) -> OpenMerged:
         return self
@@ -231,17 +228,30 @@ class OpenMerged:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the directories; closing twice is harmless."""
+        while self._parts:
+            os.close(self._parts.pop().fd)
+
+    def _part(self, i: int) -> _Part:
+        while len(self._parts) <= i:
+            place = self._stack[len(self._parts)]
+            fd = place.layer.open_dir(place.rel)
+            marks = rules.read_marks(rules.entry_path(fd, b"."), self._view.spaces)
+            self._parts.append(_Part(place, fd, marks.xwhiteouts))
+        return self._parts[i]
 
     def top_names(self) -> set[bytes]:
         """Names about which the top layer's directory says something."""
-        return _spoken_of(self._parts[0].fd)
+        return _spoken_of(self._part(0).fd)
 
     def names(self) -> set[bytes]:
         """Names about which any layer says something."""
         names: set[bytes] = set()
-        for part in self._parts:
-            names |= _spoken_of(part.fd)
+        for i in range(len(self._stack)):
+            names |= _spoken_of(self._part(i).fd)
         return names
 
     def lookup(self, name: bytes) -> Node | None:
@@ -252,8 +262,8 @@ class OpenMerged:
         """As :meth:`lookup`, in the parts from ``start`` on."""
         top: os.stat_result | None = None
         dirs: list[Place] = []
-        for i in range(start, len(self._parts)):
-            part = self._parts[i]
+        for i in range(start, len(self._stack)):
+            part = self._part(i)
             found = self._probe(i, name)
             hides = found.hides
             if found.st is not None:
@@ -277,8 +287,8 @@ class OpenMerged:
         return Node(top, dirs[0], dirs[0], tuple(dirs), tuple(dirs))
 
     def _probe(self, i: int, name: bytes) -> Entry:
-        part = self._parts[i]
-        last = i + 1 == len(self._parts) and self._view.is_last(part.place.layer)
+        part = self._part(i)
+        last = i + 1 == len(self._stack) and self._view.is_last(part.place.layer)
         try:
             return rules.probe(part.fd, name, self._view.spaces, xwhiteouts=part.xwhiteouts, last=last)
         except OSError as error:
@@ -292,7 +302,7 @@ class OpenMerged:
     def _behind(self, i: int, redirect: bytes) -> tuple[Place, ...]:
         """The directories that the redirect of a directory in part ``i`` continues with."""
         if redirect.startswith(b"/"):
-            node = self._view.walk(self._view.root_below(self._parts[i].place.layer), redirect[1:])
+            node = self._view.walk(self._view.root_below(self._stack[i].layer), redirect[1:])
         else:
             node = self._lookup(redirect, i + 1)
         return node.stack if node is not None else ()
@@ -305,7 +315,7 @@ class OpenMerged:
             node = self._lookup(found.redirect, i + 1)
         else:
             path = found.redirect[1:]
-            node = self._view.walk(self._view.root_below(self._parts[i].place.layer), path)
+            node = self._view.walk(self._view.root_below(self._stack[i].layer), path)
             if node is None:
                 return self._view.find_data(path)
         return node.data if node is not None and stat.S_ISREG(node.stat.st_mode) else None

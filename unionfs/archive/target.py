@@ -32,9 +32,9 @@ _ASIDE = META_MARK + b"aside"  # no entry of an archive has such a name
 ACCESS_ACL = "system.posix_acl_access"
 DEFAULT_ACL = "system.posix_acl_default"
 
-# path_resolution(7): so many links in one path. Those that lead far are a means to waste time.
-_MAX_LINKS = 40
-_MAX_LINK_STEPS = 1024
+# path_resolution(7): so many links in one path. More components than anybody needs are a means to waste time.
+MAX_LINKS = 40
+MAX_LINK_STEPS = 256
 _PATH_MAX = 4096
 
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
@@ -270,7 +270,7 @@ class Target:
             inner = _read_link(node).split(b"/")
             links += 1
             steps += len(inner)
-            if is_long or links > _MAX_LINKS or steps > _MAX_LINK_STEPS:
+            if is_long or links > MAX_LINKS or steps > MAX_LINK_STEPS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(b"/".join((*names, name))))
             if not inner[0]:
                 names.clear()
@@ -563,10 +563,15 @@ class LayerTarget(Target):
         self._merged = MergedView([root, *(lowers or ())], spaces=(space,))
         self._view = self._merged
         self._nodes: OrderedDict[bytes, Node] = OrderedDict()
+        self._open_below: tuple[tuple[Place, ...], OpenMerged] | None = None  # what was asked last
+        self._root_is_hidden = False
 
     def _forget(self) -> None:
         super()._forget()
         self._nodes.clear()
+        if self._open_below is not None:
+            self._open_below[1].close()
+            self._open_below = None
 
     def _node(self, parent: Parent) -> Node:
         """The merged directory of which ``parent`` is the top."""
@@ -588,8 +593,11 @@ class LayerTarget(Target):
         stack = self._below(node)
         if not stack:
             return None
-        with OpenMerged(self._merged, stack) as directory:
-            return directory.lookup(name)
+        if self._open_below is None or self._open_below[0] != stack:
+            if self._open_below is not None:
+                self._open_below[1].close()
+            self._open_below = stack, OpenMerged(self._merged, stack)
+        return self._open_below[1].lookup(name)
 
     def _below(self, node: Node) -> tuple[Place, ...]:
         return tuple(place for place in node.stack if place.layer is not self.root)
@@ -720,6 +728,9 @@ class LayerTarget(Target):
 
     def _hide_root(self, below: tuple[Place, ...]) -> None:
         """Hide what the layers below show in their root, for which the kernel knows no mark."""
+        if self._root_is_hidden:
+            return
+        self._root_is_hidden = True
         with OpenMerged(self._merged, below) as root:
             for name in sorted(root.names()):
                 shown = root.lookup(name)

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_TIME_NS = (1 << 63) - 1
 _MAX_MAJOR, _MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the kernel's dev_t
-_KEPT = 4  # directories held open, of each layer
+_KEPT = 16  # directories held open, of the target and of all layers below
 _HARD_LINK_DIR = b".wh..wh.plnk"
 
 # Eight times PATH_MAX: deeper than any tree in use, and still no means to fill a disk with directories.
@@ -147,15 +147,16 @@ def unpack(stream: Readable, root: str | bytes, options: UnpackOptions = _DEFAUL
         ArchiveError: the archive is damaged, or an entry cannot be made; what came before it stays.
     """
     with contextlib.ExitStack() as stack:
-        top = _open_directory(stack, root, "unpack into")
+        top = _open_directory(stack, root, "unpack into", _KEPT)
         lowers = options.lowers
-        below = None if lowers is None else [_open_directory(stack, lower, "read the layer") for lower in lowers]
+        keep = max(_KEPT // len(lowers), 1) if lowers else 0
+        below = None if lowers is None else [_open_directory(stack, lower, "read the layer", keep) for lower in lowers]
         return _Unpacker(TarReader(stream), top, below, options).run()
 
 
-def _open_directory(stack: contextlib.ExitStack, path: str | bytes, doing: str) -> RootedDir:
+def _open_directory(stack: contextlib.ExitStack, path: str | bytes, doing: str, keep: int) -> RootedDir:
     try:
-        return stack.enter_context(RootedDir(path, _KEPT))
+        return stack.enter_context(RootedDir(path, keep))
     except OSError as error:
         raise ArchiveError(
             f"cannot {doing} {os.fsdecode(path)}: {error.strerror}; give the path of an existing directory"

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from unionfs.archive.tar_format import DIRECTORY, PAX_GLOBAL_HEADER, SYMLINK, TarEntry
+from unionfs.archive.target import MAX_LINK_STEPS, MAX_LINKS
 from unionfs.archive.unpack import clean_name
 from unionfs.overlay.format import MARK, META_MARK, OPAQUE_MARK
-
-_MAX_LINKS = 40  # as many as the kernel follows in one path
 
 
 class _Node:
@@ -138,6 +137,7 @@ class PayloadTracker:
         todo = parts[::-1]
         way: list[_Node] = [self._root]
         links: list[_Node] = []
+        steps = 0
         while todo:
             part = todo.pop()
             if part in (b"", b"."):
@@ -147,11 +147,13 @@ class PayloadTracker:
                     way.pop()
                 continue
             node = way[-1].children.setdefault(part, _Node())
-            if node.link is not None and len(links) < _MAX_LINKS:
+            inner = node.link.split(b"/") if node.link is not None else []
+            steps += len(inner)
+            if inner and len(links) < MAX_LINKS and steps <= MAX_LINK_STEPS:
                 links.append(node)
-                if node.link.startswith(b"/"):
+                if not inner[0]:
                     del way[1:]
-                todo.extend(node.link.split(b"/")[::-1])
+                todo.extend(inner[::-1])
                 continue
             if node.has_payload:
                 # A file in the way of a directory: if unpacking allows that at all, the file is gone.
