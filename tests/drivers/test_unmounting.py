@@ -16,7 +16,7 @@ from tests.support.mounts import is_running, mounted_elsewhere, other_namespace,
 from tests.support.syscalls import mount
 from unionfs.drivers import removal
 from unionfs.drivers.layered import Stack
-from unionfs.engines.snapshotter.unions import SnapshotUnions
+from unionfs.engines.snapshotter.mounts import SnapshotUnions
 from unionfs.errors import LayerBusyError
 
 

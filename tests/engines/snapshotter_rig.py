@@ -15,8 +15,7 @@ from tests.support.mounts import servers_of, take_down
 from tests.support.snapshot import Snapshot, assert_same, snapshot
 from tests.support.syscalls import MS_RDONLY, MS_REC, mount
 from unionfs.engines.snapshotter import Mount, Snapshotter, UnionSnapshotter
-from unionfs.engines.snapshotter.server import SocketServer
-from unionfs.engines.snapshotter.service import make_handler
+from unionfs.engines.snapshotter.service import SocketServer, make_handler
 from unionfs.host.mountinfo import read_mounts
 
 Change = Callable[[str], None]

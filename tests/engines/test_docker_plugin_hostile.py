@@ -298,7 +298,7 @@ def test_a_server_without_descriptors_goes_on_when_it_has_some(tmp_path: Path) -
         status, said = here.end()
         assert (status, [line for line in said if "Too many open files" in line]) == (
             0,
-            ["unionfs docker-plugin: cannot take a connection: Too many open files"],
+            ["unionfs docker-plugin: cannot accept a connection: Too many open files"],
         )
         assert len(said) == 3
         for made in (kept, *flood):

@@ -257,6 +257,21 @@ def _address(directory: Path) -> PluginAddress:
     return found
 
 
+@pytest.mark.parametrize(
+    ("before", "count", "said"),
+    [
+        ("exec 3</dev/null", 1, "systemd passed something else than a unix stream socket; write ListenStream=/path"),
+        ("exec 3<&-", 1, "systemd passed something else than a unix stream socket; write ListenStream=/path"),
+        ("true", 2, "systemd passed 2 sockets; the unit must have one ListenStream"),
+    ],
+)
+def test_what_systemd_may_not_pass(before: str, count: int, said: str) -> None:
+    script = f'{before}; LISTEN_PID=$$ LISTEN_FDS={count} exec "$@"'
+    command = ["bash", "-c", script, "bash", UNIONFS, "serve", "docker-plugin"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stderr) == (1, f"unionfs: {said}\n")
+
+
 # Mounts
 
 

@@ -27,8 +27,7 @@ from tests.support.sandbox import needs_root
 from tests.support.syscalls import MNT_DETACH, mount, umount2
 from unionfs.engines.snapshotter import Info, Kind, Snapshotter, UnionSnapshotter
 from unionfs.engines.snapshotter.filters import compile_filters
-from unionfs.engines.snapshotter.server import SocketServer
-from unionfs.engines.snapshotter.service import make_handler
+from unionfs.engines.snapshotter.service import SocketServer, make_handler
 from unionfs.errors import (
     SnapshotArgumentError,
     SnapshotNotFoundError,

@@ -18,8 +18,7 @@ from tests.support.mounts import wait_until
 from tests.support.sandbox import needs_root
 from unionfs.engines.snapshotter import UnionSnapshotter, service
 from unionfs.engines.snapshotter.messages import SERVICE, message_class
-from unionfs.engines.snapshotter.server import SocketServer
-from unionfs.engines.snapshotter.service import make_handler
+from unionfs.engines.snapshotter.service import SocketServer, make_handler
 from unionfs.errors import SnapshotArgumentError, SnapshotNotFoundError
 
 needs_root()

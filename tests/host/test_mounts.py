@@ -16,7 +16,7 @@ from tests.drivers.trees import make_base
 from tests.layers.samples import BASE, stream
 from tests.support.mounts import is_running, servers_of, wait_until
 from tests.support.syscalls import mount, umount2
-from unionfs.engines.snapshotter.unions import SnapshotUnions
+from unionfs.engines.snapshotter.mounts import SnapshotUnions
 from unionfs.host import mountinfo, mounts
 from unionfs.host.mounts import Answer, is_dead, probe
 from unionfs.layers import fsck, open_store

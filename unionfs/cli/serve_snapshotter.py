@@ -49,16 +49,15 @@ def snapshotter(root: str, address: str, mount_options: Sequence[str], overlay_u
     """
     # Here and not at the top: gRPC takes longer to import than other commands to run.
     from unionfs.engines.snapshotter import UnionSnapshotter
-    from unionfs.engines.snapshotter.server import SocketServer
-    from unionfs.engines.snapshotter.service import make_handler
+    from unionfs.engines.snapshotter.service import SocketServer, make_handler
 
-    words = _checked(mount_options)
+    options = _checked(mount_options)
     debug = "UNIONFS_DEBUG" in os.environ
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="unionfs: %(message)s", force=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    store = UnionSnapshotter(root, words, overlay_unpack=overlay_unpack)
+    store = UnionSnapshotter(root, options, overlay_unpack=overlay_unpack)
     try:
         server = SocketServer(address, make_handler(store))
         server.start()

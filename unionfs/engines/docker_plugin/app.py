@@ -138,12 +138,12 @@ class PluginApp:
         body = _BodyReader(exchange)
         async with self._gate.shared():
             reply = await self._tried("ApplyDiff", request, lambda: self._service.apply_diff(request, body))
-        # An engine that gets its reply before it has sent everything repeats the call.
+        # Docker repeats a call that is answered before it has sent the whole body.
         await exchange.drain()
         await exchange.reply(200, reply)
 
     async def _diff(self, exchange: Exchange) -> None:
-        """A tar stream goes out; an engine reads an error only instead of it."""
+        """A tar stream goes out. An error can be told only before the stream begins."""
         request = await self._request(DifferenceRequest, exchange)
         _log.debug("Diff %r", request)
         async with self._gate.shared():
@@ -157,7 +157,7 @@ class PluginApp:
                 await exchange.send_stream(self._pieces(stream), "application/x-tar")
             except (ConnectionOverError, RequestError):
                 raise
-            except Exception as error:  # whatever a driver raises is for the log
+            except Exception as error:  # the reply has begun, so the error goes to the log only
                 _log_failure("Diff", request, error)
             finally:
                 with trio.CancelScope(shield=True):
@@ -191,14 +191,14 @@ class _UnreadableError(Exception):
 
 
 class _BodyReader:
-    """The body of a request, for a driver to read in a thread that trio started."""
+    """The body of a request as a binary stream, for a driver in one of trio's threads."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._rest = memoryview(b"")
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; none at the end.
+        """Up to ``size`` bytes; empty at the end.
 
         Raises:
             ArchiveError: the engine broke off.
@@ -218,7 +218,11 @@ class _BodyReader:
 
 
 class _CallGate:
-    """Many calls share it; one that is to be alone waits for them to end, and others wait for it."""
+    """A lock that calls share, and that ``Init`` holds alone.
+
+    Attributes:
+        running: how many calls hold it.
+    """
 
     def __init__(self) -> None:
         self._changed = trio.Condition()

@@ -88,14 +88,15 @@ def passed(environment: MutableMapping[str, str]) -> Listener | None:
         return None
     if count != "1":
         raise DriverError(f"systemd passed {count} sockets; the unit must have one ListenStream")
-    os.set_inheritable(_FIRST_PASSED_FD, False)
-    listening = socket.socket(fileno=_FIRST_PASSED_FD)
-    if (
-        listening.family != socket.AF_UNIX
-        or listening.type != socket.SOCK_STREAM
-        or not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    ):
-        raise DriverError("systemd passed something else than a unix stream socket; write ListenStream=/path")
+    wrong = DriverError("systemd passed something else than a unix stream socket; write ListenStream=/path")
+    try:
+        os.set_inheritable(_FIRST_PASSED_FD, False)
+        listening = socket.socket(fileno=_FIRST_PASSED_FD)
+        listens = bool(listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        raise wrong from None
+    if listening.family != socket.AF_UNIX or listening.type != socket.SOCK_STREAM or not listens:
+        raise wrong
     return Listener(str(listening.getsockname()), listening, own=False)
 
 

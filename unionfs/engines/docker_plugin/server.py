@@ -1,16 +1,15 @@
-"""HTTP/1.1 on a listening socket: h11 says what the bytes mean, trio moves them, and no client can do harm to others.
+"""A small HTTP/1.1 server for a unix socket, on h11 and trio, in which one client cannot harm the others.
 
-Whatever a client sends, or does not send, ends at most its own connection:
+*  The size of a request's head is limited, and that of a body that is read whole. Other bodies, in both directions, are
+   streamed.
+*  The number of connections is limited. To make room for another one, the server closes the connection that has been
+   idle longest; without an idle one, the one whose client has kept it waiting longest in the middle of a request.
+   A client that keeps it waiting for much longer is disconnected in any case.
+*  An upgrade to another protocol (HTTP/2, WebSocket) is ignored, as HTTP/1.1 allows.
+*  An exception ends the connection it occurred in, with one line in the log.
 
-*  A head and a body that is read whole are bounded; other bodies, in and out, pass piece by piece.
-*  Connections are bounded. When there is no room for another, one that waits for its client has to go: first those
-   between two requests, then those in the middle of one that have waited for long. A client that is waited for longer
-   still has to go in any case.
-*  An offer to speak another protocol (HTTP/2, WebSocket) is not taken up, as HTTP/1.1 allows.
-*  An exception in a connection is logged, and ends that connection.
-
-An idle connection is the client's to close, as long as there is room: Docker repeats a request that was on its way to
-a connection just closed here, and without its body.
+While there is room, an idle connection is left to its client to close: if a request is on its way when the server
+closes the connection, Docker repeats it without its body.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ JSON = "application/vnd.docker.plugins.v1.2+json"
 
 _PIECE_BYTES = 1 << 16
 _PAUSE_S = 0.1
-# For a client to notice that its connection ends, and for the rest of a body that nobody wants.
+# How long to discard what a client still sends after the reply.
 _LINGER_S = 5.0
 _WARN_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What clients may take.
+    """Limits of a server.
 
     Attributes:
-        connections: how many there may be; fewer when the process may not have four times as many files open.
-        head_bytes: of a request's first line and headers; what comes in one piece (64 KiB) may be more.
+        connections: at the same time; at most a quarter of the process' limit of open files.
+        head_bytes: of a request's first line and headers; a head that arrives in one piece may have 64 KiB.
         body_bytes: of a body that is read whole.
-        stall_s: how long a client may let us wait in the middle of a request or a reply.
-        patience_s: the same when there is no room for others.
+        stall_s: how long a client may keep the server waiting within a request or a reply, in seconds.
+        patience_s: the same while there are more clients than connections.
     """
 
     connections: int = 256
@@ -66,11 +65,11 @@ class Limits:
 
 
 class ConnectionOverError(Exception):
-    """The client is gone, or had to go. There is nothing more to say to it."""
+    """The client has closed the connection, or the server is about to; no reply can be sent."""
 
 
 class RequestError(Exception):
-    """A request that is not HTTP as we speak it.
+    """A request that is refused before it reaches its handler, or while its body is read.
 
     Attributes:
         status: of the reply.
@@ -105,11 +104,11 @@ class Exchange:
         self._ended = False
 
     async def body(self) -> bytes:
-        """The whole body; may be asked for again.
+        """The whole body; a second call returns the same.
 
         Raises:
             RequestError: it is too large, or damaged.
-            ConnectionOverError: it does not come.
+            ConnectionOverError: the client does not send it.
         """
         if self._body is None:
             limit = self._connection.limits.body_bytes
@@ -123,11 +122,11 @@ class Exchange:
         return self._body
 
     async def piece(self) -> bytes:
-        """The next piece of the body, none at its end. The client has to wait while nobody asks.
+        """The next piece of the body, empty at its end. Nothing is read from the client between two calls.
 
         Raises:
             RequestError: it is damaged, or ends too early.
-            ConnectionOverError: it does not come.
+            ConnectionOverError: the client does not send it.
         """
         while not self._ended:
             event = await self._connection.next_event(self._connection.limits.stall_s)
@@ -146,7 +145,7 @@ class Exchange:
         """Send a whole reply.
 
         Raises:
-            ConnectionOverError: the client does not take it.
+            ConnectionOverError: the client does not read it.
         """
         headers = [("Content-Type", media_type), ("Content-Length", str(len(content)))]
         if allow:
@@ -155,15 +154,16 @@ class Exchange:
         await self._connection.send(self._head(status, headers), *data, h11.EndOfMessage())
 
     async def send_stream(self, pieces: AsyncIterator[bytes], media_type: str) -> None:
-        """Send a reply of which nobody knows the length.
+        """Send a reply whose length is not known.
 
-        What ``pieces`` raises passes through, and the connection is then cut: a body that ended as it should would be
-        taken for the whole.
+        Exceptions of ``pieces`` pass through. The connection is then closed without the end of the body, so that the
+        client does not take a part for the whole.
 
         Raises:
-            ConnectionOverError: the client does not take it.
+            RequestError: the client speaks HTTP/1.0, in which a body without a length has no end of its own.
+            ConnectionOverError: the client does not read it.
         """
-        if self._version < b"1.1":  # which has no other sign for the end of a body than that of the connection
+        if self._version < b"1.1":
             raise RequestError(505, "a stream needs HTTP/1.1")
         await self._connection.send(self._head(200, [("Content-Type", media_type)]))
         async for piece in pieces:
@@ -192,13 +192,13 @@ async def serve(
     stopping: Callable[[], Awaitable[Any]],
     limits: Limits | None = None,
 ) -> None:
-    """Serve until ``stopping`` returns and all requests that have come are answered.
+    """Serve until ``stopping`` returns and the requests received by then are answered.
 
     Args:
-        handler: answers the requests. What it raises is logged, and ends the connection.
-        listening: a stream socket, which is not closed.
-        stopping: waits for the end.
-        limits: of what clients may take.
+        handler: answers requests. An exception is logged, and ends the connection.
+        listening: a stream socket; it is not closed.
+        stopping: returns when the server is to end.
+        limits: of the server.
     """
     connections = _Connections(limits or Limits())
     listener = trio.socket.from_stdlib_socket(listening.dup())
@@ -223,13 +223,13 @@ class _Connections:
         self._warned_at = -math.inf
 
     async def accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery, handler: Handler) -> None:
-        """Take connections, as many as there is room for, until cancelled."""
+        """Accept connections, as many as there is room for, until cancelled."""
         while True:
             try:
                 opened, _ = await listener.accept()
             except OSError as error:
                 if error.errno != errno.ECONNABORTED:
-                    self._warn(f"cannot take a connection: {error.strerror}")
+                    self._warn(f"cannot accept a connection: {error.strerror}")
                     self._cut_one()
                     await trio.sleep(_PAUSE_S)
                 continue
@@ -237,11 +237,11 @@ class _Connections:
             self._all.add(connection)
             nursery.start_soon(self._run, connection, handler)
             while len(self._all) > self._most:
-                self._warn(f"{self._most} clients are connected, which is as many as there may be")
+                self._warn(f"there are {self._most} connections, the most allowed; closing idle ones")
                 await trio.sleep(0 if self._cut_one() else _PAUSE_S)
 
     def end_idle(self) -> None:
-        """End connections after the request that they are at."""
+        """Close idle connections, and the others after their current request."""
         for connection in self._all:
             connection.last = True
             if connection.idle:
@@ -260,7 +260,7 @@ class _Connections:
             await connection.close()
 
     def _cut_one(self) -> bool:
-        """Cut the connection that has the least to lose; False when all have something."""
+        """Cut the connection that loses least; False when none may be cut."""
         waiting = [one for one in self._all if one.may_go()]
         if waiting:
             min(waiting, key=lambda one: (not one.idle, one.since)).cut()
@@ -277,10 +277,10 @@ class _Connection:
     """One connection.
 
     Attributes:
-        limits: of what the client may take.
-        idle: it is between two requests: of the next one there is at most a part of the head.
-        last: it ends with the request that it is at.
-        since: when it began to wait for the client last.
+        limits: of the server.
+        idle: it is between two requests; a part of the next one's head may have been read.
+        last: it is closed after the current request.
+        since: when it last began to wait for the client, in trio's time.
     """
 
     def __init__(self, stream: trio.SocketStream, limits: Limits) -> None:
@@ -299,17 +299,17 @@ class _Connection:
         return self._wait is not None and not self._cut and (self.idle or waited_s >= self.limits.patience_s)
 
     def cut(self) -> None:
-        """End it, now if it waits for its client, otherwise the next time it would."""
+        """Close it now if it waits for its client, otherwise as soon as it would wait."""
         self._cut = True
         if self._wait is not None:
             self._wait.cancel()
 
     async def run(self, handler: Handler) -> None:
-        """Answer requests until the client or we have had enough."""
+        """Answer requests until the connection ends."""
         while True:
             self.idle = True
             try:
-                # One that has come just before the end of the server may have sent its request already.
+                # A client that connected just before the server's end may have sent its request already.
                 event = await self.next_event(_PAUSE_S if self.last else math.inf)
                 if not isinstance(event, h11.Request):
                     return
@@ -322,17 +322,17 @@ class _Connection:
             self._http.start_next_cycle()
 
     async def next_event(self, limit_s: float) -> h11.Event:
-        """What the client sends next; not to be asked for between the end of a request and the next one's begin.
+        """The next part of a request. Not to be called between the end of a request and ``start_next_cycle``.
 
         Args:
-            limit_s: how long to wait for a part of it.
+            limit_s: how long to wait for more bytes, in seconds.
 
         Raises:
             RequestError: it is not HTTP.
-            ConnectionOverError: nothing comes.
+            ConnectionOverError: no more bytes arrive.
         """
         while True:
-            await trio.lowlevel.checkpoint()  # what has come may be thousands of tiny pieces
+            await trio.lowlevel.checkpoint()  # the bytes received may be thousands of tiny pieces
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
@@ -348,7 +348,7 @@ class _Connection:
         """Send parts of a reply.
 
         Raises:
-            ConnectionOverError: the client does not take it.
+            ConnectionOverError: the client does not read them.
         """
         data = b"".join(self._http.send(event) or b"" for event in events)
         if data:
@@ -360,9 +360,9 @@ class _Connection:
             await trio.aclose_forcefully(self._stream)
 
     async def _waited(self, wait: Callable[[], Awaitable[_T]], limit_s: float) -> _T:
-        """What a wait for the client brings."""
+        """The result of ``wait``, which waits for the client."""
         if self._cut:
-            raise ConnectionOverError("it had to go")
+            raise ConnectionOverError("closed to make room")
         self.since = trio.current_time()
         try:
             with trio.move_on_after(limit_s) as self._wait:
@@ -371,10 +371,10 @@ class _Connection:
             raise ConnectionOverError(f"the client is gone: {error.__cause__ or error}") from None
         finally:
             self._wait = None
-        raise ConnectionOverError("it had to go" if self._cut else f"the client let us wait for {limit_s:g} s")
+        raise ConnectionOverError("closed to make room" if self._cut else f"the client stalled for {limit_s:g} s")
 
     async def _refuse(self, error: RequestError) -> None:
-        """Tell the client what is wrong with its request, if it can still be told."""
+        """Reply with the error, unless a reply has begun."""
         _, closed = self._http.trailing_data
         _log.log(logging.DEBUG if closed else logging.WARNING, "a request was refused: %s", error)
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -383,8 +383,8 @@ class _Connection:
             await self.send(_head(error.status, headers), h11.Data(data=content), h11.EndOfMessage())
 
     async def _finished(self) -> bool:
-        """Bring a request to its end after the reply; whether there may be another on this connection."""
-        self.idle = True  # nothing is lost any more
+        """Read the rest of a request after the reply; whether another one may follow on this connection."""
+        self.idle = True  # closing it loses nothing any more
         if self._http.our_state is h11.DONE and self._http.their_state is h11.SEND_BODY:
             with suppress(RequestError, ConnectionOverError):
                 left = self.limits.body_bytes
@@ -397,7 +397,7 @@ class _Connection:
         return False
 
     async def _linger(self) -> None:
-        """See that the client gets the reply, though it sends on: what it sends then is not looked at."""
+        """Let the client read the reply while it still sends: closing the socket at once could discard the reply."""
         with suppress(ConnectionOverError):
             await self._waited(self._stream.send_eof, _LINGER_S)
             end = trio.current_time() + _LINGER_S

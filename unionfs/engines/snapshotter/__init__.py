@@ -2,9 +2,9 @@
 
 ::
 
-    containerd ─ service ─ UnionSnapshotter ─┬─ store        what snapshots there are: a database
-     (gRPC)     (messages)    (contract)     ├─ directories  their files
-                                             └─ planning, unions   how they are mounted
+    containerd ─ service ─ UnionSnapshotter ─┬─ store, filters  what snapshots there are: a database
+     (gRPC)     (messages)    (contract)     ├─ directories     their files
+                                             └─ mounts          how they are mounted
 
 :mod:`.contract` says what each call means; ``docs/containerd.md`` is for operators.
 """

@@ -1,8 +1,7 @@
 """The messages of ``containerd.services.snapshots.v1`` and their way to and from the contract's types.
 
-They are described by the table below, names, numbers and types as in containerd's ``snapshots.proto`` and
-``mount.proto``, and
-made from it at run time: generated code would work with few versions of protobuf, and say less.
+The table below has the names, numbers and types of containerd's ``snapshots.proto`` and ``mount.proto``. The messages
+are made from it at run time: generated code works with few versions of protobuf only, and says less.
 """
 
 from __future__ import annotations

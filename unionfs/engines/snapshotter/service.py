@@ -1,14 +1,21 @@
-"""The gRPC service ``containerd.services.snapshots.v1.Snapshots`` over a snapshotter.
+"""The gRPC service ``containerd.services.snapshots.v1.Snapshots`` over a snapshotter, and its server on a unix socket.
 
 Requests name a snapshotter, for servers that have several; containerd has chosen us by our address, so that name is not
 looked at.
+
+gRPC for Python binds its addresses itself and takes no socket that is open already, so systemd's socket activation is
+not to be had; a service tells systemd when it is ready instead (:mod:`unionfs.cli.serve_snapshotter`).
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -23,19 +30,27 @@ from unionfs.errors import (
     SnapshotExistsError,
     SnapshotNotFoundError,
     SnapshotStateError,
+    SnapshotterError,
     UnionfsError,
 )
 
 _log = logging.getLogger(__name__)
 
+# A call occupies a thread from its headers on, before its message has arrived, so there is a thread for each possible
+# call (started on demand). The limit for each connection keeps one client from occupying them all.
+_CALLS = 512
+_CALLS_PER_CONNECTION = 100
+_MESSAGE_BYTES = 4 << 20
 # containerd takes 16 MiB in a message, others 4 MiB.
 _LIST_BYTES = 1 << 20
-# A client may wait this long in the middle of a request, or of taking a list; each such call has a thread of ours.
+# How long a client may take to send its message, or to read a list: its call occupies a thread meanwhile.
 _STALL_S = 30.0
 # Calls that mount wait for a process to start. Twenty containers at once should not wait for each other.
 _AT_ONCE = 32
-# Characters of an error: gRPC has it in a header, where there is room for 16 KiB, and writes one as up to 12 bytes.
+# Characters of an error's text. gRPC sends it in a header of at most 16 KiB, a character as up to 12 bytes.
 _ERROR_MAX = 900
+
+_PATH_MAX_BYTES = 107  # of sockaddr_un, with its final zero
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (SnapshotNotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -65,7 +80,8 @@ REQUESTS = {
 def make_handler(snapshotter: Snapshotter) -> grpc.GenericRpcHandler:
     """What a gRPC server is to be given: the service's methods, answered by ``snapshotter``.
 
-    gRPC is told that requests are streams, which look the same on the wire: it waits for a single message without end.
+    The methods are declared with streams of requests, which look the same on the wire: for a single request, gRPC waits
+    without a time limit before it calls the method.
     """
     service = _Service(snapshotter)
     working = threading.BoundedSemaphore(_AT_ONCE)
@@ -154,7 +170,7 @@ class _Call:
         name: of the method.
         request: the class of its message.
         method: answers it.
-        working: held by those that do something.
+        working: held while ``method`` runs.
     """
 
     def __init__(self, name: str, request: Any, method: _Method, working: threading.BoundedSemaphore) -> None:
@@ -170,7 +186,7 @@ class _Call:
         return self._answered(sent, context)
 
     def answers(self, messages: Iterator[bytes], context: Context) -> Iterable[Any]:
-        """The responses, one after the other as the client takes them."""
+        """The responses, one after the other as the client reads them."""
         with _patience(context):
             yield from self._answered(next(messages, None), context)
 
@@ -199,7 +215,7 @@ class _Call:
 
 @contextmanager
 def _patience(context: Context) -> Iterator[None]:
-    """End the call when the client takes too long for what is done in the block."""
+    """Cancel the call if the block takes longer than :data:`_STALL_S`."""
     timer = threading.Timer(_STALL_S, context.cancel)
     timer.daemon = True
     timer.start()
@@ -218,3 +234,75 @@ def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
 
 def _serialized(message: Any) -> bytes:
     return bytes(message.SerializeToString())
+
+
+class SocketServer:
+    """Serves one handler until :meth:`stop`.
+
+    Args:
+        path: the socket, open to its owner only; one whose server is gone is replaced.
+        handler: what it serves.
+
+    Raises:
+        SnapshotterError: another server uses the socket, or it cannot be made.
+    """
+
+    def __init__(self, path: str, handler: grpc.GenericRpcHandler) -> None:
+        self.path = os.path.abspath(path)
+        if len(os.fsencode(self.path)) > _PATH_MAX_BYTES:
+            raise SnapshotterError(f"{self.path}: is longer than a socket's name may be; choose a shorter --socket")
+        try:
+            os.makedirs(os.path.dirname(self.path), 0o711, exist_ok=True)
+            _check_unused(self.path)
+        except OSError as error:
+            raise SnapshotterError(f"{self.path}: {error.strerror}; choose another --socket") from error
+        options = [
+            # Two servers on one port, which gRPC allows, are for TCP; here the second would take the socket away.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", _CALLS_PER_CONNECTION),
+            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        ]
+        pool = futures.ThreadPoolExecutor(_CALLS, thread_name_prefix="snapshotter")
+        self._server = grpc.server(pool, options=options, maximum_concurrent_rpcs=_CALLS)
+        self._server.add_generic_rpc_handlers((handler,))
+        mask = os.umask(0o177)  # containerd is root too; nobody else is to remove snapshots
+        try:
+            self._server.add_insecure_port(f"unix:{self.path}")
+        except RuntimeError as error:
+            raise SnapshotterError(f"{self.path}: cannot listen ({error}); choose another --socket") from error
+        finally:
+            os.umask(mask)
+        self._made = _identity(self.path)
+
+    def start(self) -> None:
+        """Begin to answer; returns at once."""
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more calls, give those that run ``grace_s`` seconds to end, and remove the socket."""
+        self._server.stop(grace_s).wait()
+        if self._made is not None and _identity(self.path) == self._made:
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+def _check_unused(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise SnapshotterError(f"{path}: exists and is no socket; remove it, or choose another --socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return  # left by a server that was killed; gRPC replaces it
+    raise SnapshotterError(f"{path}: another server answers there; stop it, or choose another --socket")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino

@@ -16,10 +16,8 @@ from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.filters import compile_filters
-from unionfs.engines.snapshotter.planning import Plan, plan_mounts, writable_union
+from unionfs.engines.snapshotter.mounts import MountRequirements, Plan, SnapshotUnions, plan_mounts, writable_union
 from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, check_active
-from unionfs.engines.snapshotter.unions import SnapshotUnions
-from unionfs.engines.snapshotter.wishes import Wishes
 from unionfs.errors import DriverError, SnapshotArgumentError, SnapshotStateError, SnapshotterError
 from unionfs.host.locks import NamedLocks
 from unionfs.host.syscalls import in_user_namespace
@@ -33,8 +31,8 @@ class UnionSnapshotter:
 
     Args:
         root: directory for everything it keeps; made where it does not exist.
-        mount_options: words for ``-o`` of every mount of ours (docs/unionfs-mount.md).
-        overlay_unpack: let containerd unpack layers without a mount (:mod:`.planning`). In a user namespace it never
+        mount_options: options of every mount of ours (docs/unionfs-mount.md).
+        overlay_unpack: let containerd unpack layers without a mount (:mod:`.mounts`). In a user namespace it never
             does: whiteouts as the kernel's overlayfs knows them cannot be made there.
 
     Raises:
@@ -121,7 +119,7 @@ class UnionSnapshotter:
             check_active(record)
             self._store.check_free(name)
             union = writable_union(self._directories, record.number, self._store.chain(record.info.parent))
-            self._unions.end(union, Wishes.of_labels(record.info.labels, writable=True).mount_words())
+            self._unions.end(union, MountRequirements.of_labels(record.info.labels, writable=True).mount_options())
             measured = self._directories.measure(record.number)
             self._directories.sync(record.number)
             self._store.commit(key, name, labels or {}, measured.usage, redirected=measured.redirected)
@@ -150,7 +148,7 @@ class UnionSnapshotter:
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
         _check_name(key)
         _check_labels(labels)
-        Wishes.of_labels(labels, writable=True)  # a bad one is told before anything is made
+        MountRequirements.of_labels(labels, writable=True)  # a bad one is told before anything is made
         with self._names.hold(key), _system_errors(f"prepare snapshot {key}"):
             chain = self._store.plan(key, parent)
             number = self._directories.create(chain.numbers)
@@ -176,13 +174,13 @@ class UnionSnapshotter:
             info.kind,
             info.name,
             chain,
-            Wishes.of_labels(info.labels, writable=info.kind is Kind.ACTIVE),
+            MountRequirements.of_labels(info.labels, writable=info.kind is Kind.ACTIVE),
             overlay_unpack=self._overlay_unpack,
         )
 
     def _mount(self, plan: Plan) -> tuple[Mount, ...]:
         if plan.union is not None:
-            self._unions.ensure(plan.union, plan.words)
+            self._unions.ensure(plan.union, plan.options)
         return plan.mounts
 
     def _set_aside(self, record: Record) -> None:
