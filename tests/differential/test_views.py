@@ -258,7 +258,7 @@ class User:
 
 
 def place(tree: UnionTree, path: str) -> tuple[Inode, bytes]:
-    inode = tree.root
+    inode: Inode = tree.root
     *above, name = path.encode().split(b"/")
     for part in above:
         inode = tree.lookup(inode, part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.quota import allocation
 from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import as_directory
 
 if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)
@@ -43,7 +42,7 @@ class Rig:
         )
         tree = open_tree(options)
         self.tree = tree
-        self.merged, self.plain = (tree.lookup(tree.root, name) for name in (b"d", b"plain"))
+        self.merged, self.plain = (as_directory(tree.lookup(tree.root, name)) for name in (b"d", b"plain"))
         self.upper_file = tree.lookup(self.merged, b"three")
         self.path_fd = os.open(path / "acl", os.O_RDONLY)
         os.setxattr(self.path_fd, "system.posix_acl_default", _acl())
@@ -79,21 +78,11 @@ MAKERS: dict[str, list[Callable[[Rig], Made]]] = {
     ],
     "_data": [lambda rig: allocation._data(rig.file_fd, 0, 2 << 20)],
     "growing": [lambda rig: cast("SpaceLimit", rig.tree.space).growing(rig.file_fd, 4096)],
-    "places": [lambda rig: _two_places(rig).places()],
     "staging": [
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.tree.view.upper_dir_fd(rig.plain)),
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.path_fd),
     ],
 }
-
-
-def _two_places(rig: Rig) -> Inode:
-    inode = Inode(1 << 40, stat.S_IFREG)
-    inode.add_place(rig.merged, b"first")
-    inode.add_place(rig.plain, b"second")
-    for parent, name in list(inode.places()):
-        del (parent.children or {})[name]
-    return inode
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree import backing_calls
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Iterator[UnionTree]:
 
 
 def at(tree: UnionTree, path: str) -> Inode:
-    inode = tree.root
+    inode: Inode = tree.root
     for name in path.split("/"):
         if name:
             inode = tree.lookup(inode, name.encode())
@@ -60,7 +60,7 @@ def ctime(tree: UnionTree, path: str) -> int:
     return tree.attributes(at(tree, path)).ctime_ns
 
 
-def settle(tree: UnionTree, inode: Inode, meanwhile: Callable[[], object] = lambda: None) -> None:
+def settle(tree: UnionTree, inode: FileInode, meanwhile: Callable[[], object] = lambda: None) -> None:
     job = tree.copy_up.begin_settling(inode)
     job.run()
     meanwhile()
@@ -68,7 +68,7 @@ def settle(tree: UnionTree, inode: Inode, meanwhile: Callable[[], object] = lamb
 
 
 def test_syncing_a_copy_later_does_not_show(tree: UnionTree, tmp_path: Path) -> None:
-    inode = chmod(tree, "file")
+    inode = as_file(chmod(tree, "file"))
     assert inode.unsynced
     before = tree.attributes(inode)
     settle(tree, inode)
@@ -95,7 +95,7 @@ def test_syncing_a_copy_later_does_not_show(tree: UnionTree, tmp_path: Path) -> 
 def test_what_somebody_changes_after_that_shows(
     tree: UnionTree, change: Callable[[UnionTree, Inode], object], tmp_path: Path
 ) -> None:
-    inode = chmod(tree, "file")
+    inode = as_file(chmod(tree, "file"))
     settle(tree, inode)
     change(tree, inode)
     path, _ = tree.view.proc_path(inode)
@@ -103,14 +103,14 @@ def test_what_somebody_changes_after_that_shows(
 
 
 def test_what_somebody_changes_meanwhile_shows(tree: UnionTree, tmp_path: Path) -> None:
-    inode = chmod(tree, "file")
+    inode = as_file(chmod(tree, "file"))
     before = tree.attributes(inode)
     settle(tree, inode, lambda: chmod(tree, "file", 0o640))
     assert tree.attributes(inode).ctime_ns > before.ctime_ns
 
 
 def test_further_names_of_a_file_do_not_show(tree: UnionTree, tmp_path: Path) -> None:
-    inode = chmod(tree, "linked")
+    inode = as_file(chmod(tree, "linked"))
     before = tree.attributes(inode)
     assert at(tree, "d/other name") is inode
     tree.copy_up.place_names(inode)

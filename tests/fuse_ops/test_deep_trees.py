@@ -11,7 +11,7 @@ import pytest
 
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import Inode, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.files import remove_tree
@@ -61,7 +61,7 @@ def union(dirs: Path, **changes: object) -> UnionTree:
 
 
 def bottom(tree: UnionTree) -> Inode:
-    inode = tree.root
+    inode: Inode = tree.root
     for _ in range(DEPTH):
         inode = tree.lookup(inode, NAME)
     return inode
@@ -102,7 +102,7 @@ def test_changes_at_the_bottom(dirs: Path) -> None:
 def test_a_metacopy_that_leaves_the_bottom_gets_its_data(dirs: Path) -> None:
     tree = union(dirs, metacopy=True)
     here = bottom(tree)
-    data = tree.lookup(here, b"data")
+    data = as_file(tree.lookup(here, b"data"))
     tree.set_attributes(data, AttributeChange(mode=0o600), ROOT)
     assert data.metacopy
     tree.rename(here, b"data", tree.root, b"data")
@@ -142,7 +142,7 @@ def test_a_server_that_died_left_it_in_the_work_directory(dirs: Path) -> None:
 def test_copies_that_a_crash_has_left_unsynced(dirs: Path) -> None:
     tree = union(dirs)
     here = bottom(tree)
-    data = tree.lookup(here, b"data")
+    data = as_file(tree.lookup(here, b"data"))
     tree.set_attributes(data, AttributeChange(mode=0o640), ROOT)
     assert data.unsynced
     path, _ = tree.view.proc_path(data)

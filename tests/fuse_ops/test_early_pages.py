@@ -10,7 +10,7 @@ import pytest
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.syscalls import cached_pages
 from unionfs.fuse_ops.speedups.early_pages import EarlyPages, size_to_give
-from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
+from unionfs.fuse_ops.tree.inodes import FileInode, OpenFile
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -113,7 +113,7 @@ def test_all_names_of_a_file_share_the_pages(box: Sandbox) -> None:
 class TestSizeToGive:
     @staticmethod
     def opened(path: str, *, writable: bool = False) -> OpenFile:
-        return OpenFile(Inode(7, stat.S_IFREG), os.open(path, os.O_RDONLY), writable=writable)
+        return OpenFile(FileInode(7, stat.S_IFREG), os.open(path, os.O_RDONLY), writable=writable)
 
     @pytest.fixture
     def path(self, tmp_path: os.PathLike[str]) -> str:
@@ -130,7 +130,7 @@ class TestSizeToGive:
 
     def test_nothing_twice_until_the_kernel_asks(self, path: str) -> None:
         file = self.opened(path)
-        file.inode.filled = True
+        file.inode.kernel.page_cache_primed = True
         assert size_to_give(file, os.O_RDONLY) == 0
         EarlyPages(lambda inode, contents: None, lambda fd, buffer, offset: None).reads(file, 0, 100)
         assert size_to_give(file, os.O_RDONLY) == len(SMALL)

@@ -142,7 +142,7 @@ def test_only_lower_files(tree: UnionTree, layer: Path) -> None:
 def test_few_listings_are_kept(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     for number in range(100):
-        ahead.listed(tree.inodes.new(stat.S_IFDIR, 1000 + number), [])
+        ahead.listed(tree.inodes.new_directory(1000 + number), [])
     drop(layer)
     open_in(tree, ahead, 0)
     assert in_memory(layer) == []

@@ -47,7 +47,7 @@ def union(dirs: Path, **changes: object) -> UnionTree:
 
 
 def at(tree: UnionTree, path: str) -> Inode:
-    inode = tree.root
+    inode: Inode = tree.root
     for name in path.split("/"):
         inode = tree.lookup(inode, name.encode())
     return inode

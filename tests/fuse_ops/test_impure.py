@@ -32,7 +32,7 @@ class Ours:
         self.tree = tree
 
     def at(self, path: str) -> Inode:
-        inode = self.tree.root
+        inode: Inode = self.tree.root
         for name in path.split("/"):
             inode = self.tree.lookup(inode, name.encode())
         return inode

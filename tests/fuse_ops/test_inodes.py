@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode, InodeNumbers, InodeTable
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, DirInode, InodeNumbers, InodeTable
 
 
-def table() -> tuple[InodeTable, Inode]:
+def table() -> tuple[InodeTable, DirInode]:
     inodes = InodeTable(InodeNumbers(iter([10, 20])))
-    return inodes, inodes.new(stat.S_IFDIR, ROOT_INO)
+    return inodes, inodes.new_directory(ROOT_INO)
 
 
 def test_numbers_of_the_first_device_are_kept() -> None:
@@ -31,7 +31,7 @@ def test_a_remount_gives_the_same_numbers() -> None:
 )
 def test_different_files_have_different_numbers(reals: set[tuple[int, int]], xino: str) -> None:
     inodes = InodeTable(InodeNumbers(iter([10, 20]), xino))
-    given_out = [inodes.new(stat.S_IFREG, inodes.numbers.of(real)).ino for real in reals]
+    given_out = [inodes.new_file(stat.S_IFREG, inodes.numbers.of(real)).ino for real in reals]
     assert len(set(given_out)) == len(reals)
     assert all(ROOT_INO < number < 2**64 for number in given_out)
 
@@ -62,14 +62,14 @@ def test_numbers_never_end() -> None:
 
 def test_a_number_in_use_is_not_given_twice() -> None:
     inodes, _ = table()
-    first, second = inodes.new(stat.S_IFREG, 77), inodes.new(stat.S_IFREG, 77)
+    first, second = inodes.new_file(stat.S_IFREG, 77), inodes.new_file(stat.S_IFREG, 77)
     assert first.ino == 77
     assert second.ino != 77
 
 
 def test_a_directory_stays_for_its_children() -> None:
     inodes, root = table()
-    directory, file = inodes.new(stat.S_IFDIR, 5), inodes.new(stat.S_IFREG, 6)
+    directory, file = inodes.new_directory(5), inodes.new_file(stat.S_IFREG, 6)
     directory.add_place(root, b"d")
     file.add_place(directory, b"f")
     directory.lookups, file.lookups = 0, 1
@@ -83,7 +83,7 @@ def test_a_directory_stays_for_its_children() -> None:
 
 def test_places_of_a_linked_file() -> None:
     inodes, root = table()
-    file = inodes.new(stat.S_IFREG, 6)
+    file = inodes.new_file(stat.S_IFREG, 6)
     for name in (b"a", b"b", b"c"):
         file.add_place(root, name)
     assert {name for _, name in file.places()} == {b"a", b"b", b"c"}
@@ -97,7 +97,7 @@ def test_places_of_a_linked_file() -> None:
 
 def test_linked_files_are_found_by_the_real_one() -> None:
     inodes, root = table()
-    file = inodes.new(stat.S_IFREG, 6)
+    file = inodes.new_file(stat.S_IFREG, 6)
     file.add_place(root, b"a")
     inodes.remember_links(file, (10, 6))
     assert inodes.linked((10, 6)) is file

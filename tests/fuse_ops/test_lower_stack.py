@@ -42,7 +42,7 @@ def union(top: Path, **changes: object) -> UnionTree:
 
 
 def at(tree: UnionTree, path: str) -> Inode:
-    inode = tree.root
+    inode: Inode = tree.root
     for name in path.split("/"):
         inode = tree.lookup(inode, name.encode())
     return inode

@@ -475,7 +475,7 @@ def test_a_path_deeper_than_the_cache(dirs: Path) -> None:
     tree = open_tree(options(dirs))
     try:
         tree.view._cache._limit = 64
-        d = tree.root
+        d: Inode = tree.root
         for _ in range(200):
             d = tree.mkdir(d, b"d", 0o755, ROOT) if d is not tree.root else tree.lookup(d, b"d")
         tree.view._cache.close()

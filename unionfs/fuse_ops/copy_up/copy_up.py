@@ -19,12 +19,11 @@ from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
 from unionfs.fuse_ops.copy_up.placing import Placing
 from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, unmark
-from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import CONTENTS, Need
 from unionfs.fuse_ops.tree.protection import Protection
@@ -63,14 +62,16 @@ class CopyUp:
 
     def needs(self, inode: Inode, need: Need = CONTENTS) -> bool:
         """Whether ``inode`` has to be copied up before it can be changed."""
-        return not inode.upper or (need.data and (inode.metacopy or inode.unsynced))
+        if not inode.upper:
+            return True
+        return isinstance(inode, FileInode) and need.data and (inode.metacopy or inode.unsynced)
 
-    def place_names(self, inode: Inode) -> None:
+    def place_names(self, inode: FileInode) -> None:
         """Make those names of a copied-up, hard-linked file that were looked up since links of the upper file."""
         while inode.unplaced:
             self._placing.link(inode, *next(iter(inode.unplaced)))
 
-    def may_sync_later(self, inode: Inode, st: os.stat_result) -> bool:
+    def may_sync_later(self, inode: FileInode, st: os.stat_result) -> bool:
         """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
         if self.unsynced is None or not stat.S_ISREG(st.st_mode) or not 0 < st.st_size <= _LATER_BYTES:
             return False
@@ -93,7 +94,7 @@ class CopyUp:
             self.finish(job)
         inode.ctime = None
 
-    def ensure_directory(self, directory: Inode) -> int:
+    def ensure_directory(self, directory: DirInode) -> int:
         """Copy ``directory``, in which names are about to change, up if needed; returns the upper one's descriptor."""
         if directory.upper:
             directory.ctime = None
@@ -101,10 +102,10 @@ class CopyUp:
             self.ensure(directory)
         return self._view.upper_dir_fd(directory)
 
-    def copy_directory(self, directory: Inode) -> int:
+    def copy_directory(self, directory: DirInode) -> int:
         """As :meth:`ensure_directory`, for a copy of what is in it: the merged tree shows nothing of that."""
-        missing: list[Inode] = []
-        node: Inode | None = directory
+        missing: list[DirInode] = []
+        node: DirInode | None = directory
         while node is not None and not node.upper:
             missing.append(node)
             node = node.parent
@@ -120,7 +121,8 @@ class CopyUp:
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
-        self.place_names(inode)
+        if isinstance(inode, FileInode):
+            self.place_names(inode)
         if not self.needs(inode, need):
             return None
         size_bytes = self._accounts.require_copy(inode, need)
@@ -131,21 +133,22 @@ class CopyUp:
 
     def _begin(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
         upper = self._upper
-        if inode.unsynced:
-            return self.begin_settling(inode)
-        if inode.upper:
-            return self._begin_data(inode, need)
-        for parent, _ in list(inode.places()):
+        if isinstance(inode, FileInode):
+            if inode.unsynced:
+                return self.begin_settling(inode)
+            if inode.upper:
+                return self._begin_data(inode, need)
+        for parent, _ in inode.places():
             self.copy_directory(parent)
         if st is None:
             st = self._view.real_stat(inode)
-        if inode.kind == stat.S_IFDIR:
+        if isinstance(inode, DirInode):
             self._directory(upper, inode, st)
             return None
+        assert isinstance(inode, FileInode)
         if not stat.S_ISREG(st.st_mode):
             self._special(upper, inode, st)
             return None
-        assert inode.lower is not None
         wanted = need.bytes_of(st.st_size)
         if not need.data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
@@ -185,7 +188,7 @@ class CopyUp:
             source = self._lower_at(inode) if inode.metacopy else (job.source_fd, b"")
             # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
             # and keep it. So it comes when the mark goes.
-            later = origin_of(self._lower(inode)[0], source) if job.later else None
+            later = origin_of(self._view.lower_place(inode)[0], source) if job.later else None
             self._dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
             inode.has_origin |= later is not None
             self._placing.file(upper, inode, job.new, job.st)
@@ -225,7 +228,7 @@ class CopyUp:
         """
         self._copy_owner(target, st)
         if with_origin:
-            self.origins.record(inode, st, (self._lower(inode)[0], source), target)
+            self.origins.record(inode, st, (self._view.lower_place(inode)[0], source), target)
         copy_xattrs(at_path(*source), at_path(*target), self._view.xattrs)
         if inode.kind in (stat.S_IFREG, stat.S_IFDIR):
             copy_flags(source, target)
@@ -247,19 +250,12 @@ class CopyUp:
             gid = st.st_gid if ownership.squash_gid is None else -1
             os.chown(at_path(*target), uid, gid, follow_symlinks=not target[1])
 
-    @staticmethod
-    def _lower(inode: Inode) -> tuple[LayerDir, bytes]:
-        if inode.kind == stat.S_IFDIR:
-            return inode.lowers[0].layer, inode.lowers[0].path
-        assert inode.lower is not None
-        return inode.lower
-
     def _lower_at(self, inode: Inode) -> At:
         """The lower object that is copied up."""
-        layer, path = self._lower(inode)
+        layer, path = self._view.lower_place(inode)
         return layer.locate(path)
 
-    def _directory(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+    def _directory(self, upper: UpperDir, inode: DirInode, st: os.stat_result) -> None:
         if inode.orphan:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         temp = upper.temp_name()
@@ -271,7 +267,7 @@ class CopyUp:
             upper.discard(temp)
             raise
 
-    def _special(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+    def _special(self, upper: UpperDir, inode: FileInode, st: os.stat_result) -> None:
         temp = upper.temp_name()
         if stat.S_ISLNK(st.st_mode):
             os.symlink(self._view.readlink(inode), temp, dir_fd=upper.work_fd)
@@ -285,7 +281,7 @@ class CopyUp:
             raise
         inode.lower = None
 
-    def _metacopy(self, upper: UpperDir, inode: Inode, st: os.stat_result) -> None:
+    def _metacopy(self, upper: UpperDir, inode: FileInode, st: os.stat_result) -> None:
         """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``).
 
         It is found there under the name that the copy has; :meth:`detach` sees to it that this stays so.
@@ -306,7 +302,7 @@ class CopyUp:
             inode.data = inode.lower
         inode.lower = None
 
-    def detach(self, inode: Inode) -> None:
+    def detach(self, inode: FileInode) -> None:
         """Before a metacopy gets another name: have it find its data by a path from the top (kernel: ``redirect``).
 
         Where that cannot be recorded the data is copied.
@@ -334,7 +330,7 @@ class CopyUp:
                     raise
         self.ensure(inode)
 
-    def _switch_handles(self, inode: Inode, upper_fd: int) -> None:
+    def _switch_handles(self, inode: FileInode, upper_fd: int) -> None:
         """Let files that were opened before the copy-up see what is written after it."""
         for handle in inode.handles or ():
             if handle.has_fd:
@@ -342,7 +338,7 @@ class CopyUp:
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
-    def _begin_data(self, inode: Inode, need: Need) -> CopyUpJob | None:
+    def _begin_data(self, inode: FileInode, need: Need) -> CopyUpJob | None:
         layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
         wanted = need.bytes_of(st.st_size)
@@ -399,7 +395,7 @@ class CopyUp:
             raise
         return new
 
-    def begin_settling(self, inode: Inode) -> CopyUpJob:
+    def begin_settling(self, inode: FileInode) -> CopyUpJob:
         """The job that brings an unsynced copy to the disk."""
         path, _ = self._view.proc_path(inode)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -408,7 +404,7 @@ class CopyUp:
         inode.ctime = (st.st_ctime_ns, self._view.ctime_ns(inode, st))
         return CopyUpJob(inode, st, -1, fd, None, 0, sync=True, mark=mark, origin=origin)
 
-    def _later_origin(self, inode: Inode) -> Attribute | None:
+    def _later_origin(self, inode: FileInode) -> Attribute | None:
         value = None if self.unsynced is None else self.unsynced.origin_of(inode)
         return None if value is None else (self._view.xattrs.origin, value)
 
@@ -419,18 +415,18 @@ class CopyUp:
             inode.ctime = (os.fstat(job.target_fd).st_ctime_ns, inode.ctime[1])
         job.close()
 
-    def forget_unsynced(self, inode: Inode) -> None:
+    def forget_unsynced(self, inode: FileInode) -> None:
         """``inode`` need not be settled any more: it is, or it has no name left."""
         if self.unsynced is not None:
             self.unsynced.remove(inode)
 
-    def remove_mark(self, inode: Inode) -> None:
+    def remove_mark(self, inode: FileInode) -> None:
         """Remove the mark of an unsynced copy that has been synced."""
         with contextlib.suppress(FileNotFoundError):  # somebody has changed the upper directory
             path, _ = self._view.proc_path(inode)
             unmark(path, self._view.xattrs.metacopy, self._later_origin(inode))
 
-    def recover(self, inode: Inode) -> None:
+    def recover(self, inode: FileInode) -> None:
         """Copy the data of ``inode``, which a crash has left marked, again, and record where it comes from."""
         layer, lower = self._view.data_source(inode)
         origin = origin_of(layer, layer.locate(lower))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from unionfs.fuse_ops.copy_up.unsynced import Attribute, settle
 from unionfs.fuse_ops.stack.upper_dir import NewFile
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode
 from unionfs.overlay.copying import always, copy_data
 
 
@@ -16,7 +16,7 @@ from unionfs.overlay.copying import always, copy_data
 class CopyUpJob:
     """The copying of one file's data, or its syncing."""
 
-    inode: Inode
+    inode: FileInode
     st: os.stat_result  # of the file that is copied
     source_fd: int
     target_fd: int

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from typing import Final
 
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.tree.accounts import Accounts
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host import syscalls
 from unionfs.overlay.copying import At, at_path
@@ -41,7 +40,7 @@ class Origins:
     def record(self, inode: Inode, st: os.stat_result, source: tuple[LayerDir, At], target: At) -> None:
         """Record that ``target`` is the copy of ``source``, the lower object of ``inode`` that has ``st``."""
         # Of several names the kernel, too, sets no origin: after a remount they are different files.
-        if inode.kind != stat.S_IFDIR and (inode.parent is None or inode.may_have_other_names(st)):
+        if isinstance(inode, FileInode) and (inode.parent is None or inode.may_have_other_names(st)):
             return
         value = origin_of(*source)
         try:
@@ -58,7 +57,7 @@ class Origins:
         with contextlib.suppress(OSError):  # only costs the stability of its inode number
             os.setxattr(path, self._view.xattrs.origin, value, os.XATTR_CREATE)
 
-    def arrived(self, directory: Inode, name: bytes) -> None:
+    def arrived(self, directory: DirInode, name: bytes) -> None:
         """``name``, which has an origin, has come into an upper directory: mark that as impure.
 
         The kernel looks the numbers of what is in such a directory up when it is listed.
@@ -73,7 +72,7 @@ class Origins:
             self._view.unnoticed(directory, lambda: os.setxattr(path, self._view.xattrs.impure, b"y"))
         self._accounts.changed(directory)  # an attribute can take a block
 
-    def left(self, directory: Inode, name: bytes) -> None:
+    def left(self, directory: DirInode, name: bytes) -> None:
         """``name``, which has an origin, is no longer in an upper directory: without any other it is not impure.
 
         The kernel finds that out at the next listing. Of merged directories neither says it: they are looked into
@@ -93,7 +92,7 @@ class Origins:
             with contextlib.suppress(OSError):
                 os.removexattr(b"/proc/self/fd/%d" % dir_fd, self._view.xattrs.impure)
 
-    def _names_with_origin(self, directory: Inode, dir_fd: int) -> set[bytes]:
+    def _names_with_origin(self, directory: DirInode, dir_fd: int) -> set[bytes]:
         children = directory.children or {}
         found = set()
         for name in map(os.fsencode, os.listdir(b"/proc/self/fd/%d" % dir_fd)):

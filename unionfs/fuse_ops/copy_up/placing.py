@@ -12,7 +12,7 @@ from unionfs.fuse_ops.copy_up.origins import Origins
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 
 _MAKE_NAMES: Final = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make names in a directory
@@ -28,7 +28,7 @@ class Placing:
         self,
         view: MergedView,
         origins: Origins,
-        copy_directory: Callable[[Inode], int],
+        copy_directory: Callable[[DirInode], int],
         hard_links: HardLinks,
         accounts: Accounts,
     ) -> None:
@@ -39,7 +39,7 @@ class Placing:
         self._copy_directory = copy_directory
         self._server_uid = os.geteuid()
 
-    def directory(self, upper: UpperDir, inode: Inode, temp: bytes, st: os.stat_result) -> None:
+    def directory(self, upper: UpperDir, inode: DirInode, temp: bytes, st: os.stat_result) -> None:
         """Make ``temp`` in the work directory the upper object of the directory ``inode``, whose mode is in ``st``."""
         assert inode.parent is not None
         parent_fd, name = self._view.upper_dir_fd(inode.parent), inode.name
@@ -61,7 +61,7 @@ class Placing:
         self._accounts.changed(inode)
         self._accounts.changed(inode.parent)
 
-    def file(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+    def file(self, upper: UpperDir, inode: FileInode, new: NewFile, st: os.stat_result) -> None:
         """Make ``new`` the upper object of ``inode``, whose lower one has ``st``, at all its places."""
         if inode.may_have_other_names(st):
             self._stage(upper, inode, new, st)
@@ -83,7 +83,7 @@ class Placing:
         if inode.has_origin and inode.parent is not None:
             self._origins.arrived(inode.parent, inode.name)
 
-    def _stage(self, upper: UpperDir, inode: Inode, new: NewFile, st: os.stat_result) -> None:
+    def _stage(self, upper: UpperDir, inode: FileInode, new: NewFile, st: os.stat_result) -> None:
         # The copy stays in the work directory for as long as there may be names of it, and every name that is looked up
         # finds it, and becomes a link to it before anything is changed. So they remain one file.
         upper.stage(new)
@@ -92,7 +92,7 @@ class Placing:
         if inode.nlink is None:
             inode.nlink = st.st_nlink
         try:
-            for parent, name in list(inode.places()):
+            for parent, name in inode.places():
                 self.link(inode, parent, name)
         except BaseException:
             inode.staged_link, inode.upper = None, False
@@ -100,7 +100,7 @@ class Placing:
         if inode.orphan:  # unlinked in the meantime, but still open
             self._hard_links.lost_name(inode)
 
-    def link(self, inode: Inode, parent: Inode, name: bytes) -> None:
+    def link(self, inode: FileInode, parent: DirInode, name: bytes) -> None:
         """Give a copied-up, hard-linked file its name in the upper directory."""
         staged, upper = inode.staged_link, self._view.upper
         assert staged is not None and upper is not None
@@ -115,7 +115,7 @@ class Placing:
             inode.unplaced.discard((parent, name))
         self._accounts.changed(parent)
 
-    def _unseen(self, directory: Inode, make: Callable[[], None]) -> None:
+    def _unseen(self, directory: DirInode, make: Callable[[], None]) -> None:
         """Make something in the upper directory of ``directory`` of which the merged tree is to show nothing.
 
         Nor may the directory's mode forbid it, which is that of the merged one: for its owner without privilege it

@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode
 
 NOTE: Final = "unsynced"
 """The file in the work directory, beside ``work``, that says that the upper one may have such copies."""
@@ -64,17 +64,17 @@ class Unsynced:
         self._workdir_fd = workdir_fd
         self._noted = False
         self._keeps_note = False
-        self._copies: dict[Inode, bytes] = {}  # with their origins, in the order in which they were made
+        self._copies: dict[FileInode, bytes] = {}  # with their origins, in the order in which they were made
         self.added: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self._copies)
 
-    def copies(self) -> list[Inode]:
+    def copies(self) -> list[FileInode]:
         """Those that there are now, the oldest first."""
         return list(self._copies)
 
-    def origin_of(self, inode: Inode) -> bytes | None:
+    def origin_of(self, inode: FileInode) -> bytes | None:
         """The origin that ``inode`` is to have; None if it is not such a copy."""
         return self._copies.get(inode)
 
@@ -90,7 +90,7 @@ class Unsynced:
         os.fsync(self._workdir_fd)
         self._noted = True
 
-    def add(self, inode: Inode, origin: bytes) -> None:
+    def add(self, inode: FileInode, origin: bytes) -> None:
         """Remember that ``inode`` is such a copy, which is to have ``origin`` recorded when it is settled."""
         inode.unsynced = True
         inode.lookups += 1
@@ -98,14 +98,14 @@ class Unsynced:
         if self.added is not None:
             self.added()
 
-    def remove(self, inode: Inode) -> None:
+    def remove(self, inode: FileInode) -> None:
         """``inode`` was settled, or removed. Whoever calls looks whether it is still needed."""
         if inode in self._copies:
             del self._copies[inode]
             inode.unsynced = False
             inode.lookups -= 1
 
-    def end(self, sync: Callable[[], None], remove_mark: Callable[[Inode], None]) -> None:
+    def end(self, sync: Callable[[], None], remove_mark: Callable[[FileInode], None]) -> None:
         """Settle all at the end of the mount, by ``sync``, which syncs everything, and ``remove_mark`` of each.
 
         What fails raises OSError, and leaves the rest to the next mount.

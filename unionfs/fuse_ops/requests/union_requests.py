@@ -22,13 +22,12 @@ from unionfs.fuse_ops.requests.observer import Observer
 from unionfs.fuse_ops.requests.waiting_calls import LastCloseInThread
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
-from unionfs.fuse_ops.tree.inodes import Inode, OpenDir, OpenFile
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenDir, OpenFile, as_directory, as_file
 from unionfs.fuse_ops.tree.listing import has_gone
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, NO_CONTENTS, Need, for_attributes, for_name
-from unionfs.fuse_ops.union.changes import Caller, check_new_name
+from unionfs.fuse_ops.union.changes import Caller
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
-from unionfs.host.syscalls import RENAME_EXCHANGE
 
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
 _LONG_FREE_BYTES = 4 * 1024 * 1024  # giving back more than this takes a millisecond and more
@@ -95,7 +94,12 @@ class UnionRequests:
         if going_on is not None:
             return Job(_nothing, lambda _: self._copied_up(inode, need, then), after=going_on)
         copies_data = need.data or not self.options.metacopy
-        if inode.kind != stat.S_IFREG or (need.size == 0 and not inode.unsynced) or not copies_data:
+        if (
+            not isinstance(inode, FileInode)
+            or inode.kind != stat.S_IFREG
+            or (need.size == 0 and not inode.unsynced)
+            or not copies_data
+        ):
             copy_up.ensure(inode, need)
             return then()
         st = self.tree.view.real_stat(inode)
@@ -109,13 +113,15 @@ class UnionRequests:
             return then()
         return self._copy_job(inode, job, lambda: self._copied_up(inode, need, then), short=small)
 
-    def sync_copy(self, inode: Inode) -> Job[None] | None:
+    def sync_copy(self, inode: FileInode) -> Job[None] | None:
         """Bring a copy that was to be synced later to the disk, if nobody is about it already."""
         if not inode.unsynced or inode in self._copying:
             return None
         return self._copy_job(inode, self.tree.copy_up.begin_settling(inode), lambda: None)
 
-    def _copy_job(self, inode: Inode, job: CopyUpJob, then: Callable[[], T | Job[T]], *, short: bool = False) -> Job[T]:
+    def _copy_job(
+        self, inode: FileInode, job: CopyUpJob, then: Callable[[], T | Job[T]], *, short: bool = False
+    ) -> Job[T]:
         self._copying[inode] = copying = Copying()
         job.is_wanted = copying.is_wanted
         inode.lookups += 1  # it must not be forgotten while the copy is made
@@ -146,7 +152,7 @@ class UnionRequests:
 
         ``then`` still has to truncate the file, which has nothing more to free by then, and to tell of errors.
         """
-        if not inode.upper or inode.metacopy or self.tree.space is not None:
+        if not isinstance(inode, FileInode) or not inode.upper or inode.metacopy or self.tree.space is not None:
             return then()
         if self.tree.view.real_stat(inode).st_blocks * 512 - size <= _LONG_FREE_BYTES:
             return then()
@@ -168,7 +174,7 @@ class UnionRequests:
 
     def link(self, inode: Inode, directory: Inode, name: bytes) -> Job[None] | None:
         """Give ``inode`` the further name ``name`` in ``directory``."""
-        need = for_name(unsynced=inode.unsynced)
+        need = for_name(unsynced=as_file(inode).unsynced)
         self.tree.protection.require_changeable(inode)
         return self._copied_up(inode, need, lambda: self.tree.link(inode, directory, name))
 
@@ -176,22 +182,17 @@ class UnionRequests:
         self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int, caller: Caller
     ) -> Job[None] | None:
         """Move a name, or exchange two; ``flags`` are those of renameat2(2)."""
-        check_new_name(new_name)
-        moved = [self.tree.lookup(old_dir, old_name)]
-        self.tree.protection.require_removable(old_dir, moved[0])
-        if flags & RENAME_EXCHANGE:
-            moved.append(self.tree.lookup(new_dir, new_name))
-            self.tree.protection.require_removable(new_dir, moved[1])
-
-        def ready() -> Job[None] | None:
-            while moved:
-                inode = moved.pop()
-                if inode.kind != stat.S_IFDIR:  # a directory is copied without what is in it
-                    return self._copied_up(inode, for_name(unsynced=inode.unsynced), ready)
-            self.tree.rename(old_dir, old_name, new_dir, new_name, flags, caller)
-            return self._searched_links()
-
-        return ready()
+        move = self.tree.begin_rename(old_dir, old_name, new_dir, new_name, flags)
+        for inode in move.moved:
+            if isinstance(inode, FileInode):  # a directory is copied without what is in it
+                need = for_name(unsynced=inode.unsynced)
+                if self.tree.copy_up.needs(inode, need):
+                    # Others may have changed the names by then.
+                    return self._copied_up(
+                        inode, need, lambda: self.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+                    )
+        self.tree.finish_rename(move, caller)
+        return self._searched_links()
 
     def unlink(self, directory: Inode, name: bytes) -> Job[None] | None:
         """Remove a name that is not a directory's."""
@@ -251,7 +252,7 @@ class UnionRequests:
             self.tree.check_xattr(inode, name, flags)
 
         def then() -> None:
-            inode.bare = False
+            inode.kernel.has_no_xattrs = False
             self.tree.set_xattr(inode, name, value, flags)
             if drops_setgid:
                 mode = stat.S_IMODE(self.tree.attributes(inode).mode)
@@ -313,7 +314,7 @@ class UnionRequests:
     @staticmethod
     def is_open_for_writing(inode: Inode) -> bool:
         """Whether a program has ``inode`` open for writing, as far as we are told."""
-        return any(file.writable for file in inode.handles or ())
+        return isinstance(inode, FileInode) and any(file.writable for file in inode.handles or ())
 
     def is_written(self, inode: Inode) -> bool:
         """Whether somebody can write to the upper file ``inode``, if only through a mapping."""
@@ -482,10 +483,11 @@ class UnionRequests:
 
     def open_directory(self, inode: Inode) -> int:
         """The handle of a directory opened for listing."""
+        directory = as_directory(inode)
         handle = self._next_handle
         self._next_handle += 1
         inode.lookups += 1  # an open directory is in use, also when the kernel forgets its name
-        self.directories[handle] = OpenDir(inode)
+        self.directories[handle] = OpenDir(directory)
         return handle
 
     def names(self, handle: int, offset: int) -> tuple[Inode, list[bytes]]:

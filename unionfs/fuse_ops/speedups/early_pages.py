@@ -56,7 +56,11 @@ class EarlyPages(Observer):
     def opened(self, file: OpenFile, flags: int) -> None:
         """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
         inode = file.inode
-        if inode.filled or file.writable or (self._patience is not None and not self._patience.may_wait()):
+        if (
+            inode.kernel.page_cache_primed
+            or file.writable
+            or (self._patience is not None and not self._patience.may_wait())
+        ):
             return
         start = time.perf_counter()
         try:
@@ -80,11 +84,11 @@ class EarlyPages(Observer):
         if self._ahead is not None:
             self._ahead.took(time.perf_counter() - start)
         self._store(file.inode, self._buffer[:count])
-        file.inode.filled = True
+        file.inode.kernel.page_cache_primed = True
 
     def reads(self, file: OpenFile, offset: int, size: int) -> None:
         if offset == 0:  # so the kernel no longer has what it was given
-            file.inode.filled = False
+            file.inode.kernel.page_cache_primed = False
 
     def listed(self, directory: Inode, names: list[bytes]) -> None:
         if self._ahead is not None:
@@ -97,7 +101,7 @@ def size_to_give(file: OpenFile, flags: int) -> int:
     Raises OSError where it is opened for that and cannot be.
     """
     inode = file.inode
-    if inode.filled or inode.upper or inode.metacopy or file.writable or flags & os.O_DIRECT:
+    if inode.kernel.page_cache_primed or inode.upper or inode.metacopy or file.writable or flags & os.O_DIRECT:
         return 0
     if inode.handles is None or len(inode.handles) != 1:  # somebody else has it open
         return 0

@@ -22,7 +22,7 @@ from typing import Final
 
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir, StackObserver
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode
 from unionfs.host.io_uring import LookupRing
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,9 @@ class FileReadAhead:
 
 
 def _begin_to_read(inode: Inode) -> None:
-    if inode.lower is None or inode.upper or inode.metacopy or inode.filled or inode.kind != stat.S_IFREG:
+    if not isinstance(inode, FileInode) or inode.kind != stat.S_IFREG:
+        return
+    if inode.lower is None or inode.upper or inode.metacopy or inode.kernel.page_cache_primed:
         return
     layer, path = inode.lower
     with suppress(OSError):  # whoever opens or reads it is told

@@ -9,7 +9,7 @@ from typing import Final
 
 from unionfs.fuse_ops.quota.allocation import data_bytes, round_up
 from unionfs.fuse_ops.quota.space_limit import SpaceLimit
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import Need
 
@@ -49,7 +49,7 @@ class Accounts:
         """Call ``remove``, by which ``inode`` loses a name, perhaps its last."""
         remove()
 
-    def closed(self, inode: Inode) -> None:
+    def closed(self, inode: FileInode) -> None:
         """A program has closed ``inode``."""
 
     def statvfs(self, st: os.statvfs_result) -> os.statvfs_result:
@@ -92,7 +92,7 @@ class LimitedAccounts(Accounts):
         wanted = need.bytes_of(st.st_size)
         if wanted <= _WHOLE_BYTES:
             return round_up(wanted, block)
-        layer, path = self._view.data_source(inode)
+        layer, path = self._view.data_source(as_file(inode))
         fd = layer.open(path, os.O_RDONLY)
         try:
             return data_bytes(fd, wanted, block)
@@ -113,7 +113,7 @@ class LimitedAccounts(Accounts):
         if not inode.upper or (inode.orphan and inode.orphan_fd < 0):
             return
         st = self._view.real_stat(inode)
-        if st.st_nlink == 0 and not inode.handles:
+        if st.st_nlink == 0 and not (isinstance(inode, FileInode) and inode.handles):
             # What the kernel still remembers of it goes in a moment, and nobody can write to it.
             self._gone(inode, st.st_ino)
             return
@@ -128,7 +128,7 @@ class LimitedAccounts(Accounts):
             self._limit.named(st.st_ino)
 
     def removing(self, inode: Inode | None, remove: Callable[[], None]) -> None:
-        if inode is None or not inode.upper or (inode.orphan and inode.staged_link is None):
+        if inode is None or not inode.upper or (inode.orphan and not _is_staged(inode)):
             remove()
             return
         dir_fd, name = self._view.upper_at(inode)
@@ -143,7 +143,7 @@ class LimitedAccounts(Accounts):
         elif st.st_nlink == 0:
             self._limit.gone(st.st_ino)
 
-    def closed(self, inode: Inode) -> None:
+    def closed(self, inode: FileInode) -> None:
         if inode in self._unlinked and not inode.handles:
             self._gone(inode, self._unlinked[inode])
 
@@ -156,3 +156,7 @@ class LimitedAccounts(Accounts):
 
     def statistics(self) -> dict[str, int]:
         return {"quota_bytes": self._limit.limit_bytes, "quota_used_bytes": self._limit.used_bytes}
+
+
+def _is_staged(inode: Inode) -> bool:
+    return isinstance(inode, FileInode) and inode.staged_link is not None

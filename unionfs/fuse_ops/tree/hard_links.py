@@ -8,13 +8,12 @@ count as links all the same. The layers are searched then, since a copy that nob
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from functools import partial
 
 from unionfs.fuse_ops.stack.link_index import LinkIndex, index_links
 from unionfs.fuse_ops.tree.accounts import Accounts
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 
 LinkSearch = Callable[[], LinkIndex]
@@ -27,19 +26,19 @@ class HardLinks:
     def __init__(self, view: MergedView, accounts: Accounts) -> None:
         self._view = view
         self._accounts = accounts
-        self._nameless: list[Inode] = []  # of which it is not known whether they have a name
+        self._nameless: list[FileInode] = []  # of which it is not known whether they have a name
         self._indexes: dict[int, LinkIndex] = {}  # by device
         self._searching = -1  # the device of which one is made
         self.redirects: set[bytes] = set()  # made in this mount
 
-    def lost_name(self, inode: Inode) -> None:
+    def lost_name(self, inode: FileInode) -> None:
         """A name of ``inode``, which has a staged link, was removed."""
         if inode.nlink == 0:
             self._release(inode)
         elif inode.orphan:
             self._nameless.append(inode)
 
-    def _release(self, inode: Inode) -> None:
+    def _release(self, inode: FileInode) -> None:
         upper = self._view.upper
         assert upper is not None
         assert inode.staged_link is not None
@@ -85,7 +84,7 @@ class HardLinks:
                 self._view.inodes.drop_if_unneeded(inode)
         self._nameless = left
 
-    def _has_name(self, inode: Inode, index: LinkIndex, ino: int) -> bool:
+    def _has_name(self, inode: FileInode, index: LinkIndex, ino: int) -> bool:
         """Whether the merged tree has, or may have, a name of ``inode``; those found are its names from now on."""
         if not index.complete:
             return True
@@ -97,11 +96,11 @@ class HardLinks:
                 return True
         return found
 
-    def _is_at(self, inode: Inode, path: bytes) -> bool:
-        node = self._view.root
+    def _is_at(self, inode: FileInode, path: bytes) -> bool:
+        node: Inode = self._view.root
         try:
             for name in path.split(b"/"):
-                below = self._view.find(node, name) if node.kind == stat.S_IFDIR else None
+                below = self._view.find(node, name) if isinstance(node, DirInode) else None
                 if below is None:
                     return False
                 node = below

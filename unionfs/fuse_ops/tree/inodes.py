@@ -6,7 +6,9 @@ child (whose path runs through it). Memory is therefore bounded by what the kern
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -27,116 +29,69 @@ _FURTHER_VIRTUAL: Final = 1 << 63
 RealFile = tuple[int, int]  # st_dev and st_ino of a file in a layer
 
 
-class Inode:
-    """A file or directory of the merged tree.
+class KernelView:
+    """What a transport remembers of an object that the kernel knows: what it was told, and what that spares us."""
 
-    ``parent`` and ``name`` say where it is now; a hard-linked file has further places in ``aliases``. A file without
-    any place left is an orphan: unlinked, but still open or remembered.
+    __slots__ = ("creation_stat", "default_acl", "has_no_xattrs", "may_be_mapped", "packed", "page_cache_primed")
+
+    def __init__(self) -> None:
+        self.packed: bytes | None = None  # attributes as they were told, while no layer changes them
+        self.creation_stat: os.stat_result | None = None  # lstat from when it was made, until whoever did has an answer
+        self.has_no_xattrs = False  # made in this mount, and no attribute was given to it: it has no capabilities
+        self.page_cache_primed = False  # the kernel has been given the contents, and has not asked for them since
+        # It may be mapped for writing, of which the kernel tells us nothing: what is stored changes times and blocks.
+        self.may_be_mapped = False
+        # Of a directory: whether what is made in it gets its access from there; None: not asked.
+        self.default_acl: bool | None = None
+
+
+class Inode:
+    """An object of the merged tree: a :class:`DirInode` or a :class:`FileInode`.
+
+    ``parent`` and ``name`` say where it is now. One without any place left is an orphan: unlinked, but still open or
+    remembered.
     """
 
     __slots__ = (
         "__weakref__",
-        "aliases",
-        "bare",
-        "capability",
-        "children",
         "ctime",
-        "data",
-        "default_acl",
-        "filled",
-        "fresh",
-        "handles",
         "has_origin",
-        "impure",
-        "index",
         "ino",
-        "key",
+        "kernel",
         "kind",
         "lookups",
-        "lower",
-        "lowers",
-        "marks",
-        "may_be_mapped",
-        "metacopy",
         "name",
-        "nested",
-        "nlink",
-        "origin_names",
         "orphan_fd",
-        "packed",
         "parent",
         "protection",
-        "redirect",
-        "stack_path",
-        "staged_link",
-        "unplaced",
-        "unsynced",
         "upper",
-        "xwhiteouts",
     )
 
     def __init__(self, ino: int, kind: int) -> None:
         self.ino = ino
         self.kind = kind  # stat.S_IFMT of the mode
         self.lookups = 0  # references that the kernel holds
-        self.parent: Inode | None = None
+        self.kernel = KernelView()
+        self.parent: DirInode | None = None
         self.name = b""
-        self.aliases: set[tuple[Inode, bytes]] | None = None
-        self.handles: list[OpenFile] | None = None
         self.upper = False  # there is an object in the upper layer
         self.orphan_fd = -1  # O_PATH descriptor of an unlinked upper object
-
+        self.has_origin = False  # the upper object records the lower one that it was copied from
         self.protection: int | None = None  # flags that forbid changes; see Protection. None: not asked
         # The ctime on disk after a change of ours that nobody asked for, and the one to show in its place.
         self.ctime: tuple[int, int] | None = None
-        self.has_origin = False  # the upper object records the lower one that it was copied from
-
-        # Anything but a directory:
-        self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
-        self.metacopy = False  # the object has metadata only
-        self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
-        self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
-        self.staged_link: bytes | None = None  # the name in the work directory of a copied-up, hard-linked file
-        # Names of such a file that were looked up since, and are no links of the upper one as long as nothing changes.
-        self.unplaced: set[tuple[Inode, bytes]] | None = None
-        self.packed: bytes | None = None  # attributes as they were told to the kernel, while no layer changes them
-        self.bare = False  # made in this mount, and no attribute was given to it: it has no capabilities
-        # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
-        # the kernel to do, since data can come from its cache long after it was written.
-        self.capability: bytes | None = None
-        self.filled = False  # the kernel has been given the contents, and has not asked for them since
-        self.fresh: os.stat_result | None = None  # lstat from when it was made, until whoever made it has his answer
-        # It may be mapped for writing, of which the kernel tells us nothing: what is stored changes times and blocks.
-        self.may_be_mapped = False
-        self.nlink: int | None = None  # link count kept by us, because no layer has all the names
-        self.key: RealFile | None = None  # under which hard links find this inode
-
-        # Directories:
-        self.lowers: tuple[LowerDir, ...] = ()
-        self.stack_path: bytes | None = None  # where the lower layers have it
-        self.redirect: bytes | None = None  # the value of the redirect attribute of the upper directory
-        self.children: dict[bytes, Inode] | None = None  # those that are in memory
-        self.index: DirIndex | None = None  # the names in ``lowers``, once needed
-        self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark in the upper directory, once needed
-        self.default_acl: bool | None = None  # whether what is made in it gets its access from there; None: not asked
-        self.origin_names: set[bytes] | None = None  # what is in it and has an origin, once needed
-        self.impure = False  # the upper directory may hold files that came from elsewhere (overlay.origin)
-        self.xwhiteouts = False  # the upper directory may hold xattr whiteouts
-
-        # A directory: its upper one may hold whiteouts of an overlay stacked on this mount. A file: it is such a
-        # whiteout, a file with an attribute on disk, shown as the device 0:0 that the other overlay made.
-        self.nested = False
 
     def __repr__(self) -> str:
-        return f"<Inode {self.ino:#x} {os.fsdecode(self.path())}>"
+        return f"<{type(self).__name__} {self.ino:#x} {os.fsdecode(self.path())}>"
+
+    @property
+    def needed(self) -> bool:
+        """Whether somebody may still ask for it."""
+        return self.lookups > 0
 
     @property
     def orphan(self) -> bool:
         return self.parent is None and self.ino != ROOT_INO
-
-    def may_have_other_names(self, st: os.stat_result) -> bool:
-        """Whether the lower layers may have names of this file, which has ``st`` there, that nobody looked up."""
-        return st.st_nlink > 1 and self.nlink != 0
 
     def path(self) -> bytes:
         """The path in the merged tree, for messages."""
@@ -147,41 +102,153 @@ class Inode:
             node = node.parent
         return b"/" + b"/".join(reversed(parts))
 
-    def places(self) -> Iterator[tuple[Inode, bytes]]:
+    def places(self) -> list[tuple[DirInode, bytes]]:
         """Every known (directory, name) of this object."""
-        if self.parent is not None:
-            yield self.parent, self.name
-        if self.aliases:
-            yield from self.aliases
+        return [] if self.parent is None else [(self.parent, self.name)]
 
-    def add_place(self, parent: Inode, name: bytes) -> None:
+    def add_place(self, parent: DirInode, name: bytes) -> None:
         """Record that ``name`` in ``parent`` is this object."""
         if self.parent is None:
             self.parent, self.name = parent, name
-        elif self.parent is not parent or self.name != name:
-            if self.aliases is None:
-                self.aliases = set()
-            self.aliases.add((parent, name))
         if parent.children is None:
             parent.children = {}
         parent.children[name] = self
 
-    def remove_place(self, parent: Inode, name: bytes) -> None:
+    def remove_place(self, parent: DirInode, name: bytes) -> None:
         """Record that ``name`` in ``parent`` is no longer this object."""
         if parent.children is not None and parent.children.get(name) is self:
             del parent.children[name]
-        if self.aliases:
-            self.aliases.discard((parent, name))
-        if self.unplaced:
-            self.unplaced.discard((parent, name))
         if self.parent is parent and self.name == name:
-            self.parent, self.name = self.aliases.pop() if self.aliases else (None, b"")
-            if not self.aliases:
-                self.aliases = None
+            self.parent, self.name = None, b""
+
+    def is_placed(self, parent: DirInode, name: bytes) -> bool:
+        """Whether the upper directory of ``parent`` has ``name``, which is this object's."""
+        return self.upper
+
+
+class DirInode(Inode):
+    """A directory of the merged tree: an upper one, lower ones, or both."""
+
+    __slots__ = (
+        "children",
+        "holds_nested_whiteouts",
+        "impure",
+        "index",
+        "lowers",
+        "marks",
+        "origin_names",
+        "redirect",
+        "stack_path",
+        "xwhiteouts",
+    )
+
+    def __init__(self, ino: int) -> None:
+        super().__init__(ino, stat.S_IFDIR)
+        self.lowers: tuple[LowerDir, ...] = ()
+        self.stack_path: bytes | None = None  # where the lower layers have it
+        self.children: dict[bytes, Inode] | None = None  # those that are in memory
+        self.index: DirIndex | None = None  # the names in ``lowers``, once needed
+        # Of the upper directory:
+        self.redirect: bytes | None = None  # the value of its redirect attribute
+        self.marks: set[bytes] | None = None  # names with a ``.wh.`` mark, once needed
+        self.origin_names: set[bytes] | None = None  # what is in it and has an origin, once needed
+        self.impure = False  # it may hold files that came from elsewhere (overlay.origin)
+        self.xwhiteouts = False  # it may hold xattr whiteouts
+        self.holds_nested_whiteouts = False  # it may hold whiteouts of an overlay stacked on this mount
 
     @property
     def needed(self) -> bool:
-        return bool(self.lookups or self.children or self.handles)
+        return self.lookups > 0 or bool(self.children)
+
+
+class FileInode(Inode):
+    """Anything but a directory. A hard-linked file has further places in ``aliases``."""
+
+    __slots__ = (
+        "aliases",
+        "capability",
+        "data",
+        "handles",
+        "is_nested_whiteout",
+        "key",
+        "lower",
+        "metacopy",
+        "nlink",
+        "staged_link",
+        "unplaced",
+        "unsynced",
+    )
+
+    def __init__(self, ino: int, kind: int) -> None:
+        super().__init__(ino, kind)
+        self.handles: list[OpenFile] | None = None
+        self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
+        self.metacopy = False  # the object has metadata only
+        self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
+        self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
+        # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
+        # the kernel to do, since data can come from its cache long after it was written.
+        self.capability: bytes | None = None
+        # A file with an attribute on disk, shown as the device 0:0 that an overlay stacked on this mount has made.
+        self.is_nested_whiteout = False
+        # Hard links:
+        self.aliases: set[tuple[DirInode, bytes]] | None = None
+        self.nlink: int | None = None  # link count kept by us, because no layer has all the names
+        self.key: RealFile | None = None  # under which they find this inode
+        self.staged_link: bytes | None = None  # the name in the work directory of a copied-up file
+        # Names of such a file that were looked up since, and are no links of the upper one as long as nothing changes.
+        self.unplaced: set[tuple[DirInode, bytes]] | None = None
+
+    @property
+    def needed(self) -> bool:
+        return self.lookups > 0 or bool(self.handles)
+
+    def may_have_other_names(self, st: os.stat_result) -> bool:
+        """Whether the lower layers may have names of this file, which has ``st`` there, that nobody looked up."""
+        return st.st_nlink > 1 and self.nlink != 0
+
+    def places(self) -> list[tuple[DirInode, bytes]]:
+        """Every known (directory, name) of this file."""
+        places = super().places()
+        return [*places, *self.aliases] if self.aliases else places
+
+    def add_place(self, parent: DirInode, name: bytes) -> None:
+        """Record that ``name`` in ``parent`` is this file, perhaps besides other names."""
+        if self.parent is not None and (self.parent is not parent or self.name != name):
+            if self.aliases is None:
+                self.aliases = set()
+            self.aliases.add((parent, name))
+        super().add_place(parent, name)
+
+    def remove_place(self, parent: DirInode, name: bytes) -> None:
+        """Record that ``name`` in ``parent`` is no longer this file."""
+        if self.unplaced:
+            self.unplaced.discard((parent, name))
+        if self.aliases:
+            self.aliases.discard((parent, name))
+        super().remove_place(parent, name)
+        if self.parent is None and self.aliases:
+            self.parent, self.name = self.aliases.pop()
+        if not self.aliases:
+            self.aliases = None
+
+    def is_placed(self, parent: DirInode, name: bytes) -> bool:
+        """Whether the upper directory of ``parent`` has ``name``, which is one of this file's."""
+        return self.upper and (self.unplaced is None or (parent, name) not in self.unplaced)
+
+
+def as_directory(inode: Inode) -> DirInode:
+    """``inode``, of whom a directory was expected; raises ENOTDIR for anything else."""
+    if not isinstance(inode, DirInode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(inode.path()))
+    return inode
+
+
+def as_file(inode: Inode) -> FileInode:
+    """``inode``, of whom anything but a directory was expected; raises EISDIR for one."""
+    if not isinstance(inode, FileInode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(inode.path()))
+    return inode
 
 
 # What the kernel has already done, or does itself, when it sends an open: it resolved and created the name, serialises
@@ -216,7 +283,7 @@ class OpenFile:
     __slots__ = ("_fd", "_open_late", "appends", "inode", "synced_size", "writable")
 
     def __init__(
-        self, inode: Inode, fd: int, *, writable: bool, open_late: Callable[[Inode], int] | None = None
+        self, inode: FileInode, fd: int, *, writable: bool, open_late: Callable[[FileInode], int] | None = None
     ) -> None:
         self.inode = inode
         self._fd = fd
@@ -259,7 +326,7 @@ class OpenDir:
 
     __slots__ = ("inode", "names")
 
-    def __init__(self, inode: Inode) -> None:
+    def __init__(self, inode: DirInode) -> None:
         self.inode = inode
         self.names: list[bytes] | None = None
 
@@ -323,7 +390,7 @@ class InodeTable:
         self.numbers = numbers
         self.last_close = LastClose()  # those who serve programs close in a thread
         self._by_ino: dict[int, Inode] = {}
-        self._by_file: dict[RealFile, Inode] = {}
+        self._by_file: dict[RealFile, FileInode] = {}
 
     def __len__(self) -> int:
         return len(self._by_ino)
@@ -334,23 +401,33 @@ class InodeTable:
     def __iter__(self) -> Iterator[Inode]:
         return iter(list(self._by_ino.values()))
 
-    def new(self, kind: int, ino: int) -> Inode:
-        """A new inode with the number ``ino``, or a virtual one if that is taken."""
+    def new_directory(self, ino: int) -> DirInode:
+        """A new directory with the number ``ino``, or a virtual one if that is taken."""
+        directory = DirInode(self._free(ino))
+        self._by_ino[directory.ino] = directory
+        return directory
+
+    def new_file(self, kind: int, ino: int) -> FileInode:
+        """A new file of the ``kind`` (stat.S_IFMT) with the number ``ino``, or a virtual one if that is taken."""
+        file = FileInode(self._free(ino), kind)
+        self._by_ino[file.ino] = file
+        return file
+
+    def _free(self, ino: int) -> int:
         while ino in self._by_ino:
             ino = self.numbers.virtual()
-        inode = self._by_ino[ino] = Inode(ino, kind)
-        return inode
+        return ino
 
-    def linked(self, real: RealFile) -> Inode | None:
+    def linked(self, real: RealFile) -> FileInode | None:
         """The inode in memory of a file that has several names."""
         return self._by_file.get(real)
 
-    def remember_links(self, inode: Inode, real: RealFile) -> None:
+    def remember_links(self, inode: FileInode, real: RealFile) -> None:
         """Let further names of the file ``real`` find ``inode``."""
         inode.key = real
         self._by_file[real] = inode
 
-    def forget_links(self, inode: Inode) -> None:
+    def forget_links(self, inode: FileInode) -> None:
         """Let further names of the file that ``inode`` was find another one."""
         if inode.key is not None and self._by_file.get(inode.key) is inode:
             del self._by_file[inode.key]
@@ -360,17 +437,17 @@ class InodeTable:
         """Forget ``inode``, and the directories that were only kept for it."""
         node: Inode | None = inode
         while node is not None and not node.needed and node.ino != ROOT_INO and node.ino in self._by_ino:
-            if node.staged_link is not None or node.nlink:
-                return  # names of it that were not looked up yet must still find it
             parent = node.parent
-            if node.aliases:
-                for other, name in list(node.aliases):
+            if isinstance(node, FileInode):
+                if node.staged_link is not None or node.nlink:
+                    return  # names of it that were not looked up yet must still find it
+                for other, name in list(node.aliases or ()):
                     node.remove_place(other, name)
                     self.drop_if_unneeded(other)
+                self.forget_links(node)
             if parent is not None and parent.children is not None and parent.children.get(node.name) is node:
                 del parent.children[node.name]
             del self._by_ino[node.ino]
-            self.forget_links(node)
             if node.orphan_fd >= 0:
                 self.last_close.close(node.orphan_fd)
                 node.orphan_fd = -1

@@ -13,12 +13,12 @@ from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir
 from unionfs.fuse_ops.stack.lower_stack import LowerDir, LowerHit, LowerStack, scan
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.attributes import Attributes, Ownership
-from unionfs.fuse_ops.tree.inodes import ROOT_INO, Inode, InodeNumbers, InodeTable
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, DirInode, FileInode, Inode, InodeNumbers, InodeTable, as_directory
 from unionfs.host.files import make_accessible, open_confined
 from unionfs.host.syscalls import open_handle
 from unionfs.overlay import rules
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE, OverlayXattrs, decode_origin, inode_in_handle
-from unionfs.overlay.rules import WHITEOUT
+from unionfs.overlay.rules import WHITEOUT, DirMarks
 
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -57,8 +57,8 @@ class MergedView:
         self.inodes = InodeTable(numbers)
         self.root = self._make_root()
 
-    def _make_root(self) -> Inode:
-        root = self.inodes.new(stat.S_IFDIR, ROOT_INO)
+    def _make_root(self) -> DirInode:
+        root = self.inodes.new_directory(ROOT_INO)
         root.lowers = self.lower.root
         root.stack_path = b""
         if self.upper is not None:
@@ -66,12 +66,17 @@ class MergedView:
             if rules.is_marked_opaque(self.upper.layer.fd):
                 root.lowers = ()
             marks = self.lower.read_marks(self.upper.layer.proc_path(b""))
-            root.impure, root.xwhiteouts, root.nested = marks.impure, marks.xwhiteouts, marks.nested
+            self._take_marks(root, marks)
         return root
+
+    @staticmethod
+    def _take_marks(directory: DirInode, marks: DirMarks) -> None:
+        directory.impure, directory.xwhiteouts = marks.impure, marks.xwhiteouts
+        directory.holds_nested_whiteouts = marks.nested
 
     # -- where things are -------------------------------------------------------------------------------------
 
-    def upper_dir_fd(self, directory: Inode) -> int:
+    def upper_dir_fd(self, directory: DirInode) -> int:
         """An O_PATH descriptor of the upper directory of ``directory``; owned by the cache, use it at once."""
         assert self.upper is not None
         if directory.ino == ROOT_INO:
@@ -95,7 +100,7 @@ class MergedView:
         names.reverse()
         return self._cache.put(directory, open_confined(start, b"/".join(names), _DIR_FLAGS))
 
-    def forget_upper_dir(self, directory: Inode) -> None:
+    def forget_upper_dir(self, directory: DirInode) -> None:
         """Close the cached descriptor of a directory that goes away or is replaced."""
         self._cache.discard(directory)
 
@@ -104,7 +109,7 @@ class MergedView:
         assert self.upper is not None
         if inode.ino == ROOT_INO:
             return self.upper.layer.fd, b"."
-        if inode.staged_link is not None:
+        if isinstance(inode, FileInode) and inode.staged_link is not None:
             return self.upper.work_fd, inode.staged_link
         if inode.parent is None:
             raise enoent(inode.name)
@@ -114,11 +119,18 @@ class MergedView:
         """Descriptor and name of the object that ``inode`` is at present, in whichever layer. Not for upper orphans."""
         if inode.upper:
             return self.upper_at(inode)
-        if inode.lower is not None:
-            layer, path = inode.lower
-            return layer.locate(path)
-        entry = inode.lowers[0]
-        return entry.layer.locate(entry.path)
+        layer, path = self.lower_place(inode)
+        return layer.locate(path)
+
+    @staticmethod
+    def lower_place(inode: Inode) -> tuple[LayerDir, bytes]:
+        """The topmost lower object of ``inode``: layer and path. Not for a file that was copied up."""
+        if isinstance(inode, DirInode):
+            entry = inode.lowers[0]
+            return entry.layer, entry.path
+        assert isinstance(inode, FileInode)
+        assert inode.lower is not None
+        return inode.lower
 
     def proc_path(self, inode: Inode) -> tuple[bytes, bool]:
         """A path to the real object for calls that take no descriptor, and whether its last component is followed."""
@@ -150,6 +162,7 @@ class MergedView:
     def find_with_stat(self, directory: Inode, name: bytes) -> tuple[Inode, os.stat_result | None] | None:
         """As :meth:`find`; beside the inode lstat(2) of its real object, if that had to be asked for just now."""
         self._cache.trim()
+        directory = as_directory(directory)
         if directory.children is not None:
             child = directory.children.get(name)
             if child is not None:
@@ -174,7 +187,7 @@ class MergedView:
         # A further name of a file that was copied up under another one: what was found is not what it is now.
         return inode, None if inode.upper else hit.st
 
-    def upper_state(self, directory: Inode, name: bytes) -> tuple[os.stat_result | None, bool]:
+    def upper_state(self, directory: DirInode, name: bytes) -> tuple[os.stat_result | None, bool]:
         """What the upper layer says of ``name``: lstat of an object (None without one), and whether it hides lowers."""
         dir_fd = self.upper_dir_fd(directory)
         st = rules.stat_entry(dir_fd, name, self.lower.spaces, xwhiteouts=directory.xwhiteouts)
@@ -186,18 +199,14 @@ class MergedView:
             return st, True
         return st, bool(directory.lowers) and self._is_marked(directory, name)
 
-    def _is_marked(self, directory: Inode, name: bytes) -> bool:
+    def _is_marked(self, directory: DirInode, name: bytes) -> bool:
         """Whether a ``.wh.`` mark in the upper directory hides ``name``."""
         try:
             return name in self.upper_marks(directory)
         except PermissionError:  # a directory that a server without privilege may search, but not read
-            try:
-                os.stat(MARK + name, dir_fd=self.upper_dir_fd(directory), follow_symlinks=False)
-            except OSError:  # there is none, or there can be none of such a length
-                return False
-            return True
+            return rules.has_mark(self.upper_dir_fd(directory), name)
 
-    def upper_marks(self, directory: Inode) -> set[bytes]:
+    def upper_marks(self, directory: DirInode) -> set[bytes]:
         """The names that ``.wh.`` marks in the upper directory hide. Reads that directory once."""
         marks = directory.marks
         if marks is None:
@@ -209,7 +218,7 @@ class MergedView:
             directory.marks = marks
         return marks
 
-    def lower_hit(self, directory: Inode, name: bytes) -> LowerHit | None:
+    def lower_hit(self, directory: DirInode, name: bytes) -> LowerHit | None:
         """What the lower layers alone show as ``name`` in ``directory``."""
         lowers = directory.lowers
         if not lowers:
@@ -223,46 +232,46 @@ class MergedView:
                 return self.lower.lookup(lowers, name)
         return self.lower.lookup_indexed(lowers, directory.index, name)
 
-    def _adopt_lower(self, directory: Inode, name: bytes, hit: LowerHit) -> Inode:
+    def _adopt_lower(self, directory: DirInode, name: bytes, hit: LowerHit) -> Inode:
         st = hit.st
         real = (st.st_dev, st.st_ino)
-        kind = stat.S_IFMT(st.st_mode)
-        if kind == stat.S_IFDIR:
-            inode = self.inodes.new(kind, self.inodes.numbers.of(real))
-            inode.lowers = hit.dirs
-            inode.stack_path = self._stack_join(directory, name)
-        else:
-            if st.st_nlink > 1:
-                known = self.inodes.linked(real)
-                if known is not None:
-                    known.add_place(directory, name)
-                    if known.staged_link is not None:
-                        if known.unplaced is None:
-                            known.unplaced = set()
-                        known.unplaced.add((directory, name))
-                    return known
-            inode = self.inodes.new(kind, self.inodes.numbers.of(real))
-            inode.lower = (hit.layer, hit.path)
-            if self._may_be_metacopy(st):
-                path = hit.layer.proc_path(hit.path)
-                if self.lower.is_metacopy(path):
-                    inode.metacopy = True
-                    rest = self.lower.below(directory.lowers, hit.position)
-                    root = self.lower.root_below(hit.layer)
-                    inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], root)
-            if any(entry.nested for entry in directory.lowers):
-                self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
-            if st.st_nlink > 1:
-                self.inodes.remember_links(inode, real)
+        if stat.S_ISDIR(st.st_mode):
+            below = self.inodes.new_directory(self.inodes.numbers.of(real))
+            below.lowers = hit.dirs
+            below.stack_path = self._stack_join(directory, name)
+            below.add_place(directory, name)
+            return below
+        if st.st_nlink > 1:
+            known = self.inodes.linked(real)
+            if known is not None:
+                known.add_place(directory, name)
+                if known.staged_link is not None:
+                    if known.unplaced is None:
+                        known.unplaced = set()
+                    known.unplaced.add((directory, name))
+                return known
+        inode = self.inodes.new_file(stat.S_IFMT(st.st_mode), self.inodes.numbers.of(real))
+        inode.lower = (hit.layer, hit.path)
+        if self._may_be_metacopy(st):
+            path = hit.layer.proc_path(hit.path)
+            if self.lower.is_metacopy(path):
+                inode.metacopy = True
+                rest = self.lower.below(directory.lowers, hit.position)
+                root = self.lower.root_below(hit.layer)
+                inode.data = self.lower.data_below(path, rest, hit.path.rpartition(b"/")[2], root)
+        if any(entry.nested for entry in directory.lowers):
+            self._show_nested_whiteout(inode, hit.layer.proc_path(hit.path), st)
+        if st.st_nlink > 1:
+            self.inodes.remember_links(inode, real)
         inode.add_place(directory, name)
         return inode
 
-    def _show_nested_whiteout(self, inode: Inode, path: bytes, st: os.stat_result) -> None:
+    def _show_nested_whiteout(self, inode: FileInode, path: bytes, st: os.stat_result) -> None:
         if rules.is_nested_whiteout(path, st, self.lower.spaces):
-            inode.nested = True
+            inode.is_nested_whiteout = True
             inode.kind = stat.S_IFCHR
 
-    def _adopt_upper_dir(self, directory: Inode, name: bytes, st: os.stat_result, *, merge: bool) -> Inode:
+    def _adopt_upper_dir(self, directory: DirInode, name: bytes, st: os.stat_result, *, merge: bool) -> DirInode:
         path = rules.entry_path(self.upper_dir_fd(directory), name)
         marks = self.lower.read_marks(path)
         lowers: tuple[LowerDir, ...] = ()
@@ -286,17 +295,17 @@ class MergedView:
             # As in the kernel, a merged directory has the number of its topmost lower one: copy-up does not change it.
             below = lowers[0].layer.stat(lowers[0].path)
             real = (below.st_dev, below.st_ino)
-        inode = self.inodes.new(stat.S_IFDIR, self.inodes.numbers.of(real))
+        inode = self.inodes.new_directory(self.inodes.numbers.of(real))
         inode.upper = True
         inode.lowers = lowers
         inode.stack_path = stack_path
         inode.redirect = redirect
         inode.has_origin = bool(lowers)
-        inode.impure, inode.xwhiteouts, inode.nested = marks.impure, marks.xwhiteouts, marks.nested
+        self._take_marks(inode, marks)
         inode.add_place(directory, name)
         return inode
 
-    def _adopt_upper_file(self, directory: Inode, name: bytes, st: os.stat_result) -> Inode:
+    def _adopt_upper_file(self, directory: DirInode, name: bytes, st: os.stat_result) -> FileInode:
         real = (st.st_dev, st.st_ino)
         kind = stat.S_IFMT(st.st_mode)
         if st.st_nlink > 1:
@@ -306,10 +315,10 @@ class MergedView:
                 return known
         path = b"/proc/self/fd/%d/%s" % (self.upper_dir_fd(directory), name)
         origin = self._origin(path) if directory.impure else None
-        inode = self.inodes.new(kind, self.inodes.numbers.of(origin or real))
+        inode = self.inodes.new_file(kind, self.inodes.numbers.of(origin or real))
         inode.upper = True
         inode.has_origin = origin is not None  # a directory that it comes to later has to be marked too
-        if directory.nested:
+        if directory.holds_nested_whiteouts:
             self._show_nested_whiteout(inode, path, st)
         if self._may_be_metacopy(st) and self.lower.is_metacopy(path):
             inode.metacopy = True
@@ -319,16 +328,18 @@ class MergedView:
         inode.add_place(directory, name)
         return inode
 
-    def adopt_new(self, directory: Inode, name: bytes, st: os.stat_result) -> Inode:
+    def adopt_new(self, directory: DirInode, name: bytes, st: os.stat_result) -> Inode:
         """The inode of an object just made in the upper layer."""
-        inode = self.inodes.new(stat.S_IFMT(st.st_mode), self.inodes.numbers.of((st.st_dev, st.st_ino)))
-        inode.upper = inode.bare = True
+        ino = self.inodes.numbers.of((st.st_dev, st.st_ino))
+        kind = stat.S_IFMT(st.st_mode)
+        inode = self.inodes.new_directory(ino) if kind == stat.S_IFDIR else self.inodes.new_file(kind, ino)
+        inode.upper = inode.kernel.has_no_xattrs = True
         inode.protection = 0
         inode.add_place(directory, name)
         return inode
 
     @staticmethod
-    def _stack_join(directory: Inode, name: bytes) -> bytes | None:
+    def _stack_join(directory: DirInode, name: bytes) -> bytes | None:
         if directory.stack_path is None:
             return None
         return directory.stack_path + b"/" + name if directory.stack_path else name
@@ -376,7 +387,7 @@ class MergedView:
 
     def attributes_of_new(self, inode: Inode) -> Attributes:
         """As :meth:`attributes`, for the answer to the request that made ``inode``."""
-        st, inode.fresh = inode.fresh, None
+        st, inode.kernel.creation_stat = inode.kernel.creation_stat, None
         return self.present(inode, self.real_stat(inode) if st is None else st)
 
     def child(self, directory: Inode, name: bytes) -> tuple[Inode, Attributes] | None:
@@ -397,18 +408,22 @@ class MergedView:
                 if override is not None:
                     uid, gid = override.uid, override.gid
                     rdev = override.rdev
-                    mode = override.mode if stat.S_IFMT(override.mode) else override.mode | stat.S_IFMT(mode)
-                    inode.kind = stat.S_IFMT(mode)
+                    kind = stat.S_IFMT(override.mode)
+                    if not kind or (kind == stat.S_IFDIR) != isinstance(inode, DirInode):
+                        kind = stat.S_IFMT(mode)  # a directory is one, whatever an attribute says
+                    mode = stat.S_IMODE(override.mode) | kind
+                    inode.kind = kind
             uid, gid = self.ownership.shown(uid, gid)
         blocks = st.st_blocks
-        if inode.kind == stat.S_IFDIR:
+        if isinstance(inode, DirInode):
             merged = len(inode.lowers) > 1 or (inode.upper and inode.lowers)
             nlink = 1 if merged or self.options.static_nlink else st.st_nlink
             if inode.orphan:
                 nlink = 0
         else:
+            assert isinstance(inode, FileInode)
             nlink = st.st_nlink if inode.nlink is None else inode.nlink
-            if inode.nested:
+            if inode.is_nested_whiteout:
                 mode, rdev = stat.S_IFCHR | stat.S_IMODE(mode), WHITEOUT_DEVICE
             if inode.parent is None and not inode.upper:
                 nlink = inode.nlink or 0
@@ -451,7 +466,7 @@ class MergedView:
         change()
         inode.ctime = (self.real_stat(inode).st_ctime_ns, shown_ns)
 
-    def data_source(self, inode: Inode) -> tuple[LayerDir, bytes]:
+    def data_source(self, inode: FileInode) -> tuple[LayerDir, bytes]:
         """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""
         source = inode.data if inode.metacopy else inode.lower
         if source is None:
@@ -470,6 +485,7 @@ class MergedView:
     def names(self, directory: Inode, limit: int = sys.maxsize) -> list[bytes]:
         """The names in ``directory``, each once, without ``.`` and ``..``; at most ``limit`` of them."""
         found: list[bytes] = []
+        directory = as_directory(directory)
         if directory.orphan:
             return found
         hidden: set[bytes] = set()
@@ -496,7 +512,7 @@ class MergedView:
                     break
         return found
 
-    def _lower_names(self, directory: Inode) -> list[bytes]:
+    def _lower_names(self, directory: DirInode) -> list[bytes]:
         lowers = directory.lowers
         if not lowers:
             return []

@@ -13,7 +13,7 @@ from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Override
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode, OpenFile, backing_flags
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode, OpenFile, as_file, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE
@@ -52,7 +52,7 @@ class NamespaceChanges:
 
     # -- making -----------------------------------------------------------------------------------------------
 
-    def create(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+    def create(self, directory: DirInode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
         """Make a regular file and open it with the client's ``flags``; EEXIST if the name is taken."""
         opened: list[int] = []
 
@@ -66,9 +66,9 @@ class NamespaceChanges:
             for fd in opened:
                 os.close(fd)
             raise
-        return inode, OpenFile(inode, opened[0], writable=True)
+        return inode, OpenFile(as_file(inode), opened[0], writable=True)
 
-    def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
+    def create_unnamed(self, directory: DirInode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
         """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
         self._copy_up.require_writable()
         self._copy_up.protection.require_new_name(directory)
@@ -94,7 +94,7 @@ class NamespaceChanges:
             os.close(fd)
             raise
         numbers = self._view.inodes.numbers
-        inode = self._view.inodes.new(stat.S_IFREG, numbers.of((st.st_dev, st.st_ino)))
+        inode = self._view.inodes.new_file(stat.S_IFREG, numbers.of((st.st_dev, st.st_ino)))
         inode.upper = True
         inode.protection = 0
         inode.orphan_fd = orphan_fd
@@ -102,7 +102,7 @@ class NamespaceChanges:
         self._accounts.changed(inode)
         return inode, file
 
-    def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+    def mkdir(self, directory: DirInode, name: bytes, mode: int, caller: Caller) -> Inode:
         """Make a directory."""
 
         def make(dir_fd: int, temp: bytes) -> None:
@@ -110,7 +110,7 @@ class NamespaceChanges:
 
         return self._make(directory, name, stat.S_IFDIR | stat.S_IMODE(mode), caller, make)
 
-    def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
+    def mknod(self, directory: DirInode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
         """Make a device, fifo, socket or regular file.
 
         A device 0:0 is the whiteout of an overlay stacked on this mount: kept as a file with an attribute, since the
@@ -127,27 +127,27 @@ class NamespaceChanges:
 
         return self._make(directory, name, mode, caller, make, rdev)
 
-    def _make_nested_whiteout(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
+    def _make_nested_whiteout(self, directory: DirInode, name: bytes, mode: int, caller: Caller) -> Inode:
         def make(dir_fd: int, temp: bytes) -> None:
             os.mknod(temp, stat.S_IFREG | stat.S_IMODE(mode), 0, dir_fd=dir_fd)
             path = b"/proc/self/fd/%d/%s" % (dir_fd, temp)
             os.setxattr(path, self._view.xattrs.nested_whiteout, b"y", follow_symlinks=False)
 
-        inode = self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make)
-        inode.nested = True
+        inode = as_file(self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make))
+        inode.is_nested_whiteout = True
         inode.kind = stat.S_IFCHR
         self.note_nested(inode, directory)
         return inode
 
-    def note_nested(self, inode: Inode, directory: Inode) -> None:
+    def note_nested(self, inode: Inode, directory: DirInode) -> None:
         """Note on an upper directory that a whiteout of a stacked overlay has come into it."""
-        if not inode.nested or inode.kind == stat.S_IFDIR or directory.nested:
+        if not isinstance(inode, FileInode) or not inode.is_nested_whiteout or directory.holds_nested_whiteouts:
             return
         path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
         os.setxattr(path, self._view.xattrs.nested_opaque, b"x")
-        directory.nested = True
+        directory.holds_nested_whiteouts = True
 
-    def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
+    def symlink(self, directory: DirInode, name: bytes, target: bytes, caller: Caller) -> Inode:
         """Make a symbolic link."""
 
         def make(dir_fd: int, temp: bytes) -> None:
@@ -155,7 +155,7 @@ class NamespaceChanges:
 
         return self._make(directory, name, stat.S_IFLNK | 0o777, caller, make)
 
-    def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
+    def link(self, inode: FileInode, directory: DirInode, name: bytes) -> None:
         """Give ``inode`` a further name."""
         upper = self._copy_up.require_writable()
         check_new_name(name)
@@ -195,13 +195,13 @@ class NamespaceChanges:
             return 0
         return 0o700 if kind == stat.S_IFDIR else 0o600
 
-    def _require_free(self, directory: Inode, name: bytes) -> None:
+    def _require_free(self, directory: DirInode, name: bytes) -> None:
         if self._view.find(directory, name) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
 
     def _make(
         self,
-        directory: Inode,
+        directory: DirInode,
         name: bytes,
         mode: int,
         caller: Caller,
@@ -249,8 +249,8 @@ class NamespaceChanges:
         inode = self._view.adopt_new(directory, name, st)
         inode.kind = stat.S_IFMT(mode)
         if is_final:
-            inode.fresh = st
-        if is_dir:
+            inode.kernel.creation_stat = st
+        if isinstance(inode, DirInode):
             inode.marks = set()
         self._accounts.changed(inode)
         self._accounts.changed(directory)
@@ -308,34 +308,34 @@ class NamespaceChanges:
 
     # -- removing ---------------------------------------------------------------------------------------------
 
-    def unlink(self, directory: Inode, name: bytes) -> None:
+    def unlink(self, directory: DirInode, name: bytes) -> None:
         """Remove a name that is not a directory's. Nothing is copied up but the directory that holds it."""
         upper = self._copy_up.require_writable()
         inode = self._view.lookup(directory, name)
-        if inode.kind == stat.S_IFDIR:
+        if isinstance(inode, DirInode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(name))
         self._copy_up.protection.require_removable(directory, inode)
         self._remove(upper, inode, directory, name)
 
-    def rmdir(self, directory: Inode, name: bytes) -> None:
+    def rmdir(self, directory: DirInode, name: bytes) -> None:
         """Remove an empty directory."""
         upper = self._copy_up.require_writable()
         inode = self._view.lookup(directory, name)
-        if inode.kind != stat.S_IFDIR:
+        if not isinstance(inode, DirInode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fsdecode(name))
         self._copy_up.protection.require_removable(directory, inode)
         if not self._view.is_empty(inode):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), os.fsdecode(name))
         self._remove(upper, inode, directory, name)
 
-    def _remove(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
+    def _remove(self, upper: UpperDir, inode: Inode, directory: DirInode, name: bytes) -> None:
         self._accounts.removing(inode, lambda: self._remove_name(upper, inode, directory, name))
         self._accounts.changed(directory)
 
-    def _remove_name(self, upper: UpperDir, inode: Inode, directory: Inode, name: bytes) -> None:
-        is_dir = inode.kind == stat.S_IFDIR
+    def _remove_name(self, upper: UpperDir, inode: Inode, directory: DirInode, name: bytes) -> None:
+        is_dir = isinstance(inode, DirInode)
         directory_fd = self._copy_up.ensure_directory(directory)
-        is_placed = inode.upper and (inode.unplaced is None or (directory, name) not in inode.unplaced)
+        is_placed = inode.is_placed(directory, name)
         hides = not is_placed or self.hides_lower(directory, name)
         self.keep_for_users(inode)
         if not is_placed:
@@ -348,11 +348,11 @@ class NamespaceChanges:
             self.note_whiteout(directory, name)
         self.removed(inode, directory, name)
 
-    def hides_lower(self, directory: Inode, name: bytes) -> bool:
+    def hides_lower(self, directory: DirInode, name: bytes) -> bool:
         """Whether a lower layer would show ``name`` if the upper one did not say otherwise."""
         return bool(directory.lowers) and self._view.lower_hit(directory, name) is not None
 
-    def note_whiteout(self, directory: Inode, name: bytes) -> None:
+    def note_whiteout(self, directory: DirInode, name: bytes) -> None:
         """Keep what is remembered of an upper directory in step with a whiteout just made in it."""
         assert self._view.upper is not None
         if self._view.upper.device_whiteouts:
@@ -364,36 +364,41 @@ class NamespaceChanges:
 
     def keep_for_users(self, inode: Inode) -> None:
         """Before the last name of an upper object goes: keep a descriptor, if someone can still ask for it."""
-        if not inode.upper or inode.staged_link is not None or inode.orphan_fd >= 0 or not inode.needed:
+        if not inode.upper or inode.orphan_fd >= 0 or not inode.needed:
             return
-        if inode.aliases:
+        if isinstance(inode, FileInode) and (inode.staged_link is not None or inode.aliases):
             return
         dir_fd, name = self._view.upper_at(inode)
         inode.orphan_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
 
-    def removed(self, inode: Inode, directory: Inode, name: bytes) -> None:
+    def removed(self, inode: Inode, directory: DirInode, name: bytes) -> None:
         """Bring the memory in step with a name that was removed, or replaced, on disk."""
         view = self._view
-        if inode.kind == stat.S_IFDIR:
+        if isinstance(inode, DirInode):
             view.forget_upper_dir(inode)
             for child_name, child in list((inode.children or {}).items()):
                 child.remove_place(inode, child_name)
-        elif inode.nlink is not None:
-            inode.nlink -= 1
-        elif not inode.upper:
-            assert inode.lower is not None
-            if inode.packed is not None:  # of files with one name only
-                inode.nlink = 0
-            else:
-                inode.nlink = inode.lower[0].stat(inode.lower[1]).st_nlink - 1
+        elif isinstance(inode, FileInode):
+            self._count_link(inode)
         inode.remove_place(directory, name)
         if inode.has_origin:
             self._copy_up.origins.left(directory, name)
-        if inode.unsynced and inode.orphan:
-            self._copy_up.forget_unsynced(inode)
-        if inode.staged_link is not None:
-            self._hard_links.lost_name(inode)
-        elif inode.orphan_fd >= 0 and inode.parent is not None:
+        if isinstance(inode, FileInode):
+            if inode.unsynced and inode.orphan:
+                self._copy_up.forget_unsynced(inode)
+            if inode.staged_link is not None:
+                self._hard_links.lost_name(inode)
+        if inode.orphan_fd >= 0 and inode.parent is not None:
             os.close(inode.orphan_fd)
             inode.orphan_fd = -1
         view.inodes.drop_if_unneeded(inode)
+
+    @staticmethod
+    def _count_link(inode: FileInode) -> None:
+        """``inode`` is about to lose a name."""
+        if inode.nlink is not None:
+            inode.nlink -= 1
+        elif not inode.upper:
+            assert inode.lower is not None
+            layer, path = inode.lower
+            inode.nlink = 0 if inode.key is None else layer.stat(path).st_nlink - 1  # without a key it has one name

@@ -14,7 +14,7 @@ from unionfs.fuse_ops.options import XattrPermissions
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, for_attributes
 from unionfs.fuse_ops.union.changes import Caller
@@ -98,7 +98,9 @@ class MetadataChanges:
         self._copy_up.ensure(inode, for_attributes(change.size))
         # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
-            self._truncate(inode, change.size, keep_times=change.mtime_ns is None and self._view.kernel_keeps_time)
+            self._truncate(
+                as_file(inode), change.size, keep_times=change.mtime_ns is None and self._view.kernel_keeps_time
+            )
             if caller.uid != 0:
                 self.clear_privileges(inode, caller)
         if change.uid is not None or change.gid is not None:
@@ -117,7 +119,7 @@ class MetadataChanges:
         protection = self._copy_up.protection
         if change.kills_privileges or not protection.of(inode):
             return
-        if change.only_mtime and self._view.kernel_keeps_time and inode.handles is not None:
+        if change.only_mtime and self._view.kernel_keeps_time and isinstance(inode, FileInode) and inode.handles:
             return  # the kernel's, for what was written while that was allowed
         if change.touches:
             protection.require_touchable(inode)
@@ -134,7 +136,7 @@ class MetadataChanges:
         dir_fd, name = self._view.real_at(inode)
         return name, dir_fd, False
 
-    def _truncate(self, inode: Inode, size: int, *, keep_times: bool) -> None:
+    def _truncate(self, inode: FileInode, size: int, *, keep_times: bool) -> None:
         inode.capability = None
         if keep_times:
             st = self._view.real_stat(inode)
@@ -154,7 +156,8 @@ class MetadataChanges:
         if self._change_override(inode, uid=new_uid, gid=new_gid):
             return None
         path, dir_fd, follow = self._real(inode)
-        inode.capability = None
+        if isinstance(inode, FileInode):
+            inode.capability = None
         try:
             os.chown(path, new_uid, new_gid, dir_fd=dir_fd, follow_symlinks=follow)
         except PermissionError:
@@ -228,7 +231,7 @@ class MetadataChanges:
 
         Setgid without group execute goes only if the caller is not in the group (kernel: setattr_should_drop_sgid).
         """
-        if inode.kind != stat.S_IFREG:
+        if not isinstance(inode, FileInode) or inode.kind != stat.S_IFREG:
             return
         attributes = self._view.attributes(inode)
         mode = attributes.mode
@@ -315,12 +318,12 @@ class MetadataChanges:
         self._copy_up.ensure(inode, ATTRIBUTES)
         if name in ACL_NAMES:
             value = self._view.ownership.map_acl(value, to_disk=True)
-            inode.default_acl = None
+            inode.kernel.default_acl = None
         path, follow = self._view.proc_path(inode)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
         self._accounts.changed(inode)
-        if stored == CAPABILITY and any(handle.writable for handle in inode.handles or ()):
-            inode.capability = value
+        if stored == CAPABILITY and isinstance(inode, FileInode):
+            inode.capability = value if any(handle.writable for handle in inode.handles or ()) else None
 
     def check_xattr(self, inode: Inode, name: bytes, flags: int) -> None:
         """Raise what setting the attribute with ``flags`` would, so that nothing is copied up for it."""
@@ -354,7 +357,7 @@ class MetadataChanges:
         path, follow = self._view.proc_path(inode)
         os.removexattr(path, self._stored_name(name), follow_symlinks=follow)
         self._accounts.changed(inode)
-        if name == CAPABILITY:
+        if name == CAPABILITY and isinstance(inode, FileInode):
             inode.capability = None
         self._uncapped = inode if name == CAPABILITY else None
-        inode.default_acl = None
+        inode.kernel.default_acl = None

@@ -5,18 +5,38 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import NamedTuple
 
 from unionfs.fuse_ops.copy_up.copy_up import NO_ROOM_FOR_PATH, CopyUp
 from unionfs.fuse_ops.options import RedirectMode
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
 from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.host.files import make_accessible
 from unionfs.host.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
 from unionfs.overlay.format import WHITEOUT_DEVICE
+
+
+class Move(NamedTuple):
+    """A name that is to be changed, and what it and the new one are of now."""
+
+    old_dir: DirInode
+    old_name: bytes
+    source: Inode
+    new_dir: DirInode
+    new_name: bytes
+    target: Inode | None
+    flags: int
+
+    @property
+    def moved(self) -> tuple[Inode, ...]:
+        """What gets another name."""
+        if self.flags & RENAME_EXCHANGE and self.target is not None:
+            return self.source, self.target
+        return (self.source,)
 
 
 class Renames:
@@ -36,19 +56,10 @@ class Renames:
         self._copy_up = copy_up
         self._changes = changes
 
-    def rename(
-        self,
-        old_dir: Inode,
-        old_name: bytes,
-        new_dir: Inode,
-        new_name: bytes,
-        flags: int = 0,
-        caller: Caller | None = None,
-    ) -> None:
-        """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT.
+    def begin(self, old_dir: DirInode, old_name: bytes, new_dir: DirInode, new_name: bytes, flags: int) -> Move:
+        """Look up what is to be renamed, and raise what forbids it, before anything is copied up for it.
 
-        The last leaves a device 0:0 for ``caller``, which an overlay stacked on this mount needs. Raises EINVAL for
-        other flags, and EXDEV for a directory of a lower layer when redirects are off.
+        ``flags`` are RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT of renameat2(2); EINVAL for others.
         """
         known = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
         if flags & ~known or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
@@ -56,43 +67,53 @@ class Renames:
         self._copy_up.require_writable()
         source = self._view.lookup(old_dir, old_name)
         target = self._view.find(new_dir, new_name)
+        move = Move(old_dir, old_name, source, new_dir, new_name, target, flags)
         if target is not source:
-            self._check_protection(source, old_dir, target, new_dir)
+            self._check_protection(move)
         if flags & RENAME_EXCHANGE:
             if target is None:
                 raise enoent(new_name)
-            if source is not target:
-                self._exchange(source, old_dir, old_name, target, new_dir, new_name)
-                for inode in (old_dir, new_dir, source, target):
-                    self._accounts.changed(inode)
-            return
+            return move
         if target is not None and flags & RENAME_NOREPLACE:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(new_name))
         if target is source:
-            return  # two names of one file: POSIX says that nothing happens
+            return move
         check_new_name(new_name)
         if new_dir.orphan:
             raise enoent(new_name)
         if target is not None:
             self._check_replaceable(source, target)
-        self._accounts.removing(target, lambda: self._move(source, old_dir, old_name, target, new_dir, new_name))
-        for inode in (old_dir, new_dir, source):
-            self._accounts.changed(inode)
-        if flags & RENAME_WHITEOUT:
-            assert caller is not None
-            self._changes.mknod(old_dir, old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
+        return move
 
-    def _check_protection(self, source: Inode, old_dir: Inode, target: Inode | None, new_dir: Inode) -> None:
-        protection = self._copy_up.protection
-        protection.require_removable(old_dir, source)
-        if target is not None:
-            protection.require_removable(new_dir, target)
+    def finish(self, move: Move, caller: Caller | None = None) -> None:
+        """Do what :meth:`begin` has found, at once after it.
+
+        RENAME_WHITEOUT leaves a device 0:0 for ``caller``, which an overlay stacked on this mount needs. Raises EXDEV
+        for a directory of a lower layer when redirects are off.
+        """
+        if move.target is move.source:
+            return  # two names of one file: POSIX says that nothing happens
+        if move.flags & RENAME_EXCHANGE:
+            self._exchange(move)
         else:
-            protection.require_new_name(new_dir)
+            self._accounts.removing(move.target, lambda: self._move(move))
+        for inode in (move.old_dir, move.new_dir, *move.moved):
+            self._accounts.changed(inode)
+        if move.flags & RENAME_WHITEOUT:
+            assert caller is not None
+            self._changes.mknod(move.old_dir, move.old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
+
+    def _check_protection(self, move: Move) -> None:
+        protection = self._copy_up.protection
+        protection.require_removable(move.old_dir, move.source)
+        if move.target is not None:
+            protection.require_removable(move.new_dir, move.target)
+        else:
+            protection.require_new_name(move.new_dir)
 
     def _check_replaceable(self, source: Inode, target: Inode) -> None:
-        source_is_dir = source.kind == stat.S_IFDIR
-        if target.kind == stat.S_IFDIR:
+        source_is_dir = isinstance(source, DirInode)
+        if isinstance(target, DirInode):
             if not source_is_dir:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not self._view.is_empty(target):
@@ -100,24 +121,23 @@ class Renames:
         elif source_is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
-    def _ready(self, inode: Inode, old_dir: Inode, new_dir: Inode) -> None:
+    def _ready(self, inode: Inode, old_dir: DirInode, new_dir: DirInode) -> None:
         """Copy up what is to be moved, and make a directory independent of the name it has."""
-        is_dir = inode.kind == stat.S_IFDIR
-        if is_dir and inode.lowers and self._view.options.redirect_dir is not RedirectMode.ON:
+        if isinstance(inode, DirInode) and inode.lowers and self._view.options.redirect_dir is not RedirectMode.ON:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         self._copy_up.ensure(inode, METADATA)
         self._copy_up.ensure_directory(new_dir)
-        if not is_dir:
+        if isinstance(inode, FileInode):
             self._copy_up.detach(inode)
-            return
-        upper = self._copy_up.require_writable()
-        path, _ = self._view.proc_path(inode)
-        if inode.lowers:
-            self._set_redirect(inode, path, same_directory=old_dir is new_dir)
-        elif new_dir.lowers:
-            upper.set_opaque(path)
+        elif isinstance(inode, DirInode):
+            upper = self._copy_up.require_writable()
+            path, _ = self._view.proc_path(inode)
+            if inode.lowers:
+                self._set_redirect(inode, path, same_directory=old_dir is new_dir)
+            elif new_dir.lowers:
+                upper.set_opaque(path)
 
-    def _set_redirect(self, inode: Inode, path: bytes, *, same_directory: bool) -> None:
+    def _set_redirect(self, inode: DirInode, path: bytes, *, same_directory: bool) -> None:
         """Record where the lower layers have a directory: by its name there, or by the path from the top."""
         if inode.redirect is not None and (same_directory or inode.redirect.startswith(b"/")):
             return
@@ -134,25 +154,17 @@ class Renames:
         inode.redirect = redirect
         self._hard_links.redirects.add(redirect)
 
-    def _move(
-        self,
-        source: Inode,
-        old_dir: Inode,
-        old_name: bytes,
-        target: Inode | None,
-        new_dir: Inode,
-        new_name: bytes,
-    ) -> None:
+    def _move(self, move: Move) -> None:
+        old_dir, old_name, source, new_dir, new_name, target, _ = move
         view, changes = self._view, self._changes
         upper = self._copy_up.require_writable()
         self._copy_up.ensure_directory(old_dir)
         self._ready(source, old_dir, new_dir)
-        is_dir = source.kind == stat.S_IFDIR
         leave_whiteout = changes.hides_lower(old_dir, old_name)
         new_fd = self._dir_fd(new_dir)
         if target is not None:
             changes.keep_for_users(target)
-            if target.kind == stat.S_IFDIR and target.upper:
+            if isinstance(target, DirInode) and target.upper:
                 view.forget_upper_dir(target)
                 if _has_entries(new_fd, new_name):
                     upper.clear_directory(new_fd, new_name)
@@ -168,7 +180,7 @@ class Renames:
             (self._dir_fd(new_dir), new_name),
             leave_whiteout=leave_whiteout,
             over_whiteout=over_whiteout,
-            directory=is_dir,
+            directory=isinstance(source, DirInode),
         )
         if leave_whiteout:
             changes.note_whiteout(old_dir, old_name)
@@ -181,9 +193,9 @@ class Renames:
             self._copy_up.origins.left(old_dir, old_name)
         view.inodes.drop_if_unneeded(old_dir)
 
-    def _exchange(
-        self, first: Inode, first_dir: Inode, first_name: bytes, second: Inode, second_dir: Inode, second_name: bytes
-    ) -> None:
+    def _exchange(self, move: Move) -> None:
+        first_dir, first_name, first, second_dir, second_name, second, _ = move
+        assert second is not None
         self._copy_up.ensure_directory(first_dir)
         self._copy_up.ensure_directory(second_dir)
         self._ready(first, first_dir, second_dir)
@@ -200,11 +212,11 @@ class Renames:
         elif second.has_origin and not first.has_origin:
             self._copy_up.origins.left(second_dir, second_name)
 
-    def _dir_fd(self, directory: Inode) -> int:
+    def _dir_fd(self, directory: DirInode) -> int:
         # Asked anew for each use: opening one directory may close another's descriptor.
         return self._view.upper_dir_fd(directory)
 
-    def _after_move(self, inode: Inode, directory: Inode, name: bytes) -> None:
+    def _after_move(self, inode: Inode, directory: DirInode, name: bytes) -> None:
         if inode.has_origin:
             self._copy_up.origins.arrived(directory, name)
         self._changes.note_nested(inode, directory)

@@ -24,13 +24,13 @@ from unionfs.fuse_ops.stack.workdir import Claim
 from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.hard_links import HardLinks
-from unionfs.fuse_ops.tree.inodes import Inode, OpenFile, backing_flags
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenFile, as_directory, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import for_writing
 from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.union.metadata import AttributeChange, MetadataChanges
-from unionfs.fuse_ops.union.renames import Renames
+from unionfs.fuse_ops.union.renames import Move, Renames
 from unionfs.host.syscalls import syncfs
 from unionfs.overlay.format import OverlayXattrs
 
@@ -114,35 +114,37 @@ class UnionTree:
 
     def create(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
         """Make a regular file and open it with the client's ``flags``; EEXIST if the name is taken."""
-        return self._changes.create(directory, name, mode, flags, caller)
+        return self._changes.create(as_directory(directory), name, mode, flags, caller)
 
     def create_unnamed(self, directory: Inode, mode: int, flags: int, caller: Caller) -> tuple[Inode, OpenFile]:
         """Make a file without a name in ``directory``, which :meth:`link` can give one later (O_TMPFILE)."""
-        return self._changes.create_unnamed(directory, mode, flags, caller)
+        return self._changes.create_unnamed(as_directory(directory), mode, flags, caller)
 
     def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Inode:
         """Make a directory."""
-        return self._changes.mkdir(directory, name, mode, caller)
+        return self._changes.mkdir(as_directory(directory), name, mode, caller)
 
     def mknod(self, directory: Inode, name: bytes, mode: int, rdev: int, caller: Caller) -> Inode:
         """Make a device, fifo, socket or regular file; a device 0:0 is a whiteout of an overlay stacked on this one."""
-        return self._changes.mknod(directory, name, mode, rdev, caller)
+        return self._changes.mknod(as_directory(directory), name, mode, rdev, caller)
 
     def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Inode:
         """Make a symbolic link."""
-        return self._changes.symlink(directory, name, target, caller)
+        return self._changes.symlink(as_directory(directory), name, target, caller)
 
     def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
         """Give ``inode`` a further name."""
-        self._changes.link(inode, directory, name)
+        if not isinstance(inode, FileInode):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), os.fsdecode(inode.path()))
+        self._changes.link(inode, as_directory(directory), name)
 
     def unlink(self, directory: Inode, name: bytes) -> None:
         """Remove a name that is not a directory's."""
-        self._changes.unlink(directory, name)
+        self._changes.unlink(as_directory(directory), name)
 
     def rmdir(self, directory: Inode, name: bytes) -> None:
         """Remove an empty directory."""
-        self._changes.rmdir(directory, name)
+        self._changes.rmdir(as_directory(directory), name)
 
     def rename(
         self,
@@ -154,7 +156,15 @@ class UnionTree:
         caller: Caller | None = None,
     ) -> None:
         """renameat2(2) with its ``flags``; raises EXDEV for a directory of a lower layer when redirects are off."""
-        self._renames.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+        self.finish_rename(self.begin_rename(old_dir, old_name, new_dir, new_name, flags), caller)
+
+    def begin_rename(self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int) -> Move:
+        """The first half of :meth:`rename`: what is moved. It raises what forbids that, and changes nothing."""
+        return self._renames.begin(as_directory(old_dir), old_name, as_directory(new_dir), new_name, flags)
+
+    def finish_rename(self, move: Move, caller: Caller | None) -> None:
+        """The second half, as long as nothing else has been changed since the first."""
+        self._renames.finish(move, caller)
 
     # -- attributes -----------------------------------------------------------------------------------------------
 
@@ -207,7 +217,7 @@ class UnionTree:
         so, a lower file is opened when it is read first: only for a server that may open every file of every layer,
         since a program expects to be refused now.
         """
-        if inode.kind != stat.S_IFREG:
+        if not isinstance(inode, FileInode) or inode.kind != stat.S_IFREG:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         truncate = bool(flags & os.O_TRUNC)
@@ -226,10 +236,10 @@ class UnionTree:
             self._accounts.changed(inode, truncated=truncate)
         return file
 
-    def _open_to_read(self, inode: Inode) -> int:
+    def _open_to_read(self, inode: FileInode) -> int:
         return self._open_real(inode, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
-    def _open_real(self, inode: Inode, flags: int) -> int:
+    def _open_real(self, inode: FileInode, flags: int) -> int:
         if not inode.upper or inode.metacopy:
             layer, data_path = self.view.data_source(inode)
             return layer.open(data_path, flags)
@@ -273,7 +283,7 @@ class UnionTree:
 
     def statistics(self) -> dict[str, int]:
         """Counters for a person who asks a running server how it is."""
-        handles = sum(len(inode.handles or ()) for inode in self.inodes)
+        handles = sum(len(inode.handles or ()) for inode in self.inodes if isinstance(inode, FileInode))
         counters = {"inodes": len(self.inodes), "open_files": handles, "cached_directories": len(self._cache)}
         return {**counters, **self._accounts.statistics()}
 
@@ -302,18 +312,11 @@ class UnionTree:
     def close(self) -> None:
         """Release all descriptors and leave nothing of ours in the work directory."""
         for inode in self.inodes:
-            for handle in list(inode.handles or ()):
-                handle.close()
+            if isinstance(inode, FileInode):
+                self._close_inode(inode)
             if inode.orphan_fd >= 0:
                 os.close(inode.orphan_fd)
                 inode.orphan_fd = -1
-            if inode.staged_link is not None and self._upper is not None:
-                try:
-                    self.copy_up.place_names(inode)
-                except OSError as error:
-                    log.warning("%s is unchanged under further names: %s", os.fsdecode(inode.path()), error.strerror)
-                self._upper.discard(inode.staged_link)
-                inode.staged_link = None
         self.inodes.last_close.wait()
         if self._upper is not None and self._syncs:
             self._sync_all(self._upper.layer.readable_fd)
@@ -326,6 +329,17 @@ class UnionTree:
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+
+    def _close_inode(self, inode: FileInode) -> None:
+        for handle in list(inode.handles or ()):
+            handle.close()
+        if inode.staged_link is not None and self._upper is not None:
+            try:
+                self.copy_up.place_names(inode)
+            except OSError as error:
+                log.warning("%s is unchanged under further names: %s", os.fsdecode(inode.path()), error.strerror)
+            self._upper.discard(inode.staged_link)
+            inode.staged_link = None
 
     def _sync_all(self, fd: int) -> None:
         """Sync the file system of the upper directory ``fd``, as the kernel's overlayfs does when it is unmounted."""

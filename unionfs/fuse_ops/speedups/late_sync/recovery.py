@@ -9,7 +9,7 @@ import os
 import stat
 
 from unionfs.fuse_ops.copy_up.unsynced import unmark
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode
 from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host import syscalls
 from unionfs.host.files import open_directory, walk_tree
@@ -54,7 +54,7 @@ def _finish(tree: UnionTree, path: bytes) -> None:
     for name in path.split(b"/"):
         inode = tree.lookup(inode, name)
     try:
-        if inode.metacopy:
+        if isinstance(inode, FileInode) and inode.metacopy:
             tree.copy_up.recover(inode)
     finally:
         tree.inodes.drop_if_unneeded(inode)

@@ -12,7 +12,7 @@ import trio
 from unionfs.fuse_ops.copy_up import unsynced
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.tree.inodes import Inode
+from unionfs.fuse_ops.tree.inodes import FileInode
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Settling:
         if self._copies is not None and len(self._copies) > unsynced.MANY:
             self._many.set()
 
-    async def _settle(self, copies: list[Inode]) -> None:
+    async def _settle(self, copies: list[FileInode]) -> None:
         for inode in copies:
             # It changes the ctime, of which tar says "file changed as we read it".
             if inode.unsynced and not inode.handles:

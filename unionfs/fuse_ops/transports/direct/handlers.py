@@ -155,23 +155,23 @@ class Answers:
         A database asks for those of its files several times in each transaction, which a tick makes one request.
         That is as fine as the times of files are before Linux 6.13.
         """
-        if inode.may_be_mapped:
+        if inode.kernel.may_be_mapped:
             if self._requests.is_written(inode):
                 return self._mount.tick
-            inode.may_be_mapped = False
+            inode.kernel.may_be_mapped = False
         return self._valid_s, self._valid_ns
 
     def _masked(self, directory: Inode, mode: int, umask: int) -> int:
         """``mode`` as POSIX has it: a default ACL takes the place of the umask."""
         if umask and self._options.acl and self._options.xattrs:
-            if directory.default_acl is None:
+            if directory.kernel.default_acl is None:
                 try:
                     self._tree.get_xattr(directory, DEFAULT_ACL)
                 except OSError:
-                    directory.default_acl = False
+                    directory.kernel.default_acl = False
                 else:
-                    directory.default_acl = True
-            if directory.default_acl:
+                    directory.kernel.default_acl = True
+            if directory.kernel.default_acl:
                 return mode
         return mode & ~umask
 
@@ -339,7 +339,7 @@ class AttributeAnswers(Answers):
         size, _ = p.GETXATTR_IN.unpack_from(request.body)
         name = request.name(p.GETXATTR_IN.size)
         inode = self._inode(request)
-        if inode.bare and name == CAPABILITY:  # asked before each first write and change of owner
+        if inode.kernel.has_no_xattrs and name == CAPABILITY:  # asked before each first write and change of owner
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENODATA, request.unique)
         value = self._tree.get_xattr(inode, name)
         return self._sized(request, value, size)
@@ -414,8 +414,8 @@ class FileAnswers(Answers):
         inode = file.inode
         if self._mount.passthrough is not None:
             opened, backing = self._mount.passthrough.open(file, mode)
-            if backing and flags & os.O_ACCMODE == os.O_RDWR and not inode.may_be_mapped:
-                inode.may_be_mapped = True
+            if backing and flags & os.O_ACCMODE == os.O_RDWR and not inode.kernel.may_be_mapped:
+                inode.kernel.may_be_mapped = True
                 if mode is None:
                     self._connection.forget_attributes(inode)
         elif mode is None and self._requests.blocks_will_lie(file):

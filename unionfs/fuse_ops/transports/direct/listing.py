@@ -13,7 +13,7 @@ from unionfs.fuse_ops.stack.lower_stack import LowerDir
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import ATTR, attr_fields
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, Inode
+from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, DirInode, Inode
 from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings, has_gone, is_listed_bare
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.union.union_tree import UnionTree
@@ -24,7 +24,7 @@ def pack(inode: Inode, attributes: Attributes) -> bytes:
     packed = ATTR.pack(*attr_fields(attributes))
     # A file of several names has fewer when one of them is removed.
     if not inode.upper and (attributes.nlink == 1 or inode.kind == stat.S_IFDIR):
-        inode.packed = packed
+        inode.kernel.packed = packed
     return packed
 
 
@@ -36,7 +36,7 @@ class PackedAttributes:
 
     def of(self, inode: Inode) -> bytes:
         """What stat(2) shows of ``inode``."""
-        packed = inode.packed
+        packed = inode.kernel.packed
         if packed is None or inode.upper or inode.parent is None:  # copied up since, or removed
             return pack(inode, self._view.attributes(inode))
         return packed
@@ -47,7 +47,7 @@ class PackedAttributes:
 
     def child(self, directory: Inode, name: bytes) -> tuple[Inode, bytes] | None:
         """The object called ``name`` in ``directory`` with its attributes; None if there is none."""
-        if directory.children is not None:
+        if isinstance(directory, DirInode) and directory.children is not None:
             inode = directory.children.get(name)
             if inode is not None:
                 return inode, self.of(inode)
@@ -139,9 +139,9 @@ class DirectListing:
                     number, kind = inode.ino, inode.kind >> 12
                     if plus:
                         inode.lookups += 1
-                        answer += p.ENTRY.pack(number, *(self._changing if inode.may_be_mapped else self._valid))
+                        answer += p.ENTRY.pack(number, *(self._changing if inode.kernel.may_be_mapped else self._valid))
                         answer += attributes
-                    if directories is not None:
+                    if directories is not None and isinstance(inode, DirInode):
                         directories += inode.lowers
                 length = len(name)
                 answer += p.DIRENT.pack(number, offsets[position], length, kind)

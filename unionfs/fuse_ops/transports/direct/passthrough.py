@@ -102,7 +102,7 @@ class Passthrough:
             return False
         if (os.fstat(file.fd).st_mode if mode is None else mode) & _SPECIAL_BITS:
             return False
-        if inode.bare:
+        if inode.kernel.has_no_xattrs:
             return True
         try:
             os.getxattr(file.fd, CAPABILITY)
