@@ -544,10 +544,11 @@ class LayerTarget(Target):
     With the layers below known, it is filled so that all together show what unpacking onto a copy of them would.
 
     Args:
-        root: the directory. parents_owner: (uid, gid) of directories that are nowhere, but that an entry needs.
-        space: the names of the xattrs that mark it. lowers: the layers below, top first; None: not known. Then every
-        whiteout is written, and a directory that an entry
-            needs is made anew.
+        root: the directory.
+        parents_owner: (uid, gid) of directories that are nowhere, but that an entry needs.
+        space: the names of the xattrs that mark it.
+        lowers: the layers below, top first; None: not known. Then every whiteout is written, and a directory that an
+            entry needs is made anew.
     """
 
     def __init__(

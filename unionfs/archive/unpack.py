@@ -95,11 +95,11 @@ class UnpackOptions:
         owner: (uid, gid) for every entry instead of its own; an unprivileged user gives their own.
         parents_owner: (uid, gid) of directories that entries need but the archive does not have; None: what
             ``to_host`` (or ``owner``) makes of 0:0.
-        devices: see :class:`DevicePolicy`. best_effort_xattrs: go on when the file system takes no xattrs; otherwise
-        that is an error. lowers: for :attr:`WhiteoutMode.OVERLAY`, the layer directories below the target, top first.
-        What the archive says of
-            objects in them (whiteouts, hard links, entries in directories and behind links) then has the effect that it
-            would have on a copy of them all. None: they are not known.
+        devices: see :class:`DevicePolicy`.
+        best_effort_xattrs: go on when the file system takes no xattrs; otherwise that is an error.
+        lowers: for :attr:`WhiteoutMode.OVERLAY`, the layer directories below the target, top first. What the archive
+            says of objects in them (whiteouts, hard links, entries in directories and behind links) then has the effect
+            that it would have on a copy of them all. None: they are not known.
         user_xattrs: mark opaque directories with ``user.overlay.`` instead of ``trusted.overlay.``; None: where the
             latter are not for us (in a user namespace).
         include_root: apply an entry for the root itself (``./``) to the target directory; Docker leaves it out.
