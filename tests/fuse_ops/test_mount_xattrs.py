@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -217,3 +219,32 @@ def test_capabilities_of_a_new_file(box: Sandbox) -> None:
     with box.mount():
         assert os.getxattr(box.at("new"), "security.capability") == capability
     box.assert_kernel_agrees()
+
+
+LIST = "import os, sys; print(*sorted(os.listxattr(sys.argv[1])))"
+WITHOUT_PRIVILEGE = {
+    "root": [],
+    "root of a container": ["setpriv", "--bounding-set=-sys_admin"],
+    "root of a user namespace": ["unshare", "--user", "--map-root-user"],
+    "user": ["setpriv", "--reuid=65534", "--clear-groups"],
+}
+
+
+def test_trusted_attributes_are_listed_for_who_may_read_them(box: Sandbox) -> None:
+    """That is CAP_SYS_ADMIN, and not user 0."""
+    box.lower().file("f", b"text").xattr("f", "trusted.t", b"1").xattr("f", "user.u", b"1")
+
+    def listed() -> dict[str, str]:
+        found = {}
+        for who, words in WITHOUT_PRIVILEGE.items():
+            command = [*words, sys.executable, "-c", LIST, box.at("f")]
+            found[who] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return found
+
+    with box.kernel():
+        expected = listed()
+    assert expected.pop("root") == "trusted.t user.u\n"
+    assert set(expected.values()) == {"user.u\n"}
+    box.fresh_upper("again")
+    with box.mount():
+        assert listed() == expected | {"root": "trusted.t user.u\n"}

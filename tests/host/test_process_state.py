@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from unionfs.host.process_state import is_being_killed
+from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability, is_being_killed
 
 
 def test_who_is_being_killed() -> None:
@@ -16,3 +16,19 @@ def test_who_is_being_killed() -> None:
         assert not is_being_killed(child.pid)
         child.kill()
     assert is_being_killed(child.pid)
+
+
+def test_capabilities() -> None:
+    assert has_capability(CAP_SYS_ADMIN) == has_capability(CAP_SYS_ADMIN, os.getpid())
+    assert not has_capability(63)
+    assert not has_capability(CAP_SYS_ADMIN, 0)
+    code = (
+        "from unionfs.host.process_state import *; print(has_capability(CAP_SYS_ADMIN), has_capability(CAP_SYS_NICE))"
+    )
+    for words, expected in (
+        ([], "True True\n"),
+        (["setpriv", "--bounding-set=-sys_admin"], "False True\n"),
+        (["unshare", "--user", "--map-root-user"], "False False\n"),
+    ):
+        done = subprocess.run([*words, sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout == expected

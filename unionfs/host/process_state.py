@@ -1,9 +1,14 @@
-"""What /proc says of another process."""
+"""What /proc says of a process: whether it is being killed, and what it may do."""
 
 from __future__ import annotations
 
+import os
 from typing import Final
 
+CAP_SYS_ADMIN: Final = 21  # linux/capability.h
+CAP_SYS_NICE: Final = 23
+
+_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
 _SIGKILL: Final = 1 << 8  # in a mask of signals
 
 
@@ -25,3 +30,18 @@ def is_being_killed(pid: int) -> bool:
     except OSError:
         return False
     return False
+
+
+def has_capability(number: int, process: int | str = "self") -> bool:
+    """Whether a process has a capability that counts for the machine, and not only in a user namespace.
+
+    False for one that this process cannot see.
+    """
+    try:
+        with open(f"/proc/{process}/status", "rb") as status:
+            effective = next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+        if not effective >> number & 1:
+            return False
+        return os.stat(f"/proc/{process}/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+    except (OSError, StopIteration, ValueError):
+        return False

@@ -11,7 +11,8 @@ import stat
 import struct
 from typing import Final
 
-from unionfs.host.syscalls import FileHandle, in_user_namespace
+from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
+from unionfs.host.syscalls import FileHandle
 
 WHITEOUT_DEVICE: Final = os.makedev(0, 0)
 MARK: Final = b".wh."
@@ -99,8 +100,8 @@ USER: Final = OverlayXattrs(user=True)
 
 
 def may_use_trusted() -> bool:
-    """Whether this process sees ``trusted.`` attributes: root outside of user namespaces."""
-    return os.geteuid() == 0 and not in_user_namespace()
+    """Whether this process may set and sees ``trusted.`` attributes; root in a container may not."""
+    return has_capability(CAP_SYS_ADMIN)
 
 
 def encode_origin(handle: FileHandle, filesystem_uuid: bytes) -> bytes:

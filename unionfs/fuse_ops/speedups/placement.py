@@ -20,6 +20,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from unionfs.host.process_state import CAP_SYS_NICE, has_capability
+
 
 class IdleThread:
     """Stands in for the one thread that uses it; only one of the two runs at a time.
@@ -91,7 +93,6 @@ def _become_idle() -> bool:
 LOOK_EVERY: Final = 8
 """Requests, from one look to the next."""
 
-_CAP_SYS_NICE: Final = 23
 _NICE_LIMIT: Final = 20  # RLIMIT_NICE that lets a task of nice 0 leave SCHED_IDLE, see sched(7)
 _LOOK_AFTER: Final = 32  # requests in a row, until it is looked at where the client is and who else runs
 _MISSES: Final = 8  # times that the client was elsewhere, before it is looked for
@@ -267,12 +268,4 @@ def _may_return() -> bool:
     """Whether this process may leave SCHED_IDLE again, for which the kernel wants a privilege."""
     if resource.getrlimit(resource.RLIMIT_NICE)[0] >= _NICE_LIMIT:
         return True
-    try:
-        with open("/proc/self/uid_map", "rb") as file:
-            if file.read().split() != [b"0", b"0", b"4294967295"]:
-                return False  # a privilege of a user namespace does not count
-        with open("/proc/self/status", "rb") as file:
-            capabilities = next(line for line in file if line.startswith(b"CapEff:"))
-    except (OSError, StopIteration):
-        return False
-    return bool(int(capabilities.split()[1], 16) & 1 << _CAP_SYS_NICE)
+    return has_capability(CAP_SYS_NICE)

@@ -30,22 +30,8 @@ _PROTECTED: Final = 0x30
 _PROJECT_INHERIT: Final = 0x20000000
 _XFLAG_PROJECT_INHERIT: Final = 0x200
 
-_CAP_SYS_ADMIN: Final = 21
-
 # struct statx of statx(2), which is also struct fuse_statx.
 _STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + "qIi" * 4 + "IIII14Q")
-
-
-def may_pass_through() -> bool:
-    """Whether the kernel lets this process register backing files: CAP_SYS_ADMIN outside of user namespaces."""
-    try:
-        with open("/proc/self/status", "rb") as status:
-            effective = next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
-        with open("/proc/self/uid_map", "rb") as id_map:
-            outside = id_map.read().split() == [b"0", b"0", b"4294967295"]
-    except (OSError, StopIteration, ValueError):
-        return False
-    return outside and bool(effective >> _CAP_SYS_ADMIN & 1)
 
 
 def has_writers(path: bytes, *, follow: bool) -> bool:

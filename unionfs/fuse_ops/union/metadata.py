@@ -18,6 +18,7 @@ from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.tree.need import ATTRIBUTES, for_attributes
 from unionfs.fuse_ops.union.changes import Caller
+from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
 
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
 _XATTR_NAME_MAX: Final = 255
@@ -290,7 +291,7 @@ class MetadataChanges:
         return self._view.ownership.map_acl(value, to_disk=False) if name in ACL_NAMES else value
 
     def list_xattrs(self, inode: Inode, caller: Caller) -> list[bytes]:
-        """The names of the attributes that a program may see; ``trusted.`` ones only for root."""
+        """The names of the attributes that a program may see; ``trusted.`` ones only for one with CAP_SYS_ADMIN."""
         path, follow = self._view.proc_path(inode)
         try:
             listed = os.listxattr(path, follow_symlinks=follow)
@@ -301,8 +302,10 @@ class MetadataChanges:
         names = []
         for text in listed:
             name = self._shown_name(os.fsencode(text))
-            if name is not None and (not name.startswith(b"trusted.") or caller.uid == 0):
+            if name is not None:
                 names.append(name)
+        if any(name.startswith(b"trusted.") for name in names) and not has_capability(CAP_SYS_ADMIN, caller.pid):
+            return [name for name in names if not name.startswith(b"trusted.")]
         return names
 
     def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:

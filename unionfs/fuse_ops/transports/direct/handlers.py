@@ -32,6 +32,7 @@ from unionfs.fuse_ops.tree.attributes import CAPABILITY, DEFAULT_ACL
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
 
 log = logging.getLogger(__name__)
 
@@ -637,7 +638,7 @@ class SessionAnswers(Answers):
         if "default_permissions" in (options.fuse_words or default_fuse_words()):
             wanted |= Init.ALLOW_IDMAP  # the kernel takes it only where it checks permissions by itself
         # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
-        privileged = backing_calls.may_pass_through()
+        privileged = has_capability(CAP_SYS_ADMIN)
         # What is passed through needs its descriptor at once, and without an upper directory everything may be.
         self._tree.opens_late = privileged and not self._tree.read_only
         if options.passthrough and offered & Init.PASSTHROUGH and privileged:
