@@ -134,7 +134,7 @@ def test_file_json_spec_plugin_with_tls(tmp_path: Path) -> None:
         find_plugin("echo", str(tmp_path / "none"), [str(tmp_path)])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"Addr": "tcp://"}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"Addr": "tcp://"}', "[" * 100_000])
 def test_broken_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "echo.json").write_text(text)
     with pytest.raises(DriverError, match=r"echo\.json"):
@@ -321,6 +321,7 @@ def test_capabilities_that_fail_end_the_initialisation(server: PluginServer, tmp
         (500, b"", "Internal Server Error"),
         (200, b"no json", "the reply is no JSON object"),
         (200, b"[]", "the reply is no JSON object"),
+        (200, b"[" * 100_000, "the reply is no JSON object"),
     ],
 )
 def test_errors_of_the_plugin(server: PluginServer, driver: PluginDriver, status: int, reply: Any, said: str) -> None:

@@ -469,8 +469,9 @@ def test_plugin_that_starts_under_a_running_engine_knows_the_home(stub: StubDriv
         driver.get("x")
 
 
-def test_session_file_that_is_damaged(stub: StubDriver, tmp_path: Path) -> None:
-    (tmp_path / "p.sock.session").write_text('{"Home": 3}')
+@pytest.mark.parametrize("damaged", ['{"Home": 3}', "", "[" * 100_000])
+def test_session_file_that_is_damaged(stub: StubDriver, tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "p.sock.session").write_text(damaged)
     with plugin_server(str(tmp_path / "p.sock"), stub.init):
         wire = Wire(tmp_path)
         _, reply = wire.call("GraphDriver.Get", b'{"ID":"x"}')

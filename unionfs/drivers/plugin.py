@@ -367,7 +367,7 @@ class PluginTransport:
         """The reply with the keys in lower case, since Go does not tell them apart by case."""
         try:
             reply = json.loads(response.content) if response.content.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             reply = None
         fields = {key.lower(): value for key, value in reply.items()} if isinstance(reply, dict) else None
         if response.status_code != httpx.codes.OK:
@@ -506,7 +506,7 @@ def _from_json(name: str, text: str, path: str) -> PluginAddress:
         tls = fields.get("tlsconfig") or None
         if tls is not None:
             tls = {key.lower(): value for key, value in tls.items()}
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, RecursionError) as error:
         raise DriverError(f"{path}: is no JSON object with the key Addr ({error}); repair it") from error
     return _address(name, address, tls, path)
 

@@ -483,7 +483,7 @@ def _descriptor(where: str) -> Descriptor:
             annotations=dict(fields.get("annotations") or {}),
             platform=fields.get("platform"),
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
         raise _wrong(where, "descriptor.json", f"is no descriptor: {error}") from error
 
 

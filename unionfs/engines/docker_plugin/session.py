@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.home import ensure_dir, root_owner
@@ -54,7 +54,7 @@ class SessionFile:
                 return SavedSession.model_validate(json.load(file))
         except FileNotFoundError:
             return None
-        except (ValueError, ValidationError) as error:
+        except (ValueError, RecursionError) as error:
             raise DriverError(
                 f"{self._path}: does not say which home to serve ({error.__class__.__name__}); restart the engine"
             ) from error

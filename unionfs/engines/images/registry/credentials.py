@@ -179,6 +179,6 @@ def _ask_helper(helper: str, key: str) -> Credentials | None:
         name, secret = str(found["Username"]), str(found["Secret"])
     except FileNotFoundError:
         raise RegistryError(f"{program} is not installed, but keeps the password for {key}; install it") from None
-    except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as error:
+    except (subprocess.TimeoutExpired, ValueError, RecursionError, KeyError, TypeError) as error:
         raise RegistryError(f"{program} gave no credentials for {key}: {type(error).__name__}; log in again") from None
     return Credentials(identity_token=secret) if name == _TOKEN_USER else Credentials(name, secret)
