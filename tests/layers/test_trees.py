@@ -14,6 +14,7 @@ import pytest
 
 from tests.layers.conftest import Workshop, write
 from tests.layers.samples import BASE, OTHER, TOP, stream
+from unionfs.errors import DriverError
 from unionfs.host import disk
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import Garbage, collect
@@ -22,7 +23,7 @@ from unionfs.layers.layer import Layer
 
 
 class FullDisk:
-    """Fails one of the store's own changes to the disk, by its number from 1.
+    """Fails one change to the disk of the store or its driver, by its number from 1.
 
     With ``sync_dir`` not only what comes before a rename fails, but also what makes it last.
     """
@@ -69,8 +70,10 @@ def test_the_disk_fails_at_each_step(
             full = FullDisk(broken, at)
             try:
                 DISK_OPERATIONS[operation](shop)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            except (OSError, DriverError) as error:
+                cause = error if isinstance(error, OSError) else error.__cause__
+                assert isinstance(cause, OSError)
+                assert cause.errno == errno.ENOSPC
                 # As the caller was told: nothing has happened. Or what has is complete, and a layer below it is left.
                 if "old" in shop.store.rw_layers():
                     assert before == (shop.store.map().keys(), shop.store.rw_layers().keys()), (at, full.failed)

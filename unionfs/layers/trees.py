@@ -150,14 +150,21 @@ class Trees:
         """Remove what ``removal`` took off the list, or put it back.
 
         It comes off the list first, so that a crash on the way leaves something to clean up and never half a layer.
+        Nor is it put back when a tree is gone already, though not all of its files could be deleted.
         """
+        present = [tree for tree in trees if tree and self.driver.exists(tree)]
         try:
             for tree in trees:
                 if tree:
                     self.driver.remove(tree)
-        except BaseException:
-            removal.undo()
-            raise
+        except BaseException as error:
+            if all(map(self.driver.exists, present)):
+                removal.undo()
+                raise
+            if not isinstance(error, UnionfsError | OSError):
+                raise
+            _log.warning("cannot delete all of something removed, the next start will: %s", error)
+            return
         try:
             removal.finish()
         except OSError as error:
