@@ -324,7 +324,7 @@ def test_remove_unmounts(layered_rig: Rig) -> None:
 def test_remove_of_a_tree_in_use_says_by_whom_and_can_be_repeated(
     layered_rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unionfs.drivers.removal._TRIES", 3)
+    monkeypatch.setattr("unionfs.drivers.home._TRIES", 3)
     rig = layered_rig
     make_base(rig)
     rig.driver.create_read_write("x", "base")

@@ -14,7 +14,7 @@ from tests.drivers.rig import INITS, LAYERED, Rig, got, make_rig
 from tests.drivers.trees import lines, make_base, write
 from tests.support.mounts import servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import kernel_overlay, layered, overlay_home, union
+from unionfs.drivers import kernel_overlay, layered, union
 from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.kernel_overlay import KernelMounter
 from unionfs.drivers.layered import Stack
@@ -381,9 +381,9 @@ def test_half_made_layer_leaves_nothing(layered_rig: Rig, monkeypatch: pytest.Mo
     make_base(layered_rig)
     home = os.path.realpath(layered_rig.home)
     before = sorted(os.listdir(home)), sorted(os.listdir(home + "/l"))
-    for step in ("_write", "_copy_root"):
+    for step in ("unionfs.host.disk.write_file", "unionfs.drivers.overlay_home._copy_root"):
         with monkeypatch.context() as patch:
-            patch.setattr(overlay_home, step, _full)
+            patch.setattr(step, _full)
             with pytest.raises(OSError, match="No space"):
                 layered_rig.driver.create("x", "base")
         assert (sorted(os.listdir(home)), sorted(os.listdir(home + "/l"))) == before

@@ -19,7 +19,7 @@ from tests.drivers.xfs import mounted_xfs
 from tests.support.mounts import mounted_tmpfs
 from tests.support.snapshot import snapshot
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import quota, removal, vfs
+from unionfs.drivers import home, quota, vfs
 from unionfs.drivers.quota import ProjectQuota, project_of, set_project
 from unionfs.drivers.refcount import MountChecker, RefCounter
 from unionfs.drivers.tree_copy import copy_tree
@@ -121,12 +121,12 @@ def test_different_names_do_not_wait() -> None:
 
 
 def test_ensure_remove_all_not_exist(tmp_path: Path) -> None:
-    removal.delete(str(tmp_path / "nothing"))
+    home.delete(str(tmp_path / "nothing"))
 
 
 def test_ensure_remove_all_with_dir(tmp_path: Path) -> None:
     (tmp_path / "d/e/f").mkdir(parents=True)
-    removal.delete(str(tmp_path / "d"))
+    home.delete(str(tmp_path / "d"))
     assert os.listdir(tmp_path) == []
 
 
@@ -138,7 +138,7 @@ def test_ensure_remove_all_with_mount(tmp_path: Path) -> None:
         subprocess.run(["mount", "--bind", tmp_path / "outside", tmp_path / where], check=True)
     with open(tmp_path / "d/one/two/kept", "rb"):
         started = time.monotonic()
-        removal.delete(str(tmp_path / "d"))
+        home.delete(str(tmp_path / "d"))
         assert time.monotonic() - started < 5
     assert sorted(os.listdir(tmp_path)) == ["outside"]
     assert (tmp_path / "outside/kept").exists()
@@ -150,22 +150,22 @@ def test_immutable_file_is_named(tmp_path: Path) -> None:
     subprocess.run(["chattr", "+i", tmp_path / "d/fixed"], check=True)
     try:
         with pytest.raises(DriverError, match=r"cannot delete .*/d: .*chattr -i"):
-            removal.delete(str(tmp_path / "d"))
+            home.delete(str(tmp_path / "d"))
     finally:
         subprocess.run(["chattr", "-i", tmp_path / "d/fixed"], check=True)
-    removal.delete(str(tmp_path / "d"))
+    home.delete(str(tmp_path / "d"))
 
 
 def test_directory_that_keeps_being_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removal, "_TRIES", 2)
+    monkeypatch.setattr(home, "_TRIES", 2)
     (tmp_path / "d").mkdir()
 
     def busy(_: str) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(removal, "_remove", busy)
+    monkeypatch.setattr("unionfs.host.disk.delete", busy)
     with open(tmp_path / "d/open", "wb"), pytest.raises(LayerBusyError, match=f"process {os.getpid()} .this process"):
-        removal.delete(str(tmp_path / "d"))
+        home.delete(str(tmp_path / "d"))
 
 
 # Copies (moby's copy tests)
@@ -349,5 +349,5 @@ def test_disk_quota_is_the_kernels(tmp_path: Path) -> None:
 
 
 def test_default_size_without_quotas(tmp_path: Path) -> None:
-    with mounted_tmpfs(str(tmp_path / "t")), pytest.raises(QuotaNotSupportedError, match=r"vfs: .*is not on xfs"):
+    with mounted_tmpfs(str(tmp_path / "t")), pytest.raises(QuotaNotSupportedError, match=r"/t/h is not on xfs"):
         vfs.init(str(tmp_path / "t/h"), ["size=1G"], IdMapping())

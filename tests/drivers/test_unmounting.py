@@ -14,7 +14,7 @@ from tests.drivers.rig import Rig, make_rig
 from tests.drivers.trees import make_base, write
 from tests.support.mounts import is_running, mounted_elsewhere, other_namespace, servers_of, wait_until
 from tests.support.syscalls import mount
-from unionfs.drivers import removal
+from unionfs.drivers import home
 from unionfs.drivers.layered import Stack
 from unionfs.engines.snapshotter.mounts import SnapshotUnions
 from unionfs.errors import LayerBusyError
@@ -66,7 +66,7 @@ def test_a_user_in_another_namespace_keeps_the_server(unionfs_rig: Rig, caplog: 
 
 
 def test_more_mounts_on_top_than_tries(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removal, "_TRIES", 2)
+    monkeypatch.setattr(home, "_TRIES", 2)
     make_base(layered_rig)
     layered_rig.driver.create_read_write("x", "base")
     path = layered_rig.driver.get("x")

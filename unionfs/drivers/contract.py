@@ -23,7 +23,7 @@ A worked example, three layers and a container::
 Rules for every driver:
 
 - An id is a name for one directory: not empty, no ``/`` and no NUL, not ``.`` or ``..``, nor one that the driver's
-  layout uses itself (:mod:`unionfs.drivers.ids`). A parent is an id, or ``""`` for none.
+  layout uses itself (:func:`check_layer_id`). A parent is an id, or ``""`` for none.
 - A driver may be called from many threads at once. Calls for one id wait for each other, others do not.
 - One process at a time uses a home. Another one may open it later and finds what the first left, mounts included.
 - A tree that has children must not be changed any more; the layered drivers mount such a tree read-only.
@@ -39,6 +39,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 from unionfs.archive.changes import Change
 from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.tar_reader import Readable
+from unionfs.errors import DriverError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,3 +262,45 @@ here, and :class:`unionfs.errors.OptionError` for an option it does not know.
 def capabilities_of(driver: Driver) -> Capabilities:
     """What ``driver`` promises; nothing when it does not say."""
     return driver.capabilities() if isinstance(driver, CapabilityDriver) else Capabilities()
+
+
+# Ids
+
+REMOVING = "-removing"
+"""Ends the name of a directory that is being deleted, and is deleted on when a driver finds it at start-up."""
+
+CREATING = "-creating"
+"""Ends the name of a directory that is not complete yet, and is deleted when a driver finds it at start-up."""
+
+# ``l`` and the block device are overlay2's; ``tmp`` and ``dir`` are kept for layouts with room for more.
+_RESERVED = frozenset({".", "..", "l", "tmp", "dir", "backingFsBlockDev"})
+
+# NAME_MAX is 255, and a name grows by a random part and one of the endings above.
+_MAX_BYTES = 220
+
+
+def is_layer_id(name: str) -> bool:
+    """Whether ``name`` may be a layer's."""
+    return fault_of(name) is None
+
+
+def check_layer_id(layer_id: str, doing: str) -> None:
+    """Raise :class:`DriverError` unless ``layer_id`` may be a layer's; ``doing`` is the verb for the message."""
+    fault = fault_of(layer_id)
+    if fault is not None:
+        raise DriverError(
+            f"cannot {doing} layer {layer_id!r}: the id {fault}; use a name such as 64 hexadecimal digits"
+        )
+
+
+def fault_of(layer_id: str) -> str | None:
+    """What is wrong with ``layer_id``, or None."""
+    if not layer_id:
+        return "is empty"
+    if "/" in layer_id or "\0" in layer_id:
+        return "has a slash or a NUL in it"
+    if layer_id in _RESERVED or layer_id.endswith((REMOVING, CREATING)):
+        return "is one that the driver uses itself"
+    if len(layer_id.encode("utf-8", "surrogateescape")) > _MAX_BYTES:
+        return f"is longer than {_MAX_BYTES} bytes"
+    return None

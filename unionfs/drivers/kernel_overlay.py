@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from unionfs.drivers.ids import CREATING
+from unionfs.drivers.contract import CREATING
 from unionfs.drivers.layered import Stack
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError
 from unionfs.fuse_ops.options import escape_value, format_layers

@@ -21,9 +21,8 @@ from unionfs.archive.sizes import tree_size
 from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
 from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
-from unionfs.drivers import removal
-from unionfs.drivers.contract import CreateOptions, FileGetCloser
-from unionfs.drivers.ids import check_layer_id
+from unionfs.drivers import home
+from unionfs.drivers.contract import CreateOptions, FileGetCloser, check_layer_id
 from unionfs.drivers.layer_files import LayerFiles
 from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
@@ -184,13 +183,13 @@ class LayeredDriver:
                 merged = self._layers.paths(layer_id).merged
                 self._unmount_for_good(layer_id, merged)
                 self._counter.forget(merged)
-            removal.delete(self._layers.set_aside(layer_id))
+            home.delete(self._layers.set_aside(layer_id))
 
     def _unmount_for_good(self, layer_id: str, merged: str) -> None:
         """Unmount whatever is at ``merged`` and inside, also when it was mounted several times."""
         for point in [*mounts_inside(merged), merged]:
             reason = "more is mounted there each time"
-            for _ in removal.attempts():
+            for _ in home.attempts():
                 if mountinfo.top_mount(point) is None:
                     break
                 try:
@@ -202,7 +201,7 @@ class LayeredDriver:
                     reason = str(error.strerror)
             if mountinfo.top_mount(point) is not None:
                 raise LayerBusyError(
-                    f"cannot remove layer {layer_id}: {point} cannot be unmounted: {reason}{removal.used_by(merged)}; "
+                    f"cannot remove layer {layer_id}: {point} cannot be unmounted: {reason}{home.used_by(merged)}; "
                     "end what uses it and try again"
                 )
 
@@ -280,7 +279,7 @@ class LayeredDriver:
                     "%s: %s%s; it is out of sight and ends with its last user",
                     merged,
                     error.strerror,
-                    removal.used_by(merged),
+                    home.used_by(merged),
                 )
                 self._detach(merged)
         with suppress(OSError):

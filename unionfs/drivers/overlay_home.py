@@ -12,7 +12,7 @@
         merged/             0700; only while mounted
         committed           empty; made when the layer gets a child: it is mounted read-only from then on
 
-Beyond that layout: directories under construction and under removal have names of their own (:mod:`.ids`) and are
+Beyond that layout: directories under construction and under removal have names of their own (:mod:`.home`) and are
 swept at start-up, when lost or dangling links are put right too. Everything that ``l/`` says can be made again from the
 ``link`` files.
 """
@@ -30,9 +30,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import home, removal
-from unionfs.drivers.ids import check_layer_id, is_layer_id
+from unionfs.drivers import home
+from unionfs.drivers.contract import check_layer_id, is_layer_id
 from unionfs.errors import DriverError, LayerBusyError, LayerNotFoundError
+from unionfs.host import disk
 
 _log = logging.getLogger(__name__)
 
@@ -253,12 +254,11 @@ class OverlayHome:
                 if parent:
                     _copy_root(self.paths(parent).diff, building.diff)
                     home.make_dir(building.work, 0o700, self.owner)
-                    _write(building.lower, ":".join(lower))
-                _write(building.link, link)
-                home.sync_dir(path)
+                    disk.write_file(building.lower, ":".join(lower).encode())
+                disk.write_file(building.link, link.encode())
+                disk.sync_dir(path)
                 if parent:
                     self._mark_committed(parent)
-            home.sync_dir(self.root)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(link_path)
@@ -266,14 +266,14 @@ class OverlayHome:
         return self.paths(layer_id)
 
     def set_aside(self, layer_id: str) -> str:
-        """Take the layer out of the home; what it returns is to be deleted (:func:`unionfs.drivers.removal.delete`)."""
+        """Take the layer out of the home; what it returns is to be deleted (:func:`unionfs.drivers.home.delete`)."""
         link = None
         if self.exists(layer_id):
             try:
                 link = self.link_name(layer_id)
             except DriverError as error:
                 _log.warning("%s", error)  # the link it may have had dangles, and is swept at the next start
-        trash = removal.set_aside(self.root, layer_id)
+        trash = home.set_aside(self.root, layer_id)
         if link is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self.root}/{LINK_DIR}/{link}")
@@ -307,7 +307,7 @@ class OverlayHome:
 
     def recover(self) -> None:
         """Delete what unfinished calls left, and make the links what the ``link`` files say."""
-        removal.sweep(self.root)
+        home.sweep(self.root)
         links_dir = f"{self.root}/{LINK_DIR}"
         wanted = {}
         for layer_id in self.layer_ids():
@@ -334,16 +334,6 @@ class OverlayHome:
 def new_link_name() -> str:
     """26 random characters of the base32 alphabet."""
     return base64.b32encode(secrets.token_bytes((LINK_LENGTH * 5 + 7) // 8)).decode()[:LINK_LENGTH]
-
-
-def _write(path: str, text: str) -> None:
-    """A file that survives a loss of power; its directory appears as a whole later, so no rename is needed here."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(fd, "w", encoding="ascii") as file:
-        os.fchmod(fd, 0o644)
-        file.write(text)
-        file.flush()
-        os.fsync(fd)
 
 
 def _copy_root(parent_diff: str, diff: str) -> None:

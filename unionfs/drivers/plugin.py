@@ -24,8 +24,7 @@ from unionfs.archive.changes import Change, ChangeKind
 from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
-from unionfs.drivers.contract import Capabilities, CreateOptions
-from unionfs.drivers.ids import check_layer_id, is_layer_id
+from unionfs.drivers.contract import Capabilities, CreateOptions, check_layer_id, is_layer_id
 from unionfs.errors import ArchiveError, DriverError, LayerExistsError, LayerNotFoundError, NotSupportedError
 from unionfs.overlay.idmap import IdRange
 

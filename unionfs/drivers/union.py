@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from unionfs.archive.idmapping import IdMapping
+from unionfs.drivers.contract import CREATING
 from unionfs.drivers.fuse_server import FuseMounter
-from unionfs.drivers.ids import CREATING
 from unionfs.drivers.layered import LayeredDriver, SizeLimits
 from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
 from unionfs.drivers.quota import NoQuota, project_limits

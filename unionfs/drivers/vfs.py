@@ -10,10 +10,9 @@ import os
 from collections.abc import Sequence
 
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import home, removal
-from unionfs.drivers.contract import CreateOptions
+from unionfs.drivers import home
+from unionfs.drivers.contract import CreateOptions, check_layer_id, is_layer_id
 from unionfs.drivers.files import TreeFiles
-from unionfs.drivers.ids import check_layer_id, is_layer_id
 from unionfs.drivers.naive_diff import NaiveDiffDriver
 from unionfs.drivers.quota import NoQuota, ProjectQuota, project_limits
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_size
@@ -75,7 +74,7 @@ class VfsDriver:
         self._limits: ProjectQuota | NoQuota = NoQuota(QuotaNotSupportedError("the store is opened to be read only"))
         if read_only:
             return
-        removal.sweep(self._dirs)
+        home.sweep(self._dirs)
         self._limits = project_limits(self._root, self._dirs)
         if size_bytes:
             self._limits.check()
@@ -100,7 +99,7 @@ class VfsDriver:
         """See :meth:`ProtoDriver.remove`."""
         check_layer_id(layer_id, "remove")
         with self._locks.hold(layer_id):
-            removal.delete(removal.set_aside(self._dirs, layer_id))
+            home.delete(home.set_aside(self._dirs, layer_id))
 
     def get(self, layer_id: str, mount_label: str = "") -> str:
         """See :meth:`ProtoDriver.get`. The tree is always there, so nothing is mounted or counted."""

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.home import ensure_dir, root_owner
 from unionfs.engines.docker_plugin.messages import InitRequest, Request
 from unionfs.errors import DriverError
+from unionfs.host.disk import replace_file
 
 
 class SavedSession(Request):
@@ -61,17 +61,8 @@ class SessionFile:
 
     def save(self, session: SavedSession) -> None:
         """Replace what was saved; a crash leaves the old or the new."""
-        new = f"{self._path}.{secrets.token_hex(4)}"
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(fd, "w", encoding="utf-8") as file:
-                json.dump(session.model_dump(by_alias=True), file)
-                file.write("\n")
-            os.rename(new, self._path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(new)
-            raise
+        text = json.dumps(session.model_dump(by_alias=True)) + "\n"
+        replace_file(self._path, text.encode())
 
     def forget(self) -> None:
         """Remove what was saved, if anything was."""

@@ -23,11 +23,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unionfs.drivers import home, removal
-from unionfs.drivers.ids import REMOVING
+from unionfs.drivers import home
+from unionfs.drivers.contract import REMOVING
 from unionfs.engines.snapshotter.contract import Usage
 from unionfs.errors import DriverError, SnapshotterError
-from unionfs.host import unmount
+from unionfs.host import disk, unmount
 from unionfs.host.files import open_tree, walk_tree
 
 _log = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class SnapshotDirectories:
             home.make_dir(new.fs, mode, owner)
             os.mkdir(new.work, 0o700)
             os.mkdir(new.union, 0o700)
-            home.sync_dir(base)
-        home.sync_dir(self.snapshots)
+            disk.sync_dir(base)
         return number
 
     def sync(self, number: int) -> None:
@@ -130,20 +129,20 @@ class SnapshotDirectories:
 
     def set_aside(self, number: int) -> None:
         """Take a snapshot's directory away, with what is mounted in it; :meth:`delete_set_aside` deletes it."""
-        removal.set_aside(self.snapshots, str(number))
+        home.set_aside(self.snapshots, str(number))
 
     def recover(self, known: Iterable[int]) -> None:
         """Delete what an earlier process left that belongs to no snapshot of ``known``; only before any is created."""
         for number in self.present() - set(known):
             self.set_aside(number)
-        removal.sweep(self.snapshots)
+        home.sweep(self.snapshots)
 
     def delete_set_aside(self) -> None:
         """Delete what :meth:`set_aside` took away. What cannot be deleted is logged, and tried again next time."""
         for name in sorted(os.listdir(self.snapshots)):
             if name.endswith(REMOVING):
                 try:
-                    removal.delete(os.path.join(self.snapshots, name))
+                    home.delete(os.path.join(self.snapshots, name))
                 except DriverError as error:
                     _log.warning("%s", error)
 
