@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.programs import BIN, Done, layer_options, run
 from tests.support.layers import OLD_NS
-from tests.support.mounts import servers_of, wait_until
+from tests.support.mounts import mount_program, servers_of, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -34,13 +34,20 @@ def layers(box: Sandbox) -> Iterator[Sandbox]:
         wait_until(lambda: servers_of(box.target) == (), 10)
 
 
-def as_user(box: Sandbox, script: str, namespace: str = "") -> Done:
-    """Run ``script`` as the user, who may open /dev/fuse, in a mount namespace of its own."""
+def as_user(
+    box: Sandbox,
+    script: str,
+    namespace: str = "",
+    *,
+    before: str = ":",
+    capabilities: str = "--inh-caps=-all",
+) -> Done:
+    """Run ``script`` as the user, who may open /dev/fuse, in a mount namespace of its own; ``before`` as root."""
     node = f"{box.root}/fuse"
     os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(10, 229))
     os.chmod(node, 0o666)
-    become = f"setpriv --reuid {USER} --regid {USER} --clear-groups --inh-caps=-all {namespace}"
-    outer = f'mount --bind {node} /dev/fuse && exec {become} sh -ec "$1"'
+    become = f"setpriv --reuid {USER} --regid {USER} --clear-groups {capabilities} {namespace}"
+    outer = f'mount --bind {node} /dev/fuse && {before} && exec {become} sh -ec "$1"'
     words = ["unshare", "-m", "--propagation", "private", "sh", "-c", outer, "sh", script]
     return run(words, env={"XDG_RUNTIME_DIR": f"{box.root}/run", "PATH": f"{BIN}:{os.environ['PATH']}"})
 
@@ -91,6 +98,32 @@ def test_limit_that_the_user_cannot_raise(layers: Sandbox) -> None:
     assert warned.endswith("no file can become larger than 8192 bytes, which is this user's limit; see ulimit -Hf")
     assert "File too large" in refused or "Input/output error" in refused  # the kernel's cache tells it later
     assert (done.returncode, done.stdout.split()) == (0, ["large", "name", "secret", "small", "4096"])
+
+
+def test_user_without_a_path(layers: Sandbox) -> None:
+    """The program for that is found where systems have it; a name relative to the working directory is not taken."""
+    os.symlink("/bin/false", f"{layers.root}/fusermount3")
+    done = as_user(
+        layers,
+        f"cd {layers.root}; PATH=.: {mount_program()} -o {layer_options(layers)} {layers.target}; "
+        f"ls {layers.target}; kill $(cat $XDG_RUNTIME_DIR/unionfs/*.json | sed 's/.*\"pid\": //; s/,.*//'); "
+        f"while grep -q {layers.target} /proc/self/mountinfo; do sleep 0.05; done",
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["name", "secret"], "")
+    assert wait_until(lambda: servers_of(layers.target) == (), 10)
+
+
+def test_user_who_may_mount_by_himself(layers: Sandbox) -> None:
+    """As Apptainer runs the program: an ordinary user with CAP_SYS_ADMIN, without PATH; he needs no fusermount3."""
+    done = as_user(
+        layers,
+        f"env -i {mount_program()} -o {layer_options(layers)} {layers.target}; "
+        f"ls {layers.target}; touch {layers.target}/new; umount {layers.target}",
+        before=f"mount --bind /bin/false {os.path.realpath('/usr/bin/fusermount3')}",
+        capabilities="--inh-caps=+sys_admin --ambient-caps=+sys_admin",
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["name", "secret"], "")
+    assert os.stat(layers.in_upper("new")).st_uid == USER
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])

@@ -1,4 +1,4 @@
-"""Mounting /dev/fuse without libfuse: mount(2) for root, fusermount3 for everybody else.
+"""Mounting /dev/fuse without libfuse: by mount(2) for who may, by fusermount3 for everybody else.
 
 Source: mount.fuse(8), fuse(4); what fusermount3 expects is in util/fusermount.c of libfuse: it sends the descriptor
 of /dev/fuse over the socket that the variable _FUSE_COMMFD names.
@@ -7,6 +7,7 @@ of /dev/fuse over the socket that the variable _FUSE_COMMFD names.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import socket
@@ -15,8 +16,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from unionfs.errors import MountError
+from unionfs.host.unmount import fusermount_path
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+_DEVICE: Final = "/dev/fuse"
 
 # sys/mount.h
 _FLAGS: Final = {
@@ -44,19 +48,26 @@ def mount(target: str, words: Iterable[str], source: str) -> int:
     """Mount a FUSE file system of the type ``fuse.unionfs`` on ``target`` and return its /dev/fuse.
 
     ``words`` are mount options of the kernel and of fusermount3; others are left out. Raises :class:`MountError`.
+    Whether this process may mount by itself is tried: user 0 may lack the capability, and others may have it.
     """
-    if os.geteuid() == 0:
-        return _mount_as_root(target, words, source)
-    return _mount_as_user(target, words, source)
-
-
-def _mount_as_root(target: str, words: Iterable[str], source: str) -> int:
+    words = list(words)
     try:
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        return _mount(target, words, source)
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        said = "device not found" if missing else f"/dev/fuse: {error.strerror}"
+        # One who may open the device and not mount, or not even that, is the one whom fusermount3 is for.
+        if os.geteuid() != 0 and error.errno in (errno.EPERM, errno.EACCES):
+            return _mount_by_fusermount(target, words, source)
+        if error.filename == _DEVICE:
+            missing = error.errno == errno.ENOENT
+            said = "device not found" if missing else f"{_DEVICE}: {error.strerror}"
+        else:
+            said = str(error.strerror)
         raise MountError(f"cannot mount on {target}: {explained(said)}") from None
+
+
+def _mount(target: str, words: Iterable[str], source: str) -> int:
+    """By mount(2); raises OSError, with the name of the device if that cannot be opened."""
+    fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     flags = _NOSUID_NODEV
     data = [f"fd={fd}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
     for word in words:
@@ -69,30 +80,30 @@ def _mount_as_root(target: str, words: Iterable[str], source: str) -> int:
         os.fsencode(source), os.fsencode(target), b"fuse.unionfs", ctypes.c_ulong(flags), ",".join(data).encode()
     )
     if result < 0:
-        reason = os.strerror(ctypes.get_errno())
+        number = ctypes.get_errno()
         os.close(fd)
-        raise MountError(f"cannot mount on {target}: {explained(reason)}")
+        raise OSError(number, os.strerror(number), target)
     return fd
 
 
-def _mount_as_user(target: str, words: Iterable[str], source: str) -> int:
+def _mount_by_fusermount(target: str, words: Iterable[str], source: str) -> int:
+    program = fusermount_path()
+    if program is None:
+        raise MountError(f"cannot mount on {target}: there is no fusermount3; install fuse3")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     escaped = re.sub(r"[\\,]", r"\\\g<0>", source)
     kept = [w for w in words if w in _FLAGS or _KERNEL_WORDS.fullmatch(w) or w == "allow_root"]
     options = ",".join([*kept, f"fsname={escaped}", "subtype=unionfs"])
     with ours, theirs:
-        try:
-            result = subprocess.run(
-                ["fusermount3", "-o", options, "--", target],
-                env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except FileNotFoundError:
-            raise MountError(f"cannot mount on {target}: there is no fusermount3; install fuse3") from None
+        result = subprocess.run(
+            [program, "-o", options, "--", target],
+            env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         theirs.close()
         if result.returncode == 0:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)
