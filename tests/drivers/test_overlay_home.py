@@ -14,10 +14,10 @@ from tests.drivers.rig import INITS, LAYERED, Rig, got, make_rig
 from tests.drivers.trees import lines, make_base, write
 from tests.support.mounts import servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
-from unionfs.drivers import kernel_overlay, layered, union
+from unionfs.drivers import layered, overlay2, union
 from unionfs.drivers.fuse_server import FuseMounter
-from unionfs.drivers.kernel_overlay import KernelMounter
 from unionfs.drivers.layered import Stack
+from unionfs.drivers.overlay2 import KernelMounter
 from unionfs.drivers.overlay_home import OverlayHome, new_link_name
 from unionfs.errors import (
     DriverError,
@@ -295,7 +295,7 @@ def test_mount_label_is_passed_where_the_host_has_selinux(tmp_path: Path, monkey
         asked.append(options)
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(kernel_overlay, "mount_overlay", mount)
+    monkeypatch.setattr(overlay2, "mount_overlay", mount)
     monkeypatch.setattr("unionfs.host.selinux.selinux_enabled", lambda: True)
     stack = Stack(home="/h", target="/h/x/merged", lowers=("/a", "/b"), mount_label=label)
     with pytest.raises(MountError, match="/h/x/merged: Invalid argument"):
@@ -355,7 +355,7 @@ def test_file_system_that_cannot_hold_layers(tmp_path: Path) -> None:
 
 
 def test_kernel_facts(tmp_path: Path) -> None:
-    facts = kernel_overlay.probe(str(tmp_path))
+    facts = overlay2.probe(str(tmp_path))
     assert facts.supports_d_type
     assert facts.native_diff
     assert not facts.userxattr
@@ -363,7 +363,7 @@ def test_kernel_facts(tmp_path: Path) -> None:
 
 
 def test_naive_difference_where_the_kernel_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kernel_overlay.probe
+    real = overlay2.probe
     monkeypatch.setattr("unionfs.drivers.overlay2.probe", lambda path: real(path)._replace(native_diff=False))
     with make_rig("overlay2", str(tmp_path)) as rig:
         make_base(rig)

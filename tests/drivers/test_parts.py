@@ -22,7 +22,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import home, quota, vfs
 from unionfs.drivers.quota import ProjectQuota, project_of, set_project
 from unionfs.drivers.refcount import MountChecker, RefCounter
-from unionfs.drivers.tree_copy import copy_tree
+from unionfs.drivers.vfs import copy_tree
 from unionfs.errors import DriverError, LayerBusyError, OptionError, QuotaNotSupportedError
 from unionfs.host.fs_magic import FsMagic, fs_magic, fs_name
 from unionfs.host.locks import NamedLocks
@@ -224,7 +224,7 @@ def test_failed_copy_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/x/f")
 
-    monkeypatch.setattr("unionfs.drivers.tree_copy.copy_data", full)
+    monkeypatch.setattr("unionfs.drivers.vfs.copy_data", full)
     with pytest.raises(DriverError, match=r"cannot create layer x as a copy of .*: /x/f: No space left"):
         driver.create("x", "base")
     assert os.listdir(tmp_path / "h/dir") == ["base"]

@@ -23,7 +23,7 @@ from unionfs.archive.tar_reader import Readable
 from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
 from unionfs.drivers import home
 from unionfs.drivers.contract import CreateOptions, FileGetCloser, check_layer_id
-from unionfs.drivers.layer_files import LayerFiles
+from unionfs.drivers.files import LayerFiles
 from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
 from unionfs.drivers.refcount import MountChecker, RefCounter
