@@ -20,8 +20,8 @@ from tests.support.mounts import mounted_tmpfs
 from tests.support.snapshot import snapshot
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import home, quota, vfs
+from unionfs.drivers.layered import MountChecker, RefCounter
 from unionfs.drivers.quota import ProjectQuota, project_of, set_project
-from unionfs.drivers.refcount import MountChecker, RefCounter
 from unionfs.drivers.vfs import copy_tree
 from unionfs.errors import DriverError, LayerBusyError, OptionError, QuotaNotSupportedError
 from unionfs.host.fs_magic import FsMagic, fs_magic, fs_name

@@ -238,7 +238,7 @@ class SyncingDriver(Protocol):
 
 
 class Checker(Protocol):
-    """Tells whether a path is mounted, for counts that outlive a process (:mod:`unionfs.drivers.refcount`)."""
+    """Tells whether a path is mounted, for counts that outlive a process (:mod:`unionfs.drivers.layered`)."""
 
     def is_mounted(self, path: str) -> bool:
         """Whether a usable file system is mounted at ``path``, an absolute path without links."""
