@@ -44,8 +44,8 @@ from tests.support.supervisor import END_S, Supervisor, parent_of, running_super
 from tests.support.syscalls import CLONE_NEWNS
 from tests.support.users import as_user, in_child
 from unionfs.cli.mount_server import serve_in_copy
-from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
+from unionfs.drivers.union import FuseMounter
 from unionfs.errors import MountError
 from unionfs.fuse_ops.session.supervisor import client, wire
 from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse

@@ -15,10 +15,10 @@ from tests.drivers.trees import lines, make_base, write
 from tests.support.mounts import servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import layered, overlay2, union
-from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
 from unionfs.drivers.overlay2 import KernelMounter
 from unionfs.drivers.overlay_home import OverlayHome, new_link_name
+from unionfs.drivers.union import FuseMounter
 from unionfs.errors import (
     DriverError,
     IncompatibleFilesystemError,

@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unionfs.drivers.fuse_server import FuseMounter
 from unionfs.drivers.layered import Stack
+from unionfs.drivers.union import FuseMounter
 from unionfs.engines.snapshotter.contract import Kind, Mount
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.store import Chain
