@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability, is_being_killed
 
 
@@ -16,6 +18,15 @@ def test_who_is_being_killed() -> None:
         assert not is_being_killed(child.pid)
         child.kill()
     assert is_being_killed(child.pid)
+
+
+def test_a_process_that_proc_does_not_show_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(path: str, mode: str = "r") -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("builtins.open", hidden)
+    assert not is_being_killed(os.getpid())
+    assert not is_being_killed(1)
 
 
 def test_capabilities() -> None:

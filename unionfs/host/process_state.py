@@ -25,11 +25,19 @@ def is_being_killed(pid: int) -> bool:
             for line in status:
                 if line.startswith(b"SigPnd:"):
                     return bool(int(line.split()[1], 16) & _SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    except OSError:
-        return False
+    except OSError:  # it has ended, or /proc does not show the processes of others (hidepid), or is not that of ours
+        return not _exists(pid)
     return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def has_capability(number: int, process: int | str = "self") -> bool:
