@@ -8,7 +8,7 @@ import re
 import pytest
 
 from unionfs.errors import InvalidDigestError
-from unionfs.layers import random_ids
+from unionfs.layers import identity
 from unionfs.layers.identity import create_chain_id, diff_id_of, digits_of, extend_chain, parse_digest
 
 A, B, C = ("sha256:" + hashlib.sha256(letter).hexdigest() for letter in (b"a", b"b", b"c"))
@@ -81,13 +81,13 @@ def test_invalid_digests(text: str) -> None:
     ],
 )
 def test_is_valid_id(text: str, valid: bool) -> None:
-    assert random_ids.is_valid_id(text) is valid
+    assert identity.is_valid_id(text) is valid
 
 
 def test_new_ids_are_valid_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = {random_ids.new_id() for _ in range(100)}
+    ids = {identity.new_id() for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch("[a-f0-9]{64}", one) for one in ids)
     tries = iter(["1" * 12 + "a" * 52, "1" * 11 + "a" + "1" * 52])
     monkeypatch.setattr("secrets.token_hex", lambda _: next(tries))
-    assert random_ids.new_id() == "1" * 11 + "a" + "1" * 52
+    assert identity.new_id() == "1" * 11 + "a" + "1" * 52

@@ -18,12 +18,12 @@ from tests.layers.archives import archive, member
 from tests.layers.conftest import Workshop, write
 from unionfs.archive.changes import ChangeKind
 from unionfs.errors import LayerDamagedError, LayerNotRetainedError, LayerStoreError, MountNameConflictError
-from unionfs.layers import random_ids
-from unionfs.layers.disassemble import disassemble
-from unionfs.layers.empty import EMPTY_LAYER, is_empty
+from unionfs.layers import identity
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ChainID, create_chain_id, diff_id_of
+from unionfs.layers.layer import EMPTY_LAYER, is_empty
 from unionfs.layers.metadata import LayerRecord, MountRecord
+from unionfs.layers.tar_split import disassemble
 
 
 def read(root: str, path: str) -> str:
@@ -257,7 +257,7 @@ def test_get_orphan(tmp_path: Path) -> None:
     records.begin(record.cache_id).commit(chain_id, record)
     assert records.leftovers() == []
     path = tmp_path / "sha256" / chain_id[7:]
-    path.rename(tmp_path / "sha256" / f"{chain_id[7:]}-{random_ids.new_id()}-removing")
+    path.rename(tmp_path / "sha256" / f"{chain_id[7:]}-{identity.new_id()}-removing")
     (leftover,) = records.leftovers()
     assert leftover.driver_ids == (record.cache_id,)
     assert records.list_layers() == []
@@ -341,7 +341,7 @@ def test_mount_migration(shop: Workshop) -> None:
     base = shop.store.register(
         io.BytesIO(archive([member("etc/"), member("root/"), member("root/.bashrc", "# Boring")]))
     )
-    driver, tree = shop.store.driver, random_ids.new_id()
+    driver, tree = shop.store.driver, identity.new_id()
     driver.create_read_write(f"{tree}-init", base.cache_id)
     fill = driver.get(f"{tree}-init")
     write("etc/hosts", "127.0.0.1 localhost")(fill)
@@ -373,7 +373,7 @@ def test_mount_migration(shop: Workshop) -> None:
     with pytest.raises(MountNameConflictError, match="name conflict, mismatched parent"):
         shop.store.adopt_rw_layer("migration-mount", tree)
     with pytest.raises(MountNameConflictError, match="mount already exists: migration-mount"):
-        other = random_ids.new_id()
+        other = identity.new_id()
         driver.create_read_write(other)
         shop.store.adopt_rw_layer("migration-mount", other)
     driver.remove(other)
@@ -392,7 +392,7 @@ def test_mount_migration(shop: Workshop) -> None:
 
 
 def test_an_adoption_of_a_container_that_fails_leaves_its_tree(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = random_ids.new_id()
+    tree = identity.new_id()
     shop.store.driver.create_read_write(tree)
 
     def fail(*_: object) -> None:
@@ -422,7 +422,7 @@ def fast_switches() -> Iterator[None]:
 @pytest.mark.parametrize("turn", range(25))
 def test_a_tree_is_adopted_once(vfs_shop: Workshop, fast_switches: None, turn: int) -> None:
     """By whichever of many threads comes first, as a layer or as a container's."""
-    tree = random_ids.new_id()
+    tree = identity.new_id()
     vfs_shop.store.driver.create_read_write(tree)
     together = threading.Barrier(8)
     refused: list[str] = []

@@ -17,11 +17,11 @@ from tests.layers.samples import BASE, TOP, stream
 from unionfs.drivers import vfs
 from unionfs.drivers.registry import Registry
 from unionfs.errors import DriverError, LayerStoreError, NotSupportedError, StoreLockedError, StoreNotFoundError
+from unionfs.host.locks import wait_until_free
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
 from unionfs.layers.identity import create_chain_id, diff_id_of
-from unionfs.layers.lock import wait_until_free
 from unionfs.layers.opening import default_root, open_store
 
 

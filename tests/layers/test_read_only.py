@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.layers.conftest import Workshop
 from tests.layers.failures import failing
-from tests.layers.samples import BASE, TOP, stream
-from unionfs.errors import ArchiveError, LayerBusyError, LayerDoesNotExistError, LayerNotRetainedError, LayerStoreError
+from tests.layers.samples import BASE, OTHER, TOP, stream
+from unionfs.errors import (
+    ArchiveError,
+    DriverError,
+    LayerBusyError,
+    LayerDoesNotExistError,
+    LayerNotRetainedError,
+    LayerStoreError,
+)
+from unionfs.layers import collect
 from unionfs.layers.identity import diff_id_of
 
 
@@ -101,3 +112,67 @@ def test_what_nobody_asked_for_is_not_given_up(vfs_shop: Workshop) -> None:
     with pytest.raises(ArchiveError):
         store.register(stream(b"no archive" * 100), base.chain_id)
     assert store.map().keys() == {base.chain_id}
+
+
+class SlowRemoval:
+    """Removing a tree takes until :attr:`go_on` is set, and then fails if :attr:`fault` says so."""
+
+    def __init__(self, shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.fault: Exception | None = None
+        real = shop.store.driver.remove
+
+        def remove(tree: str) -> None:
+            self.begun.set()
+            assert self.go_on.wait(60)
+            if self.fault is not None:
+                raise self.fault
+            real(tree)
+
+        monkeypatch.setattr(shop.store.driver, "remove", remove)
+
+
+@pytest.mark.parametrize("outcome", ["removed", "failed", "failed after it came again"])
+def test_the_removal_of_a_large_layer_holds_nobody_up(
+    vfs_shop: Workshop, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    store = vfs_shop.store
+    base = store.register(stream(BASE))
+    top = store.register(stream(TOP), base.chain_id)
+    slow = SlowRemoval(vfs_shop, monkeypatch)
+    if outcome != "removed":
+        slow.fault = DriverError("the disk failed")
+    with ThreadPoolExecutor() as threads:
+        removal = threads.submit(top.release)
+        assert slow.begun.wait(60)
+        try:
+            # All of this waits for the removal if that holds a lock; so it is asked on a thread of its own.
+            other = threads.submit(store.register, stream(OTHER)).result(30)
+            assert store.map().keys() == {base.chain_id, other.chain_id}
+            with pytest.raises(LayerDoesNotExistError):
+                store.get(top.chain_id)
+            assert collect(store, layers=True, dry_run=True) == []
+            assert store.leftovers() == []
+            again = store.register(stream(TOP), base.chain_id) if "again" in outcome else None
+        finally:
+            slow.go_on.set()
+        if outcome == "failed":
+            with pytest.raises(DriverError, match="the disk failed"):
+                removal.result(30)
+            slow.fault = None
+            assert store.get(top.chain_id).release() == []
+            assert [gone.chain_id for gone in top.release()] == [top.chain_id], "the handle is good again"
+        else:
+            assert [gone.chain_id for gone in removal.result(30)] == [top.chain_id]
+    slow.fault = None
+    if again is not None:
+        assert again.verify() == len(TOP)
+        assert len(store.leftovers()) == 1
+        store.recover()
+        again.release()
+    assert store.reference_count(base.chain_id) == 1
+    base.release()
+    other.release()
+    vfs_shop.assert_nothing_leaked()
+    assert vfs_shop.trees() == set()

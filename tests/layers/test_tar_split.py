@@ -21,10 +21,17 @@ from tests.layers.archives import Member, archive, hard_link, member, symlink
 from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
 from unionfs.drivers.files import TreeFiles
 from unionfs.errors import ArchiveError, LayerDamagedError, TarSplitError
-from unionfs.layers.assemble import assemble, verified
-from unionfs.layers.disassemble import disassemble
 from unionfs.layers.identity import diff_id_of
-from unionfs.layers.tar_split_format import FILE, Checksum, EntryWriter, SplitEntry, read_entries
+from unionfs.layers.tar_split import (
+    FILE,
+    Checksum,
+    EntryWriter,
+    SplitEntry,
+    assemble,
+    disassemble,
+    read_entries,
+    verified,
+)
 
 
 def record_of(tar: bytes) -> tuple[bytes, int]:

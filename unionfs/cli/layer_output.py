@@ -129,7 +129,7 @@ def wait_for_store(error: StoreLockedError) -> None:
 
     A command that reads its standard input does so before it opens the store: what writes there may want it too.
     """
-    from unionfs.layers.lock import wait_until_free
+    from unionfs.host.locks import wait_until_free
 
     if not wait_until_free(error.lock, _SILENT_WAIT_S):
         click.echo(f"unionfs: waiting: {str(error).partition(';')[0]}", err=True)

@@ -1,10 +1,21 @@
-"""Locks by name, which exist only while somebody uses them."""
+"""Locks: by name between threads, and by a file between processes.
+
+The lock of a file is the kernel's (flock(2)): it ends with the process, however that ends.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+
+from unionfs.errors import StoreLockedError
+
+_POLL_S = 0.02
 
 
 class _Entry:
@@ -47,3 +58,69 @@ class NamedLocks:
     def __len__(self) -> int:
         """How many names are in use; 0 when nobody holds or waits for a lock."""
         return len(self._entries)
+
+
+def wait_until_free(path: str, timeout_s: float | None = None) -> bool:
+    """Wait until nobody holds a lock; somebody else may get it before the caller.
+
+    Args:
+        path: the lock's file.
+        timeout_s: how long to wait; None for as long as it takes.
+
+    Returns:
+        Whether it was free.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while end is not None:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_S)
+            else:
+                return True
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return True
+    finally:
+        os.close(fd)
+
+
+class StoreLock:
+    """Keeps a store for one process until :meth:`release`.
+
+    Args:
+        path: the lock's file; created where it is missing, and never deleted: who waits on a deleted file waits on
+            nothing.
+
+    Raises:
+        StoreLockedError: another process, or this one, holds it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            self.release()
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            if holder == str(os.getpid()):
+                who = "this process"
+            raise StoreLockedError(
+                f"the layer store {os.path.dirname(path)} is in use by {who}; close it there, or wait for it to end",
+                "" if who == "this process" else path,
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def release(self) -> None:
+        """Let others in; releasing twice is harmless."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1

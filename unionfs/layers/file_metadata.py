@@ -9,7 +9,7 @@
     tmp/adopt-set-<random>/         a layer, read-write or not, that is being made of a tree that was there before
     tmp/mount-set-<random>/         a read-write layer that is being made
     tmp/mount-removing-<random>/    one that is being removed
-    lock                            unionfs.layers.lock
+    lock                            unionfs.host.locks
 
 Files are written without a newline at the end and read with any space around. The names below ``tmp`` mean nothing to
 Docker, which never looks there.
@@ -33,16 +33,17 @@ from unionfs.errors import InvalidDigestError, LayerStoreError, MetadataError
 from unionfs.host import disk
 from unionfs.layers.identity import (
     ALGORITHM,
+    INIT_SUFFIX,
     NO_CHAIN,
     ChainID,
     DiffID,
     digits_of,
     extend_chain,
     is_hex_digest,
+    is_valid_id,
     parse_digest,
 )
 from unionfs.layers.metadata import Descriptor, LayerRecord, Leftover, MountRecord, Unreadable
-from unionfs.layers.random_ids import INIT_SUFFIX, is_valid_id
 
 _log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from unionfs.drivers.contract import ListingDriver, capabilities_of
 from unionfs.errors import UnionfsError
 from unionfs.host import mountinfo, unmount
 from unionfs.host.mounts import Answer, probe
+from unionfs.layers.gc import remove_trees
 from unionfs.layers.identity import ChainID
 from unionfs.layers.metadata import Unreadable
-from unionfs.layers.orphans import remove_trees
 from unionfs.layers.store import LayerStore
 
 

@@ -1,4 +1,4 @@
-"""How layers are named by what they contain: DiffID and ChainID.
+"""How layers are named: by what they contain (DiffID, ChainID), and in the driver, by random ids.
 
 A DiffID is the sha256 of a layer's uncompressed tar stream, every byte of it. A ChainID names a layer together with all
 layers below it. Source: OCI image specification, config.md, "Layer ChainID" and "Layer DiffID".
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Iterable
 from typing import NewType
 
@@ -70,3 +71,22 @@ def extend_chain(parent: ChainID, diff_id: DiffID) -> ChainID:
     if not parent:
         return ChainID(diff_id)
     return ChainID(diff_id_of(f"{parent} {diff_id}".encode("ascii")))
+
+
+INIT_SUFFIX = "-init"
+
+_ID = re.compile(r"[a-f0-9]{64}(-init)?")
+_SHORT_LENGTH = 12
+
+
+def new_id() -> str:
+    """A fresh random identifier."""
+    while True:
+        candidate = secrets.token_hex(32)
+        if not candidate[:_SHORT_LENGTH].isdecimal():
+            return candidate
+
+
+def is_valid_id(text: str) -> bool:
+    """Whether ``text`` can be a mount-id or an init-id."""
+    return _ID.fullmatch(text) is not None

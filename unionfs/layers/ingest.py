@@ -1,24 +1,131 @@
-"""A layer's stream on its way in: decompressed, hashed, recorded and unpacked, all at the same time.
+"""The stream of a layer on its way in: decompressed, hashed, recorded and unpacked, all at the same time.
 
 One thread each reads and decompresses, hashes, and makes the tar-split record; the caller's unpacks. The heavy parts
-of all four run outside of Python's lock. At most a few MiB wait between them, whatever the layer's size.
+of all four run outside of Python's lock. At most a few MiB wait between them, whatever the layer's size. The stream of
+a tree that is in a driver already is read here too (:func:`read_tree`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from unionfs.archive.compression import open_archive
+from unionfs.archive.stream import PieceStream
 from unionfs.archive.tar_reader import Readable
+from unionfs.drivers.contract import Driver
+from unionfs.drivers.files import file_getter
 from unionfs.errors import LayerStoreError
-from unionfs.layers.broadcast import Broadcast, StoppedError
-from unionfs.layers.disassemble import disassemble
 from unionfs.layers.identity import ALGORITHM, DiffID
-from unionfs.layers.metadata import TarSplitWriter
+from unionfs.layers.metadata import TarSplitWriter, Transaction
+from unionfs.layers.tar_split import FILE, EntryWriter, SplitEntry, assemble, disassemble, read_entries
+
+
+class StoppedError(Exception):
+    """Another thread failed, and its error is the one to tell."""
+
+
+class Broadcast:
+    """Pieces that one thread puts and every reader gets.
+
+    Args:
+        readers: how many readers there are; the slowest one sets the pace.
+        depth: how many pieces may wait for the slowest reader.
+    """
+
+    def __init__(self, readers: int, depth: int) -> None:
+        self._depth = depth
+        self._pieces: deque[bytes] = deque()
+        self._first = 0  # the number of the oldest piece that is still kept
+        self._positions: list[int | None] = [0] * readers
+        self._finished = False
+        self._stopped = False
+        self._changed = threading.Condition()
+        self.readers = [PieceReader(self, index) for index in range(readers)]
+
+    def put(self, piece: bytes) -> None:
+        """Hand out a piece, which is not empty; waits while the slowest reader is too far behind.
+
+        Raises:
+            StoppedError: nobody wants it any more.
+        """
+        with self._changed:
+            while len(self._pieces) >= self._depth and not self._stopped:
+                self._changed.wait()
+            if self._stopped:
+                raise StoppedError
+            self._pieces.append(piece)
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """There are no more pieces."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Wake everybody up and give nothing out any more."""
+        with self._changed:
+            self._stopped = True
+            self._pieces.clear()
+            self._changed.notify_all()
+
+    def take(self, reader: int) -> bytes:
+        """The reader's next piece; empty at the end."""
+        with self._changed:
+            position = self._positions[reader]
+            assert position is not None, "the reader was closed"
+            while not self._stopped and position == self._first + len(self._pieces) and not self._finished:
+                self._changed.wait()
+            if self._stopped:
+                raise StoppedError
+            if position == self._first + len(self._pieces):
+                return b""
+            piece = self._pieces[position - self._first]
+            self._positions[reader] = position + 1
+            self._drop()
+            return piece
+
+    def close(self, reader: int) -> None:
+        """The reader wants nothing more, and holds nobody up."""
+        with self._changed:
+            self._positions[reader] = None
+            self._drop()
+
+    def _drop(self) -> None:
+        """Forget what all readers have."""
+        wanted = [position for position in self._positions if position is not None]
+        oldest = min(wanted) if wanted else self._first + len(self._pieces)
+        if oldest > self._first:
+            while self._first < oldest and self._pieces:
+                self._pieces.popleft()
+                self._first += 1
+            self._changed.notify_all()
+
+
+class PieceReader:
+    """One reader's end: a binary stream (:class:`unionfs.archive.tar_reader.Readable`)."""
+
+    def __init__(self, source: Broadcast, index: int) -> None:
+        self._source = source
+        self._index = index
+        self._left = b""
+
+    def read(self, size: int, /) -> bytes:
+        """Between 1 and ``size`` bytes; none at the end. Raises :class:`StoppedError` when another thread failed."""
+        piece = self._left or self._source.take(self._index)
+        self._left = piece[size:]
+        return piece[:size] if self._left else piece
+
+    def close(self) -> None:
+        """Read nothing more."""
+        self._left = b""
+        self._source.close(self._index)
+
 
 _PIECE_BYTES = 1 << 19
 _DEPTH = 8
@@ -226,3 +333,49 @@ class _Run:
             self.lost = disassemble(self._pieces.readers[2], record.write).lost
         finally:
             record.close()
+
+
+def read_tree(driver: Driver, tree: str, parent: str, record: Readable | None, transaction: Transaction) -> DiffID:
+    """Find the digest of a tree's stream, and write the record of it into ``transaction``.
+
+    Args:
+        driver: has the tree.
+        tree, parent: the driver's ids of it and of the one below.
+        record: of the stream it was unpacked from; None: the driver's ``diff`` is the stream.
+        transaction: gets the record.
+
+    Raises:
+        LayerDamagedError: the tree is not what the record is of.
+    """
+    digest = hashlib.sha256()
+
+    def hashed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+
+    writer = transaction.tar_split_writer()
+    try:
+        if record is None:
+            with driver.diff(tree, parent) as stream:
+                pieces = iter(lambda: stream.read(_PIECE_BYTES), b"")
+                disassemble(PieceStream(hashed(pieces)), writer.write)  # what a driver makes has no name twice
+        else:
+            files = file_getter(driver, tree)
+            try:
+                for _ in hashed(assemble(_copied(record, EntryWriter(writer.write)), files)):
+                    pass
+            finally:
+                files.close()
+    finally:
+        writer.close()
+    return DiffID(f"{ALGORITHM}:{digest.hexdigest()}")
+
+
+def _copied(record: Readable, writer: EntryWriter) -> Iterator[SplitEntry]:
+    for entry in read_entries(record, "the given tar-split record"):
+        if entry.kind == FILE:
+            writer.file(entry.name, entry.size, entry.payload)
+        else:
+            writer.segment(entry.payload)
+        yield entry

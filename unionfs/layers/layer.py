@@ -1,20 +1,21 @@
-"""Read-only layers as a caller sees them: views, which pin nothing, and handles, which do."""
+"""Read-only layers as a caller sees them: views, which pin nothing, handles, which do, and the empty layer."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from unionfs.archive.stream import PieceStream
+from unionfs.archive.tar_format import END_OF_ARCHIVE
 from unionfs.drivers.contract import Driver, capabilities_of
 from unionfs.drivers.files import file_getter
 from unionfs.errors import LayerDamagedError, LayerStoreError
-from unionfs.layers.assemble import assemble, verified
-from unionfs.layers.identity import ChainID, DiffID
+from unionfs.layers.identity import ChainID, DiffID, diff_id_of
 from unionfs.layers.metadata import Descriptor, LayerRecord, MetadataStore
-from unionfs.layers.tar_split_format import read_entries
+from unionfs.layers.tar_split import assemble, read_entries, verified
 
 if TYPE_CHECKING:
     from unionfs.layers.read_only import ReadOnlyLayers
@@ -233,3 +234,43 @@ class LayerHandle(Layer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+EMPTY_DIFF_ID: DiffID = diff_id_of(END_OF_ARCHIVE)
+
+
+def is_empty(diff_id: str) -> bool:
+    """Whether ``diff_id`` is the empty layer's."""
+    return diff_id == EMPTY_DIFF_ID
+
+
+class EmptyLayer:
+    """Answers as a layer does. There is one, :data:`EMPTY_LAYER`."""
+
+    chain_id = ChainID(EMPTY_DIFF_ID)
+    diff_id = EMPTY_DIFF_ID
+    parent = None
+    os = ""
+    size = 0
+    diff_size = 0
+
+    def tar_stream(self) -> BinaryIO:
+        """1024 zero bytes."""
+        return io.BytesIO(END_OF_ARCHIVE)
+
+    def tar_stream_from(self, ancestor: str = "") -> BinaryIO:
+        """The same for ``""``.
+
+        Raises:
+            LayerStoreError: for any other ancestor, there is none.
+        """
+        if ancestor:
+            raise LayerStoreError("can't get parent tar stream of an empty layer; leave the ancestor out")
+        return self.tar_stream()
+
+    def metadata(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+
+EMPTY_LAYER = EmptyLayer()

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from unionfs.drivers.contract import Driver
 from unionfs.errors import MetadataError, UnionfsError
-from unionfs.layers.identity import ChainID, extend_chain
+from unionfs.layers.identity import INIT_SUFFIX, ChainID, extend_chain
 from unionfs.layers.layer import StoredLayer
 from unionfs.layers.metadata import LayerRecord, MetadataStore, MountRecord, Unreadable
-from unionfs.layers.random_ids import INIT_SUFFIX
 from unionfs.layers.rw_layer import StoredMount
 
 _log = logging.getLogger(__name__)

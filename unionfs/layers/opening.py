@@ -14,10 +14,10 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.registry import PRIORITY, Registry, default_registry
 from unionfs.errors import DriverError, LayerStoreError, StoreLockedError, StoreNotFoundError
 from unionfs.host import disk
+from unionfs.host.locks import StoreLock
 from unionfs.host.syscalls import in_user_namespace
 from unionfs.layers.file_metadata import FileMetadataStore
 from unionfs.layers.identity import ALGORITHM
-from unionfs.layers.lock import StoreLock
 from unionfs.layers.store import LayerStore
 
 ROOT_VARIABLE = "UNIONFS_ROOT"
@@ -61,7 +61,7 @@ def open_store(
             so that it works while another process has the store open, and on a read-only file system. What that
             process changes meanwhile is not seen, or is gone when it is read.
         wait: called when another process has the store open, and returns when it is to be tried again
-            (:func:`unionfs.layers.lock.wait_until_free`); None: that is an error.
+            (:func:`unionfs.host.locks.wait_until_free`); None: that is an error.
 
     Raises:
         StoreLockedError: another process has it open.

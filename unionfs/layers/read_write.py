@@ -16,10 +16,9 @@ from unionfs.errors import (
 )
 from unionfs.host import mountinfo
 from unionfs.host.locks import NamedLocks
-from unionfs.layers.identity import NO_CHAIN, ChainID
+from unionfs.layers.identity import INIT_SUFFIX, NO_CHAIN, ChainID, is_valid_id, new_id
 from unionfs.layers.layer import LayerMetadata
 from unionfs.layers.metadata import MetadataStore, MountRecord, MountTransaction
-from unionfs.layers.random_ids import INIT_SUFFIX, is_valid_id, new_id
 from unionfs.layers.read_only import Pin, ReadOnlyLayers
 from unionfs.layers.rw_layer import RWLayer, StoredMount
 

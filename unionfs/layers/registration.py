@@ -8,12 +8,10 @@ from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Driver, capabilities_of
 from unionfs.errors import DigestMismatchError, MaxDepthExceededError
 from unionfs.host.locks import NamedLocks
-from unionfs.layers.adoption import read_tree
-from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, parse_digest
-from unionfs.layers.ingest import Ingested, Progress, ingest
+from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, new_id, parse_digest
+from unionfs.layers.ingest import Ingested, Progress, ingest, read_tree
 from unionfs.layers.layer import LayerHandle, StoredLayer
 from unionfs.layers.metadata import Descriptor, LayerRecord, MetadataStore, Transaction
-from unionfs.layers.random_ids import new_id
 from unionfs.layers.read_only import Pin, ReadOnlyLayers
 
 MAX_DEPTH = 125

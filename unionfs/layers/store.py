@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from unionfs.drivers.contract import Driver
-from unionfs.layers.lock import StoreLock
+from unionfs.host.locks import StoreLock
 from unionfs.layers.metadata import MetadataStore
 from unionfs.layers.read_write import ReadWriteLayers
 from unionfs.layers.registration import Registration

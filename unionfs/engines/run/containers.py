@@ -25,8 +25,8 @@ from unionfs.engines.run.rootfs import RootFs
 from unionfs.engines.run.runtime import Runtime, find_runtime
 from unionfs.errors import MountNameConflictError, RunError, StoreLockedError, UnionfsError
 from unionfs.layers import LayerStore, RWLayer, open_store
+from unionfs.layers.identity import INIT_SUFFIX
 from unionfs.layers.metadata import Unreadable
-from unionfs.layers.random_ids import INIT_SUFFIX
 
 _log = logging.getLogger(__name__)
 

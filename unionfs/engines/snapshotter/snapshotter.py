@@ -19,9 +19,8 @@ from unionfs.engines.snapshotter.filters import compile_filters
 from unionfs.engines.snapshotter.mounts import MountRequirements, Plan, SnapshotUnions, plan_mounts, writable_union
 from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, check_active
 from unionfs.errors import DriverError, SnapshotArgumentError, SnapshotStateError, SnapshotterError
-from unionfs.host.locks import NamedLocks
+from unionfs.host.locks import NamedLocks, StoreLock
 from unionfs.host.syscalls import in_user_namespace
-from unionfs.layers.lock import StoreLock
 
 _log = logging.getLogger(__name__)
 
