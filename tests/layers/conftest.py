@@ -68,7 +68,7 @@ class Workshop:
     def assert_nothing_leaked(self) -> None:
         """Every tree on disk belongs to something, and nothing is half done."""
         assert self.trees() == self.store.driver_ids()
-        assert self.store.leftovers() == []
+        assert self.store.incomplete() == []
         tmp = self.layerdb / "tmp"
         assert not tmp.exists() or sorted(os.listdir(tmp)) == []
 

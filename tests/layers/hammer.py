@@ -54,7 +54,7 @@ def hammer(store: LayerStore, turns: int = 3) -> None:
     assert store.reference_count(base.chain_id) == 1
     assert store.rw_layers() == {}
     assert {base.cache_id} == store.driver_ids()
-    assert store.leftovers() == []
+    assert store.incomplete() == []
     assert [gone.chain_id for gone in base.release()] == [base.chain_id]
     assert store.map() == {}
 

@@ -153,4 +153,4 @@ def test_both_ways(tmp_path: Path) -> None:
     with open_store(data_root, "overlay2") as store:
         assert store.map().keys() == {low, high}
         assert fsck(store, deep=True) == []
-        assert store.leftovers() == []
+        assert store.incomplete() == []

@@ -255,10 +255,10 @@ def test_get_orphan(tmp_path: Path) -> None:
     records = FileMetadataStore(str(tmp_path))
     chain_id, record = a_record()
     records.begin(record.cache_id).commit(chain_id, record)
-    assert records.leftovers() == []
+    assert records.incomplete() == []
     path = tmp_path / "sha256" / chain_id[7:]
     path.rename(tmp_path / "sha256" / f"{chain_id[7:]}-{identity.new_id()}-removing")
-    (leftover,) = records.leftovers()
+    (leftover,) = records.incomplete()
     assert leftover.driver_ids == (record.cache_id,)
     assert records.list_layers() == []
 
@@ -401,7 +401,7 @@ def test_an_adoption_of_a_container_that_fails_leaves_its_tree(shop: Workshop, m
     with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
         broken.setattr(FileMetadataStore, "commit_mount", fail)
         shop.store.adopt_rw_layer("c", tree)
-    assert shop.store.leftovers() == []
+    assert shop.store.incomplete() == []
     # Nor does the next start remove it, should this one die in the middle.
     shop.store.records.begin_mount("c", MountRecord(mount_id=tree), adopting=True)
     shop.reopen()

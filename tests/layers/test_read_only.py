@@ -153,7 +153,7 @@ def test_the_removal_of_a_large_layer_holds_nobody_up(
             with pytest.raises(LayerDoesNotExistError):
                 store.get(top.chain_id)
             assert collect(store, layers=True, dry_run=True) == []
-            assert store.leftovers() == []
+            assert store.incomplete() == []
             again = store.register(stream(TOP), base.chain_id) if "again" in outcome else None
         finally:
             slow.go_on.set()
@@ -168,7 +168,7 @@ def test_the_removal_of_a_large_layer_holds_nobody_up(
     slow.fault = None
     if again is not None:
         assert again.verify() == len(TOP)
-        assert len(store.leftovers()) == 1
+        assert len(store.incomplete()) == 1
         store.recover()
         again.release()
     assert store.reference_count(base.chain_id) == 1

@@ -147,7 +147,7 @@ def test_a_stream_that_fails(vfs_shop: Workshop) -> None:
 def test_depth(vfs_shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 88."""
     store = vfs_shop.store
-    monkeypatch.setattr(store, "_sync", lambda *_: None)  # 125 times would take long
+    monkeypatch.setattr(store._keeper, "sync", lambda *_: None)  # 125 times would take long
     parent = ""
     for number in range(125):
         layer = store.register(stream(archive([member(f"{number}", "x")])), parent)

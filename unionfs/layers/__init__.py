@@ -12,11 +12,12 @@ What is meant for callers is named here; the modules behind are the store's own.
 from unionfs.layers.fsck import Problem, fsck
 from unionfs.layers.gc import Garbage, collect
 from unionfs.layers.identity import ChainID, DiffID, create_chain_id
-from unionfs.layers.layer import Layer, LayerHandle, LayerMetadata
+from unionfs.layers.layer import Layer, LayerHandle
 from unionfs.layers.metadata import Descriptor
 from unionfs.layers.opening import default_root, open_store
 from unionfs.layers.registration import MAX_DEPTH
-from unionfs.layers.rw_layer import RWLayer
+from unionfs.layers.rw_layers import RWLayer
+from unionfs.layers.state import LayerMetadata
 from unionfs.layers.store import LayerStore
 
 __all__ = [

@@ -43,7 +43,7 @@ from unionfs.layers.identity import (
     is_valid_id,
     parse_digest,
 )
-from unionfs.layers.metadata import Descriptor, LayerRecord, Leftover, MountRecord, Unreadable
+from unionfs.layers.metadata import Descriptor, IncompleteTransaction, LayerRecord, MountRecord, Unreadable
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,14 @@ _ADOPT_SET = "adopt-set-"
 _MOUNT_SET = "mount-set-"
 _MOUNT_REMOVING = "mount-removing-"
 _TAR_SPLIT = "tar-split.json.gz"
+
+# What a directory in ``tmp`` is by its name, and which files in it name trees that go with it.
+_IN_TMP = (
+    (_ADOPT_SET, (), "an unfinished adoption"),
+    (_WRITE_SET, ("cache-id",), "an unfinished registration"),
+    (_MOUNT_SET, ("mount-id", "init-id"), "an unfinished read-write layer"),
+    (_MOUNT_REMOVING, ("mount-id", "init-id"), "an unfinished removal"),
+)
 
 # No file here but the record and the descriptor holds more than a digest.
 _MAX_FILE_BYTES = 1 << 20
@@ -202,26 +210,21 @@ class FileMetadataStore:
             disk.move(path, trash)
         return FileRemoval(path, trash)
 
-    def leftovers(self) -> list[Leftover]:
-        """See :meth:`MetadataStore.leftovers`."""
+    def incomplete(self) -> list[IncompleteTransaction]:
+        """See :meth:`MetadataStore.incomplete`."""
         found = []
         for name in _entries(self._tmp):
-            path = os.path.join(self._tmp, name)
-            if name.startswith(_ADOPT_SET):
-                found.append(Leftover(path, (), "an unfinished adoption"))
-            elif name.startswith(_WRITE_SET):
-                found.append(Leftover(path, _ids_in(path, "cache-id"), "an unfinished registration"))
-            elif name.startswith(_MOUNT_SET):
-                found.append(Leftover(path, _ids_in(path, "mount-id", "init-id"), "an unfinished read-write layer"))
-            elif name.startswith(_MOUNT_REMOVING):
-                found.append(Leftover(path, _ids_in(path, "mount-id", "init-id"), "an unfinished removal"))
+            for prefix, ids, what in _IN_TMP:
+                if name.startswith(prefix):
+                    path = os.path.join(self._tmp, name)
+                    found.append(IncompleteTransaction(path, _ids_in(path, *ids), what))
         for name in _entries(self._layers):
             if name.endswith(REMOVING):
                 path = os.path.join(self._layers, name)
-                found.append(Leftover(path, _ids_in(path, "cache-id"), "an unfinished removal"))
+                found.append(IncompleteTransaction(path, _ids_in(path, "cache-id"), "an unfinished removal"))
         return found
 
-    def forget(self, leftover: Leftover) -> None:
+    def forget(self, leftover: IncompleteTransaction) -> None:
         """See :meth:`MetadataStore.forget`."""
         self.check_writable()
         disk.delete(leftover.path)

@@ -69,7 +69,7 @@ def fsck(
 
 def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
     table = {mount.mount_point for mount in mountinfo.read_mounts()}
-    trees = store.driver_ids().union(*(leftover.driver_ids for leftover in store.leftovers()))
+    trees = store.driver_ids().union(*(leftover.driver_ids for leftover in store.incomplete()))
     for tree in sorted(trees):
         try:
             point = store.driver.get_metadata(tree).get("MergedDir", "")
@@ -141,7 +141,7 @@ def _why_record_stays(store: LayerStore, one: Unreadable) -> str:
 
 
 def _leftovers(store: LayerStore, repair: bool) -> Iterator[Problem]:
-    for leftover in store.leftovers():
+    for leftover in store.incomplete():
         repaired = repair and store.finish(leftover)
         yield Problem("leftover", leftover.path, leftover.what, "run unionfs gc", repaired)
 

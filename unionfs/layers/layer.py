@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from unionfs.archive.stream import PieceStream
 from unionfs.archive.tar_format import END_OF_ARCHIVE
@@ -14,65 +13,11 @@ from unionfs.drivers.contract import Driver, capabilities_of
 from unionfs.drivers.files import file_getter
 from unionfs.errors import LayerDamagedError, LayerStoreError
 from unionfs.layers.identity import ChainID, DiffID, diff_id_of
-from unionfs.layers.metadata import Descriptor, LayerRecord, MetadataStore
+from unionfs.layers.metadata import Descriptor, MetadataStore
+from unionfs.layers.state import LayerMetadata, StoredLayer
 from unionfs.layers.tar_split import assemble, read_entries, verified
 
-if TYPE_CHECKING:
-    from unionfs.layers.read_only import ReadOnlyLayers
-
 _PIECE_BYTES = 1 << 20
-
-
-@dataclass(eq=False, slots=True)
-class StoredLayer:
-    """A layer in the store's memory; the store's lock guards the counts.
-
-    Attributes:
-        references: handles that are out; they compare by identity.
-        reference_count: those, and the layers and read-write layers directly above, and what is being made.
-    """
-
-    chain_id: ChainID
-    record: LayerRecord
-    parent: StoredLayer | None
-    reference_count: int = 0
-    references: set[object] = field(default_factory=set)
-
-    def chain(self) -> Iterator[StoredLayer]:
-        """This layer and all below it, top first."""
-        layer: StoredLayer | None = self
-        while layer is not None:
-            yield layer
-            layer = layer.parent
-
-    def depth(self) -> int:
-        """How many layers the chain has, 1 for a base layer."""
-        return sum(1 for _ in self.chain())
-
-    def chain_size(self) -> int:
-        """Bytes in all layers of the chain."""
-        return sum(layer.record.size for layer in self.chain())
-
-
-@dataclass(frozen=True, slots=True)
-class LayerMetadata:
-    """What is told about a layer that was removed.
-
-    Attributes:
-        chain_id, diff_id: its names.
-        size: bytes of the layer and all below it.
-        diff_size: bytes of the layer's own.
-    """
-
-    chain_id: ChainID
-    diff_id: DiffID
-    size: int
-    diff_size: int
-
-
-def metadata_of(stored: StoredLayer) -> LayerMetadata:
-    """The description of a layer."""
-    return LayerMetadata(stored.chain_id, stored.record.diff_id, stored.chain_size(), stored.record.size)
 
 
 class Layer:
@@ -219,13 +164,19 @@ def _read_all(stream: BinaryIO) -> Iterator[bytes]:
 class LayerHandle(Layer):
     """A reference to a layer: until it is released the layer stays. As a context manager it releases itself."""
 
-    def __init__(self, stored: StoredLayer, driver: Driver, records: MetadataStore, store: ReadOnlyLayers) -> None:
+    def __init__(
+        self,
+        stored: StoredLayer,
+        driver: Driver,
+        records: MetadataStore,
+        release: Callable[[Layer], list[LayerMetadata]],
+    ) -> None:
         super().__init__(stored, driver, records)
-        self._store = store
+        self._release = release
 
     def release(self) -> list[LayerMetadata]:
         """Give the reference back; see :meth:`LayerStore.release`."""
-        return self._store.release(self)
+        return self._release(self)
 
     def __enter__(self) -> LayerHandle:
         return self

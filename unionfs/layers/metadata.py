@@ -5,7 +5,7 @@ The store's own code knows only this contract. Its promises:
 - What a transaction or :meth:`MetadataStore.commit_mount` committed is there after a crash or loss of power at any
   later time, and whole; what was not committed is not listed.
 - The storage a transaction is for is recorded before that storage is made, and storage that is to be removed stays
-  recorded until it is gone. So :meth:`MetadataStore.leftovers` names everything that a crash can leave behind.
+  recorded until it is gone. So :meth:`MetadataStore.incomplete` names everything that a crash can leave behind.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class IncompleteTransaction:
     """What an unfinished operation left, or a removal has still to do.
 
     Attributes:
@@ -215,7 +215,7 @@ class MetadataStore(Protocol):
         """Start registering a layer whose tree is going to be ``cache_id``.
 
         When ``adopting``, that tree is there already and belongs to somebody else until the commit, so it is never
-        among the :meth:`leftovers`.
+        among the :meth:`incomplete`.
         """
 
     def begin_mount(self, name: str, record: MountRecord, *, adopting: bool = False) -> MountTransaction:
@@ -239,8 +239,8 @@ class MetadataStore(Protocol):
     def remove_mount(self, name: str) -> Removal:
         """Take the read-write layer off the list."""
 
-    def leftovers(self) -> list[Leftover]:
+    def incomplete(self) -> list[IncompleteTransaction]:
         """What unfinished operations left behind, also those under way right now."""
 
-    def forget(self, leftover: Leftover) -> None:
+    def forget(self, leftover: IncompleteTransaction) -> None:
         """Its storage is gone: delete what stands for it."""

@@ -1,22 +1,96 @@
-"""From the records of a store to its layers in memory, without those that cannot be used."""
+"""What a layer store knows in memory: plain data, read from its records without what cannot be used."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from unionfs.drivers.contract import Driver
 from unionfs.errors import MetadataError, UnionfsError
-from unionfs.layers.identity import INIT_SUFFIX, ChainID, extend_chain
-from unionfs.layers.layer import StoredLayer
+from unionfs.layers.identity import INIT_SUFFIX, ChainID, DiffID, extend_chain
 from unionfs.layers.metadata import LayerRecord, MetadataStore, MountRecord, Unreadable
-from unionfs.layers.rw_layer import StoredMount
 
 _log = logging.getLogger(__name__)
 
 _LAYER_ADVICE = "run unionfs fsck, or register the layer again"
+
+
+@dataclass(eq=False, slots=True)
+class StoredLayer:
+    """A layer in the store's memory; the lock of :class:`unionfs.layers.references.ReferenceTable` guards the counts.
+
+    Attributes:
+        references: handles that are out; they compare by identity.
+        reference_count: those, and the layers and read-write layers directly above, and what is being made.
+    """
+
+    chain_id: ChainID
+    record: LayerRecord
+    parent: StoredLayer | None
+    reference_count: int = 0
+    references: set[object] = field(default_factory=set)
+
+    def chain(self) -> Iterator[StoredLayer]:
+        """This layer and all below it, top first."""
+        layer: StoredLayer | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.parent
+
+    def depth(self) -> int:
+        """How many layers the chain has, 1 for a base layer."""
+        return sum(1 for _ in self.chain())
+
+    def chain_size(self) -> int:
+        """Bytes in all layers of the chain."""
+        return sum(layer.record.size for layer in self.chain())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMetadata:
+    """What is told about a layer that was removed.
+
+    Attributes:
+        chain_id, diff_id: its names.
+        size: bytes of the layer and all below it.
+        diff_size: bytes of the layer's own.
+    """
+
+    chain_id: ChainID
+    diff_id: DiffID
+    size: int
+    diff_size: int
+
+
+def metadata_of(stored: StoredLayer) -> LayerMetadata:
+    """The description of a layer."""
+    return LayerMetadata(stored.chain_id, stored.record.diff_id, stored.chain_size(), stored.record.size)
+
+
+@dataclass(eq=False, slots=True)
+class StoredMount:
+    """A read-write layer in the store's memory; the lock of its name guards it.
+
+    Attributes:
+        references: handles that are out; they compare by identity.
+        mounts: how often this process has it mounted.
+    """
+
+    name: str
+    record: MountRecord
+    parent: StoredLayer | None
+    references: set[object] = field(default_factory=set)
+    mounts: int = 0
+
+    @property
+    def driver_parent(self) -> str:
+        """What the driver compares the tree with: the init layer hides what it put there."""
+        if self.record.init_id:
+            return self.record.init_id
+        return self.parent.record.cache_id if self.parent is not None else ""
 
 
 @dataclass(slots=True)
