@@ -84,6 +84,11 @@ WRONG_WORDS: dict[str, Callable[[Sandbox], tuple[list[str], list[str]]]] = {
     "bad mapping": lambda b: (["-o", layer_options(b) + ",uidmapping=0:1", b.target], ["uidmapping=0:1"]),
     "duplicate option": lambda b: (["-o", layer_options(b), "-o", "upperdir=/", b.target], ["upperdir", "twice"]),
     "index=on": lambda b: (["-o", layer_options(b) + ",index=on", b.target], ["index=on"]),
+    "empty target": lambda b: (["-o", layer_options(b), ""], ["mount point is empty"]),
+    "upper is lower": lambda b: (
+        ["-o", f"lowerdir={b.lowers[0]},upperdir={b.lowers[0]},workdir={b.work}", b.target],
+        [f"{b.lowers[0]} is lower layer"],
+    ),
     "no target": lambda b: (["-o", layer_options(b)], ["mount point"]),
     "three names": lambda b: (["-o", layer_options(b), "a", "b", b.target], ["3 names"]),
     "-o without value": lambda b: ([b.target, "-o"], ["-o"]),
@@ -184,6 +189,22 @@ def test_no_dev_fuse(layers: Sandbox) -> None:
     os.mknod(f"{dev}/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     done = in_namespace(f"mount --bind {dev} /dev", "-o", layer_options(layers), layers.target)
     refused(done, layers, "modprobe fuse")
+
+
+def test_layer_that_may_not_be_read(layers: Sandbox) -> None:
+    secret = layers.lower().dir("", mode=0o711)
+    os.chown(layers.target, NOBODY, NOBODY)
+    options = f"lowerdir={layers.lowers[0]}:{secret.root}"
+    refused(in_namespace("true", "-o", options, layers.target, user=NOBODY), layers, secret.root, "must be readable")
+    os.chmod(secret.root, 0)
+    refused(in_namespace("true", "-o", options, layers.target, user=NOBODY), layers, secret.root, "must be readable")
+
+
+def test_more_layers_than_files_may_be_open(layers: Sandbox) -> None:
+    many = ":".join(layers.lower().root for _ in range(40))
+    limited = ["setpriv", "--bounding-set=-sys_resource", "sh", "-c", 'ulimit -n 50; exec "$@"', "sh"]
+    done = run([*limited, mount_program(), "-o", f"lowerdir={many}", layers.target])
+    refused(done, layers, "too many open files", "may have 50", "ulimit")
 
 
 def test_allow_other_that_is_not_allowed(layers: Sandbox) -> None:

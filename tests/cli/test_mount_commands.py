@@ -154,6 +154,54 @@ def test_wrong_usage(words: list[str], name: str) -> None:
     assert name in assert_one_line(unionfs(*words), "unionfs", 2)
 
 
+def test_unknown_option_is_refused(layers: Sandbox) -> None:
+    done = unionfs(
+        "mount", "--lower", layers.lowers[0], "-u", str(layers.upper), "-o", "nosuch=1,ro,foo", layers.target
+    )
+    said = assert_one_line(done, "unionfs")
+    assert "nosuch=1, foo" in said
+    assert mounted_under(layers.root) == []
+    assert not os.path.exists(f"{layers.upper}.work")
+
+
+def test_empty_target(layers: Sandbox) -> None:
+    assert "TARGET is empty" in assert_one_line(unionfs("mount", "-l", layers.lowers[0], ""), "unionfs", 2)
+    assert "TARGET is empty" in assert_one_line(unionfs("umount", ""), "unionfs")
+
+
+def test_upper_in_use(layers: Sandbox) -> None:
+    """People are kept from it, engines are warned."""
+    mount(layers, "--upper", str(layers.upper))
+    second = layers.new_dir("second")
+    words = ["-l", layers.lowers[0], "-u", str(layers.upper)]
+    for more in ([], ["--work", str(layers.work)]):
+        said = assert_one_line(unionfs("mount", *words, *more, second), "unionfs")
+        assert f"{layers.upper} is in use by another mount" in said
+        assert "--force" in said
+    assert os.listdir(f"{layers.upper}.work") == ["work"]
+    for command in (
+        [f"{BIN}/unionfs", "mount", *words, "--force", second],
+        [
+            f"{BIN}/unionfs-mount",
+            "-o",
+            f"lowerdir={layers.lowers[0]},upperdir={layers.upper},workdir={layers.upper}.work",
+            second,
+        ],
+    ):
+        done = run(command)
+        assert done.returncode == 0
+        assert done.stderr.count("in use by another mount") == 1
+        take_down(second, servers_of(second))
+    take_down(layers.target, servers_of(layers.target))
+    mount(layers, "--upper", str(layers.upper))
+
+
+def test_quota_with_a_unit(layers: Sandbox) -> None:
+    mount(layers, "--upper", str(layers.upper), "-o", "quota=10M")
+    shown = os.statvfs(layers.target)
+    assert shown.f_blocks * shown.f_frsize == 10 << 20
+
+
 def test_mistake_in_a_value(layers: Sandbox) -> None:
     done = unionfs("mount", "--lower", layers.lowers[0], "--timeout", "ten", layers.target)
     assert "timeout=ten" in assert_one_line(done, "unionfs")
@@ -330,7 +378,7 @@ def test_umount_does_not_wait_for_a_stranger(
     layers: Sandbox, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The server ended, and another process has its number now."""
-    mount(layers)
+    server = mount(layers)
     real = mount_registry.find
 
     def find(minor: int) -> mount_registry.MountRecord | None:
@@ -341,6 +389,7 @@ def test_umount_does_not_wait_for_a_stranger(
     monkeypatch.setattr(mount_commands, "_SERVER_END_S", 1.0)
     mount_commands.unmount_target(layers.target, lazy=False)
     assert capfd.readouterr().err == ""
+    assert wait_until(lambda: not is_running(server), 60)
 
 
 def test_no_mounts_are_said_to_be_none() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from unionfs.drivers.storage_options import layer_options, parse_options, parse_size, parse_switch, split_option
+from unionfs.drivers.storage_options import layer_options, parse_options, parse_switch, split_option
 from unionfs.errors import OptionError
+from unionfs.fuse_ops.options import parse_size
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,10 @@ def test_unprivileged_dev_and_suid_are_named_as_ignored() -> None:
         ("userxattr", "userxattr", True),
         ("writeback=0", "writeback", False),
         ("upperdir=/u,workdir=/w,quota=4096", "quota_bytes", 4096),
+        ("upperdir=/u,workdir=/w,quota=10G", "quota_bytes", 10 << 30),
+        ("upperdir=/u,workdir=/w,quota=1.5 MiB", "quota_bytes", 3 << 19),
         ("upperdir=/u,workdir=/w,quota=4096", "writeback", False),
+        ("exclusive", "exclusive", True),
         ("upperdir=/u,workdir=/w,quota=4096", "passthrough", False),
         ("upperdir=/u,workdir=/w,quota=0,writeback=1", "writeback", True),
         ("quota=4096", "quota_bytes", 0),  # nothing can be written
@@ -131,7 +134,7 @@ def test_every_field_can_be_set_by_text() -> None:
             "lowerdir=/m::/d,upperdir=/u,workdir=/w,uidmapping=0:1:2,gidmapping=0:1:2,squash_to_uid=1,"
             "squash_to_gid=1,static_nlink,noacl,noxattrs,xattr_permissions=1,volatile,fsync=0,timeout=1,"
             "redirect_dir=on,metacopy=on,xino=on,userxattr,writeback=0,rw,debug,fsname=n,context=c,"
-            "passthrough=0,transport=pyfuse3,quota=1,speedups=off"
+            "passthrough=0,transport=pyfuse3,quota=1,speedups=off,exclusive"
         )
     )
     plain = values(parsed("lowerdir=/l"))
@@ -281,6 +284,10 @@ def test_long_strings() -> None:
         (("lowerdir=/l,gidmapping=0:1:99999999999999999999999999",), "gidmapping"),
         (("lowerdir=/l,xattr_permissions=3",), "xattr_permissions"),
         (("lowerdir=/l,fsync=2",), "fsync=0 or fsync=1"),
+        (("lowerdir=/l,quota=10X",), "quota=10X: invalid suffix: 'x'"),
+        (("lowerdir=/l,quota=much",), "quota=much: invalid size"),
+        (("lowerdir=/l,quota=-1",), "quota=-1: invalid size"),
+        (("lowerdir=/l,quota=9000P",), "quota=9000P: invalid size: '9000P' is too large"),
         (("lowerdir=/l,volatile=yes",), "volatile"),
         (("lowerdir=/l,redirect_dir=yes",), "redirect_dir"),
         (("lowerdir=/l,metacopy=1",), "metacopy"),

@@ -12,8 +12,8 @@ from dataclasses import asdict, fields
 
 import click
 
-from unionfs.errors import MountError
-from unionfs.fuse_ops.options import escape_value
+from unionfs.errors import MountError, OptionError
+from unionfs.fuse_ops.options import escape_value, parse_options
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.host import mountinfo
 from unionfs.host import unmount as unmounting
@@ -57,6 +57,7 @@ _ON_OFF = click.Choice(["on", "off"])
 @click.option("--xino", type=click.Choice(["on", "off", "auto"]), help="Inode numbers over several file systems.")
 @click.option("--read-only", "-r", is_flag=True, help="Refuse all changes.")
 @click.option("--option", "-o", "texts", multiple=True, metavar="OPTION", help="Any option of unionfs-mount.")
+@click.option("--force", is_flag=True, help="Also when another mount uses the upper.")
 @click.option("--foreground", "-f", is_flag=True, help="Serve in this process until unmounted.")
 @click.argument("target")
 def mount(
@@ -67,6 +68,7 @@ def mount(
     source: str | None,
     read_only: bool,
     texts: Sequence[str],
+    force: bool,
     foreground: bool,
     target: str,
     **named: str | bool | None,
@@ -76,10 +78,12 @@ def mount(
         raise click.UsageError("no layer is given; add --lower DIR", click.get_current_context())
     if work is not None and upper is None:
         raise click.UsageError("--work needs --upper", click.get_current_context())
-    created = None
+    if not target:
+        raise click.UsageError("TARGET is empty; name a directory", click.get_current_context())
+    makes_work = False
     if upper is not None and work is None:
         work = default_work_directory(upper)
-        created = _make_work_directory(work)
+        makes_work = True
     # One argument for each layer: the kernel limits the length of an argument, not their number.
     words = [f"lowerdir+={escape_value(path)}" for path in lowers]
     words += [f"datadir+={escape_value(path)}" for path in datas]
@@ -89,6 +93,12 @@ def mount(
     words += _option_words(named)
     if read_only:
         words.append("ro")
+    if not force:
+        words.append("exclusive")
+    unknown = parse_options([*words, *texts], privileged=True).ignored
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; leave it out, see unionfs mount --help")
+    created = _make_work_directory(work) if makes_work and work is not None else None
     arguments = [word for text in (*words, *texts) for word in ("-o", text)]
     command = [sys.executable, "-m", "unionfs.cli.mount_program", *arguments]
     command += ["-f"] if foreground else []
@@ -144,6 +154,8 @@ def default_work_directory(upper: str) -> str:
 
 def unmount_target(target: str, *, lazy: bool) -> None:
     """Unmount one union and wait for the end of its server; MountError says why not."""
+    if not target:
+        raise MountError("TARGET is empty; name a mount point, see them with: unionfs mounts")
     path = mountinfo.canonical(target)
     top = mountinfo.top_mount(path)
     if top is None or not top.is_union:

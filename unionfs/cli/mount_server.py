@@ -7,6 +7,7 @@ and nothing that only people need at all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -21,7 +22,7 @@ from unionfs.fuse_ops.options import MountOptions, parse_options
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
 from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
-from unionfs.host.processes import file_size_limit, reset_signals, shed_limits
+from unionfs.host.processes import file_size_limit, reset_signals, shed_limits, too_many_files
 
 _USAGE = """\
 usage: unionfs-mount [-f] [-d] -o OPTION[,OPTION...] [SOURCE] TARGET
@@ -100,6 +101,8 @@ def _prepare(line: _CommandLine) -> tuple[MountOptions, str]:
             "expected; quote names with spaces"
         )
     *source, target = line.names
+    if not target:
+        raise OptionError("the mount point is empty; usage: unionfs-mount -o OPTIONS [SOURCE] TARGET")
     parsed = parse_options(line.texts, source[0] if source else None)
     options = replace(parsed.options, debug=parsed.options.debug or line.debug)
     if parsed.ignored:
@@ -278,6 +281,8 @@ def _in_words(error: BaseException) -> str:
         error = error.exceptions[0]
     if isinstance(error, UnionfsError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return too_many_files(error)
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return f"{where}{error.strerror or error}; run with -d to see where"

@@ -24,9 +24,9 @@ from unionfs.drivers.contract import CREATING
 from unionfs.drivers.layered import LayeredDriver, SizeLimits, Stack
 from unionfs.drivers.overlay_home import OverlayHome
 from unionfs.drivers.quota import NoQuota, project_limits
-from unionfs.drivers.storage_options import parse_options, parse_size
+from unionfs.drivers.storage_options import parse_options
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError, QuotaNotSupportedError
-from unionfs.fuse_ops.options import escape_value, format_layers
+from unionfs.fuse_ops.options import escape_value, format_layers, parse_size
 from unionfs.host import unmount
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.selinux import mount_context

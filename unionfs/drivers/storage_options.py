@@ -5,15 +5,9 @@ The syntax is Docker's ``--storage-opt``.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 
 from unionfs.errors import OptionError
-
-_UNITS = "bkmgtp"
-_SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+) ?(?P<unit>[a-z]*)\Z", re.ASCII)
-_MAX_SIZE_BYTES = (1 << 63) - 1
 
 
 def parse_options(options: Iterable[str], known: Iterable[str], driver: str) -> dict[str, str]:
@@ -53,24 +47,6 @@ def known_options(pairs: Iterable[tuple[str, str]], known: Iterable[str], driver
             raise OptionError(f"{driver}: unknown option {key}; {choice}")
         found[key.lower()] = value
     return found
-
-
-def parse_size(text: str) -> int:
-    """A size in bytes from ``50M``, ``1.5 GiB``, ``1024``: units are powers of 1024, in any case.
-
-    Raises:
-        OptionError: it is no size, or too large for a file system.
-    """
-    match = _SIZE.match(text.strip().lower())
-    if match is None:
-        raise OptionError(f"invalid size: '{text}'; write a number and a unit, such as 10G")
-    unit = match["unit"]
-    if unit and not (unit[0] in _UNITS and (unit[1:] in ("", "b", "ib")) and unit not in ("bb", "bib")):
-        raise OptionError(f"invalid suffix: '{unit}'; use one of b, k, m, g, t, p")
-    size = float(match["number"]) * 1024 ** (_UNITS.index(unit[0]) if unit else 0)
-    if not math.isfinite(size) or size > _MAX_SIZE_BYTES:
-        raise OptionError(f"invalid size: '{text}' is too large; use less than 8 EiB")
-    return int(size)
 
 
 def parse_switch(key: str, value: str) -> bool:

@@ -23,9 +23,9 @@ from unionfs.drivers.contract import CREATING
 from unionfs.drivers.layered import LayeredDriver, SizeLimits, Stack
 from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
 from unionfs.drivers.quota import NoQuota, project_limits
-from unionfs.drivers.storage_options import parse_options, parse_size
+from unionfs.drivers.storage_options import parse_options
 from unionfs.errors import DriverError, IncompatibleFilesystemError, MountError, OptionError, PrerequisitesError
-from unionfs.fuse_ops.options import escape_value, format_layers
+from unionfs.fuse_ops.options import escape_value, format_layers, parse_size
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.mount_registry import MountRecord
 from unionfs.fuse_ops.session.supervisor import client as supervisor

@@ -68,6 +68,8 @@ class MountOptions:
     speedups: frozenset[str] = SPEEDUPS
     read_only: bool = False
     debug: bool = False
+    exclusive: bool = False
+    """Whether the mount is refused when another one uses the upper or the work directory, in place of a warning."""
     source: str = "unionfs"
     context: str | None = None
     fuse_words: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ _SETTINGS = _ONCE | {
     "transport",
     "speedups",
     "debug",
+    "exclusive",
     "fsname",
 }
 
@@ -184,7 +187,9 @@ _NOTHING_TO_DO = frozenset(
     }
 )
 
-_MAX_SIZE = 2**63 - 1
+_SIZE_UNITS = "bkmgtp"
+_SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+) ?(?P<unit>[a-z]*)\Z", re.ASCII)
+_MAX_SIZE_BYTES = (1 << 63) - 1
 _MAX_ID = 2**32 - 2  # (uid_t)-1 means "no change" to chown(2), so nothing can be owned by it
 
 
@@ -199,6 +204,24 @@ def default_fuse_words(privileged: bool | None = None) -> tuple[str, ...]:
     if privileged:
         return ("default_permissions", "allow_other", "suid", "noatime")
     return ("default_permissions", "noatime")
+
+
+def parse_size(text: str) -> int:
+    """A size in bytes from ``50M``, ``1.5 GiB``, ``1024``: units are powers of 1024, in any case.
+
+    Raises:
+        OptionError: it is no size, or too large for a file system.
+    """
+    match = _SIZE.match(text.strip().lower())
+    if match is None:
+        raise OptionError(f"invalid size: '{text}'; write a number and a unit, such as 10G")
+    unit = match["unit"]
+    if unit and not (unit[0] in _SIZE_UNITS and (unit[1:] in ("", "b", "ib")) and unit not in ("bb", "bib")):
+        raise OptionError(f"invalid suffix: '{unit}'; use one of b, k, m, g, t, p")
+    size = float(match["number"]) * 1024 ** (_SIZE_UNITS.index(unit[0]) if unit else 0)
+    if not math.isfinite(size) or size > _MAX_SIZE_BYTES:
+        raise OptionError(f"invalid size: '{text}' is too large; use less than 8 EiB")
+    return int(size)
 
 
 def escape_value(value: str) -> str:
@@ -328,7 +351,10 @@ class _Words:
     def size(self, key: str) -> int:
         """A number of bytes; 0 when the option is absent."""
         value = self.text(key)
-        return 0 if value is None else _number(key, value, value, 0, _MAX_SIZE)
+        try:
+            return 0 if value is None else parse_size(value)
+        except OptionError as error:
+            raise OptionError(f"option {_shown(key, value)}: {error}") from None
 
     def id_map(self, key: str) -> IdMap:
         value = self.text(key)
@@ -444,6 +470,7 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         transport=words.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
         read_only=read_only,
         debug=words.flag("debug"),
+        exclusive=words.flag("exclusive"),
         source=source or words.text("fsname") or "unionfs",
         context=words.text("context"),
         fuse_words=tuple(fuse.values()),

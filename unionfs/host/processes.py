@@ -88,3 +88,11 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def too_many_files(error: OSError) -> str:
+    """What is to be done about EMFILE or ENFILE, for a person."""
+    if error.errno == errno.ENFILE:
+        return "too many files are open on this machine; raise fs.file-max (sysctl), or end programs"
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"too many open files: a process of this user may have {limit}; raise that limit (ulimit -Hn), or stack less"

@@ -77,7 +77,7 @@ def _assemble(
     assert options.upperdir is not None
     assert options.workdir is not None
     _check_upper(options, upper_layer)
-    work = prepare_workdir(options.workdir, options.upperdir, volatile=options.volatile)
+    work = prepare_workdir(options.workdir, options.upperdir, volatile=options.volatile, exclusive=options.exclusive)
     try:
         xattrs = _usable_xattrs(options, work.fd)
         _check_renames(options, work.fd)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from unionfs.errors import LayerError
 from unionfs.host import syscalls
 from unionfs.host.files import open_confined
+from unionfs.host.processes import too_many_files
 
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -74,7 +75,12 @@ class LayerDir:
         self.device = os.stat(fd).st_dev
         self._cache = cache
         # Some calls refuse O_PATH descriptors: ioctl(2), open_by_handle_at(2).
-        self.readable_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.readable_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(fd)
+            role = "upperdir" if index < 0 else "lower layer"
+            raise LayerError(f"{role} {path}: {reason_of(error)}") from None
         self.filesystem_uuid = syscalls.filesystem_uuid(self.readable_fd)
 
     def __repr__(self) -> str:
@@ -131,7 +137,16 @@ def _open_directory(path: str, role: str) -> int:
     except NotADirectoryError:
         raise LayerError(f"{role} {path}: is not a directory; a layer is an unpacked directory tree") from None
     except OSError as error:
-        raise LayerError(f"{role} {path}: {error.strerror}; check the path and its permissions") from None
+        raise LayerError(f"{role} {path}: {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """Why a directory cannot be opened, and what is to be done about it."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return too_many_files(error)
+    if error.errno == errno.EACCES:
+        return "permission denied; it must be readable for you, and the directories above it searchable"
+    return f"{error.strerror}; check the path and its permissions"
 
 
 def open_lower(path: str, index: int, cache: DescriptorCache) -> LayerDir:
@@ -145,7 +160,8 @@ def open_lower(path: str, index: int, cache: DescriptorCache) -> LayerDir:
         # because it is not in our mount namespace.
         if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
             os.close(plain)
-            raise LayerError(f"lower layer {path}: {error.strerror}; cannot clone its mount") from None
+            what = too_many_files(error) if error.errno == errno.EMFILE else f"{error.strerror}; cannot clone its mount"
+            raise LayerError(f"lower layer {path}: {what}") from None
         return LayerDir(plain, path, index, cache)
     os.close(plain)
     return LayerDir(clone, path, index, cache)

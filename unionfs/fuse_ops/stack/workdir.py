@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.errors import LayerError
+from unionfs.fuse_ops.stack.layer_dir import reason_of
 from unionfs.host import syscalls
 from unionfs.host.files import remove_tree
 from unionfs.host.fs_magic import FsMagic, fs_magic
@@ -86,7 +87,7 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: b
         warnings = []
         if not claim.acquire():
             if exclusive:
-                raise LayerError(f"upperdir {upperdir} is in use by another mount; unmount that first")
+                raise LayerError(f"upperdir {upperdir} is in use by another mount; unmount that first, or add --force")
             warnings.append(f"upperdir {upperdir} is in use by another mount; changes through both may get mixed up")
             claim = None
         fd = _open_work(workdir, lock_fd)
@@ -112,7 +113,7 @@ def _open(name: str, path: str, step: str) -> int:
     except NotADirectoryError:
         raise LayerError(f"{name}: is not a directory") from None
     except OSError as error:
-        raise LayerError(f"{name}: {error.strerror}; check the path and its permissions") from None
+        raise LayerError(f"{name}: {reason_of(error)}") from None
 
 
 def _check_placement(workdir: str, fd: int, upperdir: str, upper_fd: int) -> None:
