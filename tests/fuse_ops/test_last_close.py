@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.requests.waiting_calls import LastCloseInThread
+from unionfs.fuse_ops.requests.last_close import LastCloseInThread
 
 MIB = 1024 * 1024
 _SOON_S = 30.0

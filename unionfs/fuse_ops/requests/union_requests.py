@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import SHORT_WAIT_S, Copying, Job
+from unionfs.fuse_ops.requests.last_close import LastCloseInThread
 from unionfs.fuse_ops.requests.observer import Observer
-from unionfs.fuse_ops.requests.waiting_calls import LastCloseInThread
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenDir, OpenFile, as_directory, as_file

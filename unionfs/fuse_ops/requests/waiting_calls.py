@@ -2,22 +2,15 @@
 
 Handing a call to trio's threads and taking its result back costs two changes of thread and a turn of the scheduler,
 about as much as reading a small file. A reply may be written to /dev/fuse by any thread, so nothing has to come back.
-
-Closing the last descriptor of a file without a name gives its space back, which takes the file system below up to a
-second for a large one. The program that removed it has long had its answer by then, but all others would wait for
-theirs: so it is done in a thread. Freeing a small file takes less time than handing it over.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable
 from typing import Final
-
-from unionfs.fuse_ops.tree.inodes import LastClose
 
 log = logging.getLogger(__name__)
 
@@ -103,35 +96,3 @@ class WaitingCalls:
             self._queue.put(None)
         for thread in threads:
             thread.join()
-
-
-_LARGE: Final = 2048  # blocks of 512 bytes
-_QUEUE_MAX: Final = 64  # descriptors that wait for the thread; they count against the limit of open files
-
-
-class LastCloseInThread(LastClose):
-    """Closes descriptors, here or in a thread."""
-
-    def __init__(self) -> None:
-        # A transport may have to see to it where a thread is started from.
-        self.outside: Callable[[Callable[[], None]], None] = lambda call: call()
-        self._calls: WaitingCalls | None = None
-
-    def close(self, fd: int) -> None:
-        """Close ``fd``, which may be the last descriptor of a file without a name."""
-        if os.fstat(fd).st_blocks <= _LARGE:
-            os.close(fd)
-            return
-        if self._calls is None:
-            self._calls = WaitingCalls(1)
-        calls = self._calls
-        if len(calls) < _QUEUE_MAX:
-            self.outside(lambda: calls.start(lambda: os.close(fd)))
-        else:
-            os.close(fd)
-
-    def wait(self) -> None:
-        """Wait until all are closed, and end the thread."""
-        if self._calls is not None:
-            self._calls.close()
-            self._calls = None
