@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import unionfs.fuse_ops.union.union_tree
-from tests.support.compiled import compiled_sources, miscompiled
+from tests.support.compiled import compiled_bases, compiled_sources, miscompiled
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unionfs"
@@ -244,6 +244,20 @@ def test_what_was_compiled_is_what_is_there() -> None:
     for source, made in compiled.items():
         assert source.stat().st_mtime <= made.stat().st_mtime, f"{source} was changed; run scripts/setup"
     assert unionfs.fuse_ops.union.union_tree.__file__ == str(compiled[ROOT / "unionfs/fuse_ops/union/union_tree.py"])
+
+
+def test_no_class_inherits_from_a_compiled_one_without_being_compiled() -> None:
+    compiled = set(compiled_sources())
+    found = {path: compiled_bases(path) for path in python_files() if path not in compiled}
+    assert {path: places for path, places in found.items() if places} == {}
+
+
+def test_a_class_that_does_is_found(tmp_path: Path) -> None:
+    module = (
+        "from unionfs.fuse_ops.tree.inodes import Inode\nimport os\nclass A(Inode): pass\nclass B(os.PathLike): pass\n"
+    )
+    (tmp_path / "a.py").write_text(module)
+    assert compiled_bases(tmp_path / "a.py") == ["3: A"]
 
 
 def test_nothing_that_is_compiled_waits_while_it_handles_an_exception() -> None:

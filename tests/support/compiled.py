@@ -62,3 +62,22 @@ def generators(source: Path) -> dict[str, set[int]]:
         if nodes:
             found[function.name] = {node.lineno for node in nodes}
     return found
+
+
+def compiled_bases(source: Path) -> list[str]:
+    """The classes of a module that is not compiled which inherit from one that is, as "line: class": they cannot."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in compiled_sources()}
+    tree = ast.parse(source.read_bytes(), str(source))
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in modules
+        for alias in node.names
+    }
+    return [
+        f"{node.lineno}: {node.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if isinstance(base, ast.Name) and base.id in names
+    ]
