@@ -429,6 +429,17 @@ def test_fsync(place: Place, kernel: FakeKernel) -> None:
     kernel.fsync_directory(place.node)
 
 
+def test_a_name_that_was_found_is_a_link_after_a_sync(place: Place, kernel: FakeKernel) -> None:
+    node = place.at("file")
+    handle = kernel.open(node, os.O_RDWR)
+    kernel.write(node, handle, 0, b"LOWER")
+    kernel.release(node, handle)
+    assert kernel.lookup(place.node, "second name").node == node
+    assert not (place.upper / "second name").exists(), "a look-up changed something"
+    kernel.fsync_directory(ROOT)
+    assert (place.upper / "second name").samefile(place.upper / "file")
+
+
 def test_errors_of_open(place: Place, kernel: FakeKernel) -> None:
     assert error_of(kernel.open, 1 << 50, os.O_RDONLY) == errno.ESTALE
     entry, handle = kernel.create(place.node, "new", os.O_RDWR, 0o644)

@@ -243,6 +243,12 @@ class FuseMounter:
     def settle(self, target: str) -> None:
         """See :meth:`Mounter.settle`."""
         point = mountinfo.top_mount(target)
+        # This has the server make links of names that it found of copied-up files: who reads the upper sees them.
+        fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         unmount.sync_mount(target)
         # Before Linux 6.16, syncfs(2) on FUSE does not wait for the writes that it has started; the kernel counts them.
         if point is not None:

@@ -512,6 +512,7 @@ class UnionRequests:
     def sync_directory(self, inode: Inode, *, data_only: bool) -> Job[None] | None:
         """Bring a directory to the disk; with ``data_only`` without its times. ENOSYS as for :meth:`fsync`."""
         self._check_sync()
+        self.tree.place_found_links()
         fd = self.tree.open_upper_directory(inode)
         if fd < 0:
             return None

@@ -55,6 +55,7 @@ class MergedView:
         layers: list[LayerDir] = [*([upper.layer] if upper else []), *lower.layers, *lower.data_layers]
         numbers = InodeNumbers((layer.device for layer in layers), options.xino)
         self.inodes = InodeTable(numbers)
+        self.found_links: set[FileInode] = set()  # with names that were found since they were copied up
         self.root = self._make_root()
 
     def _make_root(self) -> DirInode:
@@ -249,6 +250,7 @@ class MergedView:
                     if known.unplaced is None:
                         known.unplaced = set()
                     known.unplaced.add((directory, name))
+                    self.found_links.add(known)
                 return known
         inode = self.inodes.new_file(stat.S_IFMT(st.st_mode), self.inodes.numbers.of(real))
         inode.lower = (hit.layer, hit.path)

@@ -269,6 +269,21 @@ class UnionTree:
             inode.lookups = 0
             self.inodes.drop_if_unneeded(inode)
 
+    def place_found_links(self) -> None:
+        """Make links in the upper of the names of copied-up files that were found since: who reads the upper sees them.
+
+        What fails is tried again the next time, and at the end.
+        """
+        found, self.view.found_links = self.view.found_links, set()
+        for inode in found:
+            if inode.staged_link is None:
+                continue
+            try:
+                self.copy_up.place_names(inode)
+            except OSError as error:
+                log.debug("%s is unchanged under further names for now: %s", os.fsdecode(inode.path()), error.strerror)
+                self.view.found_links.add(inode)
+
     def statfs(self) -> os.statvfs_result:
         """Size and use of the file system that new data goes to."""
         layer = self._upper.layer if self._upper is not None else self._lower.layers[0]
