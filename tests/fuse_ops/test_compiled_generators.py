@@ -15,7 +15,6 @@ import pytest
 from tests.support.compiled import compiled_sources, generators
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.quota import allocation
-from unionfs.fuse_ops.quota.space_limit import SpaceLimit
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import as_directory
 
@@ -77,7 +76,6 @@ MAKERS: dict[str, list[Callable[[Rig], Made]]] = {
         lambda rig: allocation._allocated(rig.memory_fd, 0, 2 << 20),
     ],
     "_data": [lambda rig: allocation._data(rig.file_fd, 0, 2 << 20)],
-    "growing": [lambda rig: cast("SpaceLimit", rig.tree.space).growing(rig.file_fd, 4096)],
     "staging": [
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.tree.view.upper_dir_fd(rig.plain)),
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.path_fd),

@@ -149,6 +149,47 @@ async def test_an_error_is_told_and_tried_again(
 
 
 @pytest.mark.trio
+async def test_a_file_that_cannot_be_synced_keeps_no_other_from_it(
+    tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    requests = UnionRequests(tree, tree.options)
+    fsync = os.fsync
+
+    def fail(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(f"upper/{NAMES[0]}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    async with settling_beside(requests):
+        await change(requests, *NAMES)
+        await until(lambda: marked(tmp_path) == NAMES[:1])
+
+
+def test_a_mark_that_cannot_be_removed_at_the_end_keeps_no_other(
+    tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        tree.set_attributes(tree.lookup(tree.root, name.encode()), CHANGE, Caller())
+    removexattr = os.removexattr
+
+    def fail(path: bytes, name: bytes) -> None:
+        if path.endswith(NAMES[0].encode()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        removexattr(path, name)
+
+    copies = tree.copy_up.unsynced
+    assert copies is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "removexattr", fail)
+        with pytest.raises(OSError):
+            copies.end(lambda: None, tree.copy_up.remove_mark)
+    assert marked(tmp_path) == NAMES[:1]
+    assert (tmp_path / "work" / "unsynced").exists()
+
+
+@pytest.mark.trio
 async def test_what_somebody_removed_behind_our_back_is_forgotten(
     tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,9 +240,10 @@ def walk_tree(
         while pending or above:
             if pending:
                 child = pending.pop()
+                here = identity(fd)
                 below = open_below(fd, child)
                 if below >= 0:
-                    above.append(_Above(identity(fd), child, pending))
+                    above.append(_Above(here, child, pending))
                     os.close(fd)
                     fd = below
                     pending = enter(fd)
@@ -268,20 +269,32 @@ def _back(top_fd: int, fd: int, above: list[_Above]) -> int:
     except FileNotFoundError:  # the directory was removed
         pass
     else:
-        if identity(parent) == above[-1].identity:
+        if _is_or_close(parent, above[-1].identity):
             return parent
-        os.close(parent)
     found = os.dup(top_fd)
-    for i in range(1, len(above)):
-        below = open_directory(found, above[i - 1].child)
-        if below < 0 or identity(below) != above[i].identity:
-            if below >= 0:
-                os.close(below)
-            del above[i:]
-            break
+    try:
+        for i in range(1, len(above)):
+            below = open_directory(found, above[i - 1].child)
+            if below < 0 or not _is_or_close(below, above[i].identity):
+                del above[i:]
+                break
+            os.close(found)
+            found = below
+    except BaseException:
         os.close(found)
-        found = below
+        raise
     return found
+
+
+def _is_or_close(fd: int, wanted: tuple[int, int]) -> bool:
+    """Whether ``fd`` is of the object with the identity ``wanted``; if not, also when that cannot be told, close it."""
+    is_it = False
+    try:
+        is_it = identity(fd) == wanted
+    finally:
+        if not is_it:
+            os.close(fd)
+    return is_it
 
 
 def remove_tree(dir_fd: int, name: bytes) -> None:

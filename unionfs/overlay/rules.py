@@ -178,7 +178,7 @@ def read_marks(path: bytes, spaces: Spaces) -> DirMarks:
                 xwhiteouts = xwhiteouts or value[:1] == b"x"
             elif name == space.redirect:
                 if redirect is None or space is spaces[0]:
-                    redirect = _value(path, name)
+                    redirect = os.getxattr(path, name, follow_symlinks=False)
             elif name == space.impure:
                 impure = True
             elif name == space.nested_opaque:
@@ -194,11 +194,9 @@ def is_metacopy(path: bytes, spaces: Spaces) -> bool:
 def read_redirect(path: bytes, spaces: Spaces) -> bytes | None:
     """The redirect of the object at ``path``, not checked; None without one."""
     for space in spaces:
-        try:
-            return os.getxattr(path, space.redirect, follow_symlinks=False)
-        except OSError as error:
-            if error.errno not in _NO_XATTRS:
-                raise
+        value = read_xattr(path, space.redirect)
+        if value is not None:
+            return value
     return None
 
 
@@ -219,20 +217,24 @@ def check_redirect(value: bytes) -> bytes:
 
 def has_xattr(path: bytes, name: bytes) -> bool:
     """Whether the object at ``path``, which is not followed at its end, has the attribute ``name``."""
+    return read_xattr(path, name) is not None
+
+
+def read_xattr(what: int | bytes, name: bytes, *, follow: bool = False) -> bytes | None:
+    """The attribute ``name`` of a descriptor, or of a path that is not followed at its end; None if there is none.
+
+    Other errors are raised: who took them for "none" would show, or keep, something else.
+    """
     try:
-        os.getxattr(path, name, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+        return os.getxattr(what, name, follow_symlinks=follow or isinstance(what, int))
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return None
+        raise
 
 
 def _value(path: bytes, name: bytes) -> bytes:
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in _NO_XATTRS:
-            return b""
-        raise
+    return read_xattr(path, name) or b""
 
 
 # -- all of it ------------------------------------------------------------------------------------------------

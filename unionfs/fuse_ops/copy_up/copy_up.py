@@ -25,8 +25,9 @@ from unionfs.fuse_ops.tree.attributes import CAPABILITY
 from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import CONTENTS, Need
+from unionfs.fuse_ops.tree.need import CONTENTS, NO_CONTENTS, Need
 from unionfs.fuse_ops.tree.protection import Protection
+from unionfs.overlay import rules
 from unionfs.overlay.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
 from unionfs.overlay.format import UNSYNCED
 
@@ -84,15 +85,31 @@ class CopyUp:
         ``st`` is lstat of its real object, from somebody who has just asked for it. Afterwards the ctime on disk is
         the one to show: see :meth:`MergedView.unnoticed`.
         """
-        job = self.begin(inode, need, st)
+        job = self._prepare(inode, need, st)
         if job is not None:
-            try:
-                job.run()
-            except BaseException:
-                self.abort(job)
-                raise
-            self.finish(job)
+            self._do(job)
         inode.ctime = None
+
+    def make_empty(self, inode: FileInode) -> int:
+        """Copy ``inode``, which has data below, up without it; returns a descriptor to read and write it.
+
+        Whoever truncates by opening has nothing left to do then that could fail when the contents are gone.
+        """
+        job = self._prepare(inode, NO_CONTENTS, None)
+        assert job is not None
+        job.empties = True
+        fd = job.target_fd
+        self._do(job, keep_open=True)
+        inode.ctime = None
+        return fd
+
+    def _do(self, job: CopyUpJob, *, keep_open: bool = False) -> None:
+        try:
+            job.run()
+        except BaseException:
+            self.abort(job)
+            raise
+        self.finish(job, keep_open=keep_open)
 
     def ensure_directory(self, directory: DirInode) -> int:
         """Copy ``directory``, in which names are about to change, up if needed; returns the upper one's descriptor."""
@@ -113,7 +130,7 @@ class CopyUp:
             st = self._view.real_stat(node)
             shown_ns = self._view.ctime_ns(node, st)
             self._directory(self._upper, node, st)
-            node.ctime = (self._view.real_stat(node).st_ctime_ns, shown_ns)
+            self._view.keep_ctime(node, shown_ns)
         return self._view.upper_dir_fd(directory)
 
     def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
@@ -121,6 +138,13 @@ class CopyUp:
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
+        job = self._prepare(inode, need, st)
+        if job is None or job.size or job.mark is not None:
+            return job
+        self._do(job)
+        return None
+
+    def _prepare(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
         if isinstance(inode, FileInode):
             self.place_names(inode)
         if not self.needs(inode, need):
@@ -128,7 +152,11 @@ class CopyUp:
         size_bytes = self._accounts.require_copy(inode, need)
         job = self._begin(inode, need, st)
         if job is not None:
-            self._accounts.copying(inode, job.target_fd, size_bytes)
+            try:
+                self._accounts.copying(inode, job.target_fd, size_bytes)
+            except BaseException:
+                self.abort(job)
+                raise
         return job
 
     def _begin(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
@@ -162,18 +190,18 @@ class CopyUp:
             os.close(source_fd)
             raise
         sync = self._sync and wanted > 0 and not later
-        job = CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later)
-        if wanted == 0:
-            self.finish(job)
-            return None
-        return job
+        return CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later)
 
-    def finish(self, job: CopyUpJob) -> None:
-        """Put a copied file into its place: after this it is the inode's object, also for files open by now."""
+    def finish(self, job: CopyUpJob, *, keep_open: bool = False) -> None:
+        """Put a copied file into its place: after this it is the inode's object, also for files open by now.
+
+        With ``keep_open``, ``job.target_fd`` is the caller's from then on.
+        """
         try:
             self._finish(job)
         finally:
             self._accounts.copied(job.inode)
+        job.close(keep_target=keep_open)
 
     def _finish(self, job: CopyUpJob) -> None:
         if job.mark is not None:
@@ -189,30 +217,25 @@ class CopyUp:
             # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
             # and keep it. So it comes when the mark goes.
             later = origin_of(self._view.lower_place(inode)[0], source) if job.later else None
-            self._dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
+            self.dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
             inode.has_origin |= later is not None
+            job.empty()
             self._placing.file(upper, inode, job.new, job.st)
         except BaseException:
             self.abort(job)
             raise
-        # From here on the copy is the file: whatever fails must not take it away.
+        # From here on the copy is the file: nothing may fail, or who has it open would see the lower one for ever.
         inode.lower = inode.data = None
         inode.metacopy = False
         if later is not None and self.unsynced is not None and not inode.orphan:
             self.unsynced.add(inode, later)
-        try:
-            self._switch_handles(inode, job.target_fd)
-        finally:
-            job.close()
+        self._switch_handles(job)
 
     def abort(self, job: CopyUpJob) -> None:
         """Give up: the file stays what it was."""
-        if job.new is None and job.mark is None:
-            with contextlib.suppress(OSError):
-                if not job.overwrites:  # a metacopy stays a file without data
-                    os.ftruncate(job.target_fd, 0)
-                    os.ftruncate(job.target_fd, job.st.st_size)
-                self._give_back_capability(job)
+        job.undo()
+        if job.complete:  # but for syncing that
+            self._finish_data(job)
         job.close()
         if job.new is not None:
             self._upper.discard(job.new.temp)
@@ -220,7 +243,7 @@ class CopyUp:
 
     # -- parts ------------------------------------------------------------------------------------------------
 
-    def _dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
+    def dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
         """Give the copy ``target`` of ``source`` everything but its data and its place.
 
         The mode follows the extended attributes, which a server without privilege can set on a file that it may
@@ -261,7 +284,7 @@ class CopyUp:
         temp = upper.temp_name()
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
-            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self.dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
             self._placing.directory(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
@@ -274,7 +297,7 @@ class CopyUp:
         else:
             os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
         try:
-            self._dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self.dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
             self._placing.file(upper, inode, NewFile(-1, temp, named=True), st)
         except BaseException:
             upper.discard(temp)
@@ -290,7 +313,7 @@ class CopyUp:
         try:
             os.ftruncate(new.fd, st.st_size)
             os.setxattr(new.fd, self._view.xattrs.metacopy, b"")
-            self._dress(inode, st, self._lower_at(inode), (new.fd, b""))
+            self.dress(inode, st, self._lower_at(inode), (new.fd, b""))
             self._placing.file(upper, inode, new, st)
         except BaseException:
             upper.discard(new.temp)
@@ -313,8 +336,8 @@ class CopyUp:
             return
         path, _ = self._view.proc_path(inode)
         name = inode.name
-        with contextlib.suppress(OSError):
-            recorded = os.getxattr(path, self._view.xattrs.redirect, follow_symlinks=False)
+        recorded = rules.read_redirect(path, (self._view.xattrs,))
+        if recorded is not None:
             if recorded.startswith(b"/"):
                 return  # it holds wherever the file is
             name = recorded
@@ -330,54 +353,39 @@ class CopyUp:
                     raise
         self.ensure(inode)
 
-    def _switch_handles(self, inode: FileInode, upper_fd: int) -> None:
-        """Let files that were opened before the copy-up see what is written after it."""
-        for handle in inode.handles or ():
+    @staticmethod
+    def _switch_handles(job: CopyUpJob) -> None:
+        """Let files that were opened before the copy-up see what is written after it.
+
+        They get the descriptor that there is, although it may be written to: to open another one may fail.
+        """
+        for handle in job.inode.handles or ():
             if handle.has_fd:
-                handle.switch(os.open(b"/proc/self/fd/%d" % upper_fd, os.O_RDONLY | os.O_CLOEXEC))
+                handle.switch(job.target_fd)
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
-    def _begin_data(self, inode: FileInode, need: Need) -> CopyUpJob | None:
+    def _begin_data(self, inode: FileInode, need: Need) -> CopyUpJob:
         layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
         wanted = need.bytes_of(st.st_size)
-        source_fd = layer.open(path, os.O_RDONLY)
+        proc_path, _ = self._view.proc_path(inode)
+        names = (self._view.xattrs.metacopy, self._view.xattrs.redirect)
+        job = CopyUpJob(inode, st, -1, -1, None, wanted, self._sync and wanted > 0, data_is_below=names)
         try:
-            proc_path, _ = self._view.proc_path(inode)
-            target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
+            job.overwrites = st.st_blocks > 0
+            job.source_fd = layer.open(path, os.O_RDONLY)
+            job.target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
+            job.capability = rules.read_xattr(job.target_fd, CAPABILITY)
         except BaseException:
-            os.close(source_fd)
+            self.abort(job)
             raise
-        sync = self._sync and wanted > 0
-        job = CopyUpJob(inode, st, source_fd, target_fd, None, wanted, sync, overwrites=st.st_blocks > 0)
-        with contextlib.suppress(OSError):
-            job.capability = os.getxattr(target_fd, CAPABILITY)
-        if wanted == 0:
-            self.finish(job)
-            return None
         return job
 
-    @staticmethod
-    def _give_back_capability(job: CopyUpJob) -> None:
-        if job.capability is not None:
-            os.setxattr(job.target_fd, CAPABILITY, job.capability)
-
     def _finish_data(self, job: CopyUpJob) -> None:
-        inode = job.inode
-        try:
-            if job.size < job.st.st_size:
-                os.ftruncate(job.target_fd, job.size)
-            self._give_back_capability(job)
-            os.utime(job.target_fd, ns=(job.st.st_atime_ns, job.st.st_mtime_ns))
-            os.removexattr(job.target_fd, self._view.xattrs.metacopy)
-            with contextlib.suppress(OSError):
-                os.removexattr(job.target_fd, self._view.xattrs.redirect)
-            inode.metacopy = False
-            inode.data = None
-            self._switch_handles(inode, job.target_fd)
-        finally:
-            job.close()
+        job.inode.metacopy = False
+        job.inode.data = None
+        self._switch_handles(job)
 
     # -- data that is synced later ----------------------------------------------------------------------------
 
@@ -398,9 +406,9 @@ class CopyUp:
     def begin_settling(self, inode: FileInode) -> CopyUpJob:
         """The job that brings an unsynced copy to the disk."""
         path, _ = self._view.proc_path(inode)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         mark, origin = self._view.xattrs.metacopy, self._later_origin(inode)
-        st = os.fstat(fd)
+        st = self._view.real_stat(inode)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         inode.ctime = (st.st_ctime_ns, self._view.ctime_ns(inode, st))
         return CopyUpJob(inode, st, -1, fd, None, 0, sync=True, mark=mark, origin=origin)
 
@@ -412,8 +420,7 @@ class CopyUp:
         inode = job.inode
         self.forget_unsynced(inode)
         if inode.ctime is not None:  # nobody has changed it meanwhile
-            inode.ctime = (os.fstat(job.target_fd).st_ctime_ns, inode.ctime[1])
-        job.close()
+            self._view.keep_ctime(inode, inode.ctime[1])
 
     def forget_unsynced(self, inode: FileInode) -> None:
         """``inode`` need not be settled any more: it is, or it has no name left."""

@@ -80,16 +80,14 @@ class Origins:
         """
         if not directory.impure or directory.lowers or directory.orphan:
             return
-        dir_fd = self._view.upper_dir_fd(directory)
-        if directory.origin_names is None:
-            try:
+        # An impure directory only takes longer to list. A server without privilege may search it but not read, say.
+        with contextlib.suppress(OSError):
+            dir_fd = self._view.upper_dir_fd(directory)
+            if directory.origin_names is None:
                 directory.origin_names = self._names_with_origin(directory, dir_fd)
-            except PermissionError:
-                return  # a server without privilege may search it, but not read
-        directory.origin_names.discard(name)
-        if not directory.origin_names:
-            directory.impure, directory.origin_names = False, None
-            with contextlib.suppress(OSError):
+            directory.origin_names.discard(name)
+            if not directory.origin_names:
+                directory.impure, directory.origin_names = False, None
                 os.removexattr(b"/proc/self/fd/%d" % dir_fd, self._view.xattrs.impure)
 
     def _names_with_origin(self, directory: DirInode, dir_fd: int) -> set[bytes]:

@@ -51,7 +51,11 @@ class Placing:
             # A directory that may not be written by its owner cannot be moved by him to another one either.
             os.chmod(temp, stat.S_IMODE(st.st_mode) | stat.S_IWUSR, dir_fd=upper.work_fd)
             install()
-            os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
+            try:
+                os.chmod(name, stat.S_IMODE(st.st_mode), dir_fd=parent_fd)
+            except BaseException:
+                os.rmdir(name, dir_fd=parent_fd)
+                raise
 
         # What is in the work directory is ours, whoever the lower one belongs to.
         may_be_moved = st.st_mode & stat.S_IWUSR or self._server_uid == 0
@@ -72,8 +76,8 @@ class Placing:
         else:  # unlinked in the meantime, but still open
             upper.stage(new)  # a file that never had a name could be given one later
             inode.orphan_fd = os.open(new.temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
-            os.unlink(new.temp, dir_fd=upper.work_fd)
             inode.upper = True
+            upper.discard(new.temp)
         self._accounts.changed(inode)
         for parent, _ in inode.places():
             self._accounts.changed(parent)
@@ -87,15 +91,21 @@ class Placing:
         # The copy stays in the work directory for as long as there may be names of it, and every name that is looked up
         # finds it, and becomes a link to it before anything is changed. So they remain one file.
         upper.stage(new)
+        before = inode.nlink
         inode.staged_link = new.temp
         inode.upper = True
         if inode.nlink is None:
             inode.nlink = st.st_nlink
+        linked: list[tuple[DirInode, bytes]] = []
         try:
             for parent, name in inode.places():
                 self.link(inode, parent, name)
+                linked.append((parent, name))
         except BaseException:
-            inode.staged_link, inode.upper = None, False
+            inode.staged_link, inode.upper, inode.nlink = None, False, before
+            for parent, name in linked:  # which would be another file when this is tried again
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self._view.upper_dir_fd(parent))
             raise
         if inode.orphan:  # unlinked in the meantime, but still open
             self._hard_links.lost_name(inode)
@@ -133,7 +143,8 @@ class Placing:
             try:
                 make()
             finally:
-                os.chmod(path, stat.S_IMODE(before.st_mode))
+                with contextlib.suppress(OSError):  # what was made is there
+                    os.chmod(path, stat.S_IMODE(before.st_mode))
         with contextlib.suppress(OSError):
             os.utime(b".", ns=(before.st_atime_ns, before.st_mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
-        directory.ctime = (os.stat(dir_fd).st_ctime_ns, shown_ns)
+        self._view.keep_ctime(directory, shown_ns)

@@ -108,14 +108,21 @@ class Unsynced:
     def end(self, sync: Callable[[], None], remove_mark: Callable[[FileInode], None]) -> None:
         """Settle all at the end of the mount, by ``sync``, which syncs everything, and ``remove_mark`` of each.
 
-        What fails raises OSError, and leaves the rest to the next mount.
+        What fails raises OSError, when all others are done, and is left to the next mount.
         """
         sync()
+        first: OSError | None = None
         if self._copies:
             for inode in self.copies():
-                remove_mark(inode)
-                self.remove(inode)
+                try:
+                    remove_mark(inode)
+                except OSError as error:
+                    first = first or error
+                else:
+                    self.remove(inode)
             sync()
+        if first is not None:
+            raise first
         if self._noted and not self._keeps_note:
             os.unlink(NOTE, dir_fd=self._workdir_fd)
             self._noted = False

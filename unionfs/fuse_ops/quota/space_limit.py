@@ -11,13 +11,11 @@ as a second mount of the same directories, have made room.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Final
 
 from unionfs.fuse_ops.quota.allocation import growth, round_up
@@ -147,17 +145,6 @@ class SpaceLimit:
         else:
             del self._expected[ino]
         self._expected_total -= size_bytes
-
-    @contextlib.contextmanager
-    def growing(self, fd: int, size_bytes: int) -> Iterator[None]:
-        """Promise the file ``fd`` to grow for the length of the block, and count it after."""
-        ino = os.fstat(fd).st_ino
-        self.expect(ino, size_bytes)
-        try:
-            yield
-        finally:
-            self.arrived(ino, size_bytes)
-            self.written(os.fstat(fd))
 
     # -- after a change ---------------------------------------------------------------------------------------
 

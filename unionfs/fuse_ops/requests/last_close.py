@@ -28,7 +28,11 @@ class LastCloseInThread(LastClose):
 
     def close(self, fd: int) -> None:
         """Close ``fd``, which may be the last descriptor of a file without a name."""
-        if os.fstat(fd).st_blocks <= _LARGE:
+        try:
+            large = os.fstat(fd).st_blocks > _LARGE
+        except OSError:
+            large = False
+        if not large:
             os.close(fd)
             return
         if self._calls is None:

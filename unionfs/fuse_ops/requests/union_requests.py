@@ -309,7 +309,9 @@ class UnionRequests:
 
         if not truncate:
             return self._copied_up(inode, CONTENTS, then)
-        return self._copied_up(inode, NO_CONTENTS, lambda: self._freed(inode, 0, then))
+        if inode in self._copying or (isinstance(inode, FileInode) and inode.unsynced):
+            return self._copied_up(inode, NO_CONTENTS, lambda: self._freed(inode, 0, then))
+        return self._freed(inode, 0, then)
 
     @staticmethod
     def is_open_for_writing(inode: Inode) -> bool:
@@ -374,14 +376,17 @@ class UnionRequests:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         space = self.tree.space
         try:
-            if space is None:
-                return self._write_all(fd, offset, data)
-            return self._write_all(fd, offset, memoryview(data)[: space.fitting(fd, offset, len(data))])
-        finally:
             if space is not None:
-                space.written(os.fstat(fd))
-            if file.inode.capability is not None:
-                os.setxattr(fd, CAPABILITY, file.inode.capability)
+                data = memoryview(data)[: space.fitting(fd, offset, len(data))]
+            return self._write_all(fd, offset, data)
+        finally:
+            # Whatever becomes of this, the answer is that of the write.
+            with contextlib.suppress(OSError):
+                if space is not None:
+                    space.written(os.fstat(fd))
+            with contextlib.suppress(OSError):
+                if file.inode.capability is not None:
+                    os.setxattr(fd, CAPABILITY, file.inode.capability)
 
     @staticmethod
     def _write_all(fd: int, offset: int, data: bytes | memoryview) -> int:
@@ -422,7 +427,8 @@ class UnionRequests:
 
         def end() -> None:
             space.arrived(ino, size_bytes)
-            space.written(os.fstat(fd))
+            with contextlib.suppress(OSError):  # whatever the request was, it has been done
+                space.written(os.fstat(fd))
 
         def finish(result: T) -> T:
             end()

@@ -52,10 +52,13 @@ def open_tree(options: MountOptions) -> UnionTree:
         if options.upperdir is not None and not options.read_only:
             upper_layer = _track(opened, open_upper(options.upperdir, cache))
         return _assemble(options, lowers, data, upper_layer, cache)
-    except BaseException:
+    except BaseException as error:
         cache.close()
         for layer in opened:
             layer.close()
+        if isinstance(error, OSError):
+            name = f"upperdir {options.upperdir}" if options.upperdir else f"lower layer {options.lowerdirs[0]}"
+            raise LayerError(f"{name} cannot be mounted: {error.strerror}; see what its file system says") from None
         raise
 
 
@@ -89,8 +92,13 @@ def _assemble(
         raise
     tree.hold_claim(work.claim)
     tree.warnings.extend(work.warnings)
-    if work.claim is not None and was_noted(work.claim.workdir_fd):
-        _recover(tree, work.claim.workdir_fd)
+    try:
+        if work.claim is not None and was_noted(work.claim.workdir_fd):
+            _recover(tree, work.claim.workdir_fd)
+    except BaseException:
+        lower.observer.close()
+        work.close()
+        raise
     return tree
 
 

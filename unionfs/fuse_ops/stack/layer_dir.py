@@ -75,12 +75,7 @@ class LayerDir:
         self.device = os.stat(fd).st_dev
         self._cache = cache
         # Some calls refuse O_PATH descriptors: ioctl(2), open_by_handle_at(2).
-        try:
-            self.readable_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            os.close(fd)
-            role = "upperdir" if index < 0 else "lower layer"
-            raise LayerError(f"{role} {path}: {reason_of(error)}") from None
+        self.readable_fd = os.open(b"/proc/self/fd/%d" % fd, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.filesystem_uuid = syscalls.filesystem_uuid(self.readable_fd)
 
     def __repr__(self) -> str:
@@ -162,11 +157,19 @@ def open_lower(path: str, index: int, cache: DescriptorCache) -> LayerDir:
             os.close(plain)
             what = too_many_files(error) if error.errno == errno.EMFILE else f"{error.strerror}; cannot clone its mount"
             raise LayerError(f"lower layer {path}: {what}") from None
-        return LayerDir(plain, path, index, cache)
+        return _held(plain, "lower layer", path, index, cache)
     os.close(plain)
-    return LayerDir(clone, path, index, cache)
+    return _held(clone, "lower layer", path, index, cache)
 
 
 def open_upper(path: str, cache: DescriptorCache) -> LayerDir:
     """Hold ``path`` as the writable layer. It is not cloned: renames between upper and work need one mount."""
-    return LayerDir(_open_directory(path, "upperdir"), path, -1, cache)
+    return _held(_open_directory(path, "upperdir"), "upperdir", path, -1, cache)
+
+
+def _held(fd: int, role: str, path: str, index: int, cache: DescriptorCache) -> LayerDir:
+    try:
+        return LayerDir(fd, path, index, cache)
+    except OSError as error:
+        os.close(fd)
+        raise LayerError(f"{role} {path}: {reason_of(error)}") from None

@@ -11,18 +11,18 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.host import syscalls
 from unionfs.host.files import make_accessible, remove_tree
-from unionfs.overlay.format import MARK, NAME_MAX, OPAQUE_MARK, WHITEOUT_DEVICE, OverlayXattrs
+from unionfs.overlay import rules
+from unionfs.overlay.format import MARK, NAME_MAX, OPAQUE_MARK, WHITEOUT_DEVICE, OverlayXattrs, is_whiteout
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_ACL = "system.posix_acl_default"
+_DEFAULT_ACL = b"system.posix_acl_default"
 _NO_UNNAMED_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
-_NO_ACL = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_DEVICES = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -114,7 +114,7 @@ class UpperDir:
         in a directory with the same default ACL.
         """
         name = self.temp_name()
-        acl = _default_acl(parent_fd)
+        acl = rules.read_xattr(b"/proc/self/fd/%d" % parent_fd, _DEFAULT_ACL, follow=True)
         if acl is None:
             try:
                 yield self.work_fd, name
@@ -167,59 +167,83 @@ class UpperDir:
             os.link(name, link, src_dir_fd=dir_fd, dst_dir_fd=self.work_fd, follow_symlinks=False)
             self._whiteout_link = link
 
+    def _prepared_whiteout(self, dir_fd: int) -> bytes:
+        """Make a whiteout in the work directory that has only to be moved to its place in ``dir_fd``; its name."""
+        temp = self.temp_name()
+        if self.device_whiteouts:
+            self._link_whiteout(self.work_fd, temp)
+            return temp
+        # For names too long for a mark: a zero-size file with an attribute.
+        self.allow_xattr_whiteouts(dir_fd)
+        try:
+            os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=self.work_fd))
+            os.setxattr(self.work_path(temp), self.xattrs.whiteout, b"y", follow_symlinks=False)
+        except BaseException:
+            self.discard(temp)
+            raise
+        return temp
+
+    def allow_xattr_whiteouts(self, dir_fd: int) -> None:
+        """Have the directory say that files in it may be whiteouts, unless it hides all that is below anyway."""
+        with contextlib.suppress(FileExistsError):
+            os.setxattr(b"/proc/self/fd/%d" % dir_fd, self.xattrs.opaque, b"x", os.XATTR_CREATE)
+
+    def _uses_mark(self, name: bytes) -> bool:
+        """Whether a whiteout of ``name`` is a mark, which stands beside the name."""
+        return not self.device_whiteouts and len(name) <= NAME_MAX - len(MARK)
+
     def whiteout(self, dir_fd: int, name: bytes) -> None:
         """Hide the lower ``name`` where the upper directory has nothing of that name."""
         if self.device_whiteouts:
             self._link_whiteout(dir_fd, name)
-        elif len(name) <= NAME_MAX - len(MARK):
+        elif self._uses_mark(name):
             self._make_mark(dir_fd, name)
         else:
-            self._xattr_whiteout(dir_fd, name)
-
-    def _make_mark(self, dir_fd: int, name: bytes) -> None:
-        os.close(os.open(MARK + name, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dir_fd))
-
-    def _xattr_whiteout(self, dir_fd: int, name: bytes) -> None:
-        """For names too long for a mark: a zero-size file with an attribute, in a directory with ``opaque=x``."""
-        with self.staging(dir_fd) as (staging_fd, temp):
-            os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=staging_fd))
-            os.setxattr(b"/proc/self/fd/%d/%s" % (staging_fd, temp), self.xattrs.whiteout, b"y", follow_symlinks=False)
-            directory = b"/proc/self/fd/%d" % dir_fd
+            temp = self._prepared_whiteout(dir_fd)
             try:
-                os.getxattr(directory, self.xattrs.opaque)
-            except OSError:
-                os.setxattr(directory, self.xattrs.opaque, b"x")
-            os.rename(temp, name, src_dir_fd=staging_fd, dst_dir_fd=dir_fd)
+                os.rename(temp, name, src_dir_fd=self.work_fd, dst_dir_fd=dir_fd)
+            except BaseException:
+                self.discard(temp)
+                raise
+
+    def _make_mark(self, dir_fd: int, name: bytes) -> bool:
+        """Make the mark of ``name``; false if there was one."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            os.close(os.open(MARK + name, flags, 0o600, dir_fd=dir_fd))
+        except FileExistsError:
+            return False
+        return True
 
     def replace_by_whiteout(self, dir_fd: int, name: bytes, *, directory: bool) -> None:
         """Remove the upper object ``name`` and hide the lower one, in one step."""
-        temp = self.temp_name()
-        if not self.device_whiteouts:
-            if len(name) > NAME_MAX - len(MARK):
-                if directory:
-                    self._move_away(dir_fd, name, temp)
-                    self.discard(temp)
-                self._xattr_whiteout(dir_fd, name)
-                return
-            self._make_mark(dir_fd, name)  # first: a crash in between must not bring the lower object back
-            self.remove(dir_fd, name, directory=directory)
+        if self._uses_mark(name):
+            # First: a crash in between must not bring the lower object back.
+            self._beside_mark(dir_fd, name, lambda: self.remove(dir_fd, name, directory=directory))
             return
-        self._link_whiteout(self.work_fd, temp)
-        if directory:
+        temp = self._prepared_whiteout(dir_fd)
+        try:
+            if not directory:
+                os.rename(temp, name, src_dir_fd=self.work_fd, dst_dir_fd=dir_fd)
+                return
             try:
                 syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
             except PermissionError:
                 make_accessible(dir_fd, name)
                 syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
+        finally:
+            # rename(2) between two links of one inode does nothing: both are whiteouts then, and this one stays.
             self.discard(temp)
-        else:
-            os.rename(temp, name, src_dir_fd=self.work_fd, dst_dir_fd=dir_fd)
-            self._drop_same_link(temp)
 
-    def _drop_same_link(self, temp: bytes) -> None:
-        # rename(2) between two links of one inode does nothing: both are whiteouts then, and the temporary one stays.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp, dir_fd=self.work_fd)
+    def _beside_mark(self, dir_fd: int, name: bytes, change: Callable[[], None]) -> None:
+        """Do ``change`` when ``name`` has its mark, which goes if that fails: a directory beside it shows less."""
+        is_new = self._make_mark(dir_fd, name)
+        try:
+            change()
+        except BaseException:
+            if is_new:
+                _try_unlink(dir_fd, MARK + name)
+            raise
 
     # -- objects ----------------------------------------------------------------------------------------------
 
@@ -254,7 +278,7 @@ class UpperDir:
             syscalls.renameat2(staging_fd, temp, dir_fd, name, syscalls.RENAME_NOREPLACE)
         except FileExistsError:  # a whiteout, over which no directory can be renamed
             syscalls.renameat2(staging_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
-            os.unlink(temp, dir_fd=staging_fd)
+            _try_unlink(staging_fd, temp)
 
     def move(
         self,
@@ -269,17 +293,31 @@ class UpperDir:
 
         At the new place there is nothing, an object that the kernel lets it replace, or a whiteout.
         """
-        devices = leave_whiteout and self.device_whiteouts  # before anything is done: asking may fail
-        if over_whiteout and directory:
-            syscalls.renameat2(*old, *new, syscalls.RENAME_EXCHANGE)
-            if not leave_whiteout:
-                os.unlink(old[1], dir_fd=old[0])
-            elif not devices:
-                # What came from the new place may be any kind of whiteout: replace it by the one made here.
-                os.unlink(old[1], dir_fd=old[0])
-                self.whiteout(*old)
+        exchange = over_whiteout and directory
+        if leave_whiteout and self._uses_mark(old[1]):
+            # A crash in between hides rather than resurrects.
+            self._beside_mark(*old, lambda: self._rename(old, new, exchange=exchange, stays=False))
+        elif exchange:
+            if leave_whiteout and not is_whiteout(os.stat(new[1], dir_fd=new[0], follow_symlinks=False)):
+                self.allow_xattr_whiteouts(old[0])
+            self._rename(old, new, exchange=True, stays=leave_whiteout)
+        elif leave_whiteout:
+            self._rename_leaving_whiteout(old, new)
+        else:
+            self._rename(old, new, exchange=False, stays=False)
+
+    @staticmethod
+    def _rename(old: tuple[int, bytes], new: tuple[int, bytes], *, exchange: bool, stays: bool) -> None:
+        """Rename, of a directory over a whiteout by an exchange; ``stays``: the whiteout hides the old name then."""
+        if not exchange:
+            os.rename(old[1], new[1], src_dir_fd=old[0], dst_dir_fd=new[0])
             return
-        if devices and self._rename_whiteout:
+        syscalls.renameat2(*old, *new, syscalls.RENAME_EXCHANGE)
+        if not stays:
+            _try_unlink(*old)
+
+    def _rename_leaving_whiteout(self, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
+        if self.device_whiteouts and self._rename_whiteout:
             try:
                 syscalls.renameat2(*old, *new, syscalls.RENAME_WHITEOUT)
                 return
@@ -287,21 +325,31 @@ class UpperDir:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS):
                     raise
                 self._rename_whiteout = False  # a file system without it
-        # A mark stands beside the name, so it can be made first, and a crash in between hides rather than resurrects.
-        mark = leave_whiteout and not devices and len(old[1]) <= NAME_MAX - len(MARK)
-        if mark:
-            self.whiteout(*old)
-        os.rename(old[1], new[1], src_dir_fd=old[0], dst_dir_fd=new[0])
-        if leave_whiteout and not mark:
-            self.whiteout(*old)
+        temp = self._prepared_whiteout(old[0])
+        try:
+            os.rename(old[1], new[1], src_dir_fd=old[0], dst_dir_fd=new[0])
+            try:
+                os.rename(temp, old[1], src_dir_fd=self.work_fd, dst_dir_fd=old[0])
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.rename(new[1], old[1], src_dir_fd=new[0], dst_dir_fd=old[0])
+                raise
+        finally:
+            self.discard(temp)
 
-    def clear_directory(self, dir_fd: int, name: bytes) -> None:
-        """Replace the upper directory ``name``, which holds whiteouts only, by an empty opaque one."""
+    def clear_directory(self, dir_fd: int, name: bytes, dress: Callable[[bytes], None]) -> None:
+        """Replace the upper directory ``name``, which holds whiteouts only, by an empty opaque one.
+
+        ``dress`` gives the directory of that name in the work directory the attributes that it is to have.
+        """
         temp = self.temp_name()
         os.mkdir(temp, 0o700, dir_fd=self.work_fd)
-        self.set_opaque(self.work_path(temp))
-        syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
-        self.discard(temp)
+        try:
+            self.set_opaque(self.work_path(temp))
+            dress(temp)
+            syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
+        finally:
+            self.discard(temp)
 
     def set_opaque(self, path: bytes) -> None:
         """Mark the directory at ``path`` as hiding everything below it."""
@@ -322,10 +370,9 @@ class UpperDir:
         self.layer.close()
 
 
-def _default_acl(dir_fd: int) -> bytes | None:
+def _try_unlink(dir_fd: int, name: bytes) -> None:
+    """Remove what is in the way of nobody, when what was asked for has been done."""
     try:
-        return os.getxattr(b"/proc/self/fd/%d" % dir_fd, _DEFAULT_ACL)
+        os.unlink(name, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno not in _NO_ACL:
-            raise
-        return None
+        log.warning("cannot remove %s: %s", os.fsdecode(name), error.strerror)

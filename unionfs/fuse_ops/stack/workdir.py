@@ -228,11 +228,14 @@ def can_exchange(dir_fd: int) -> bool:
 def supports_xattrs(fd: int, names: OverlayXattrs) -> bool:
     """Whether overlay's attributes can be stored in the directory ``fd``; tries with the directory, as the kernel does.
 
-    The value says nothing, so a server that is killed half-way leaves nothing that anybody looks at.
+    The value says nothing, so a server that is killed half-way leaves nothing that anybody looks at. Raises OSError
+    when that cannot be told: on a full disk, say.
     """
     try:
         os.setxattr(fd, names.opaque, b"0")
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL):
+            raise
         return False
     with contextlib.suppress(OSError):  # a second server of the same directory was quicker
         os.removexattr(fd, names.opaque)

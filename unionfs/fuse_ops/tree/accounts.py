@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -112,7 +113,10 @@ class LimitedAccounts(Accounts):
     def changed(self, inode: Inode, *, truncated: bool = False) -> None:
         if not inode.upper or (inode.orphan and inode.orphan_fd < 0):
             return
-        st = self._view.real_stat(inode)
+        try:
+            st = self._view.real_stat(inode)
+        except OSError:  # what was asked for has been done; the next recount sees it
+            return
         if st.st_nlink == 0 and not (isinstance(inode, FileInode) and inode.handles):
             # What the kernel still remembers of it goes in a moment, and nobody can write to it.
             self._gone(inode, st.st_ino)
@@ -135,13 +139,14 @@ class LimitedAccounts(Accounts):
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
             remove()
-            st = os.fstat(fd)
+            with contextlib.suppress(OSError):  # what was asked for has been done; the next recount sees it
+                st = os.fstat(fd)
+                if inode.orphan_fd >= 0:
+                    self.changed(inode)
+                elif st.st_nlink == 0:
+                    self._limit.gone(st.st_ino)
         finally:
             os.close(fd)
-        if inode.orphan_fd >= 0:
-            self.changed(inode)
-        elif st.st_nlink == 0:
-            self._limit.gone(st.st_ino)
 
     def closed(self, inode: FileInode) -> None:
         if inode in self._unlinked and not inode.handles:

@@ -9,6 +9,7 @@ import struct
 from typing import Final, NamedTuple
 
 from unionfs.fuse_ops.options import MountOptions, XattrPermissions
+from unionfs.overlay import rules
 from unionfs.overlay.idmap import IdMap
 
 DEFAULT_ACL: Final = b"system.posix_acl_default"
@@ -126,10 +127,9 @@ class Ownership:
         if kind not in (stat.S_IFREG, stat.S_IFDIR):
             return None
         for name in self._override_names:
-            try:
-                return parse_override(os.getxattr(path, name, follow_symlinks=False))
-            except OSError:
-                continue
+            value = rules.read_xattr(path, name)
+            if value is not None:
+                return parse_override(value)
         return None
 
     def write_override(self, path: bytes, override: Override) -> None:

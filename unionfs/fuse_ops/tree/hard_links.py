@@ -42,9 +42,9 @@ class HardLinks:
         upper = self._view.upper
         assert upper is not None
         assert inode.staged_link is not None
-        if inode.needed:
+        if inode.needed and inode.orphan_fd < 0:
             inode.orphan_fd = os.open(inode.staged_link, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work_fd)
-        os.unlink(inode.staged_link, dir_fd=upper.work_fd)
+        upper.discard(inode.staged_link)
         inode.staged_link = None
         inode.nlink = 0
         self._view.inodes.forget_links(inode)
@@ -80,7 +80,11 @@ class HardLinks:
             if index is None:
                 left.append(inode)
             elif not self._has_name(inode, index, inode.key[1]):
-                self._accounts.removing(inode, partial(self._release, inode))
+                try:
+                    self._accounts.removing(inode, partial(self._release, inode))
+                except OSError:  # no descriptor for those who still have it: at the next search then
+                    left.append(inode)
+                    continue
                 self._view.inodes.drop_if_unneeded(inode)
         self._nameless = left
 

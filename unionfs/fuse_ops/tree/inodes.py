@@ -308,9 +308,8 @@ class OpenFile:
         return self._fd >= 0
 
     def switch(self, fd: int) -> None:
-        """Put the file behind ``fd`` behind this one, atomically for a read going on in a thread; takes ``fd``."""
+        """Put the file behind ``fd`` behind this one, atomically for a read going on in a thread."""
         os.dup2(fd, self.fd, inheritable=False)
-        os.close(fd)
 
     def close(self) -> None:
         assert self.inode.handles is not None

@@ -466,7 +466,14 @@ class MergedView:
         """
         shown_ns = self.ctime_ns(inode, self.real_stat(inode))
         change()
-        inode.ctime = (self.real_stat(inode).st_ctime_ns, shown_ns)
+        self.keep_ctime(inode, shown_ns)
+
+    def keep_ctime(self, inode: Inode, shown_ns: int) -> None:
+        """Go on showing ``shown_ns`` as the ctime of ``inode``, whose upper object has just been changed."""
+        try:
+            inode.ctime = (self.real_stat(inode).st_ctime_ns, shown_ns)
+        except OSError:  # the change has been made
+            inode.ctime = None
 
     def data_source(self, inode: FileInode) -> tuple[LayerDir, bytes]:
         """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""

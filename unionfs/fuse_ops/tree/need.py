@@ -35,11 +35,6 @@ ATTRIBUTES: Final = Need(data=False, later=True)
 """For new attributes under the old name."""
 
 
-def for_writing(*, truncate: bool) -> Need:
-    """What opening a file for writing needs."""
-    return NO_CONTENTS if truncate else CONTENTS
-
-
 def for_name(*, unsynced: bool) -> Need:
     """What a new name for a file needs, which is ``unsynced`` if its data is not on the disk yet."""
     return CONTENTS if unsynced else METADATA

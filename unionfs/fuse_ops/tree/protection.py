@@ -16,6 +16,7 @@ from typing import Final
 from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.host.syscalls import attributes_of
+from unionfs.overlay.rules import read_xattr
 
 IMMUTABLE: Final = 0x10  # linux/fs.h: FS_IMMUTABLE_FL, and linux/stat.h: STATX_ATTR_IMMUTABLE
 APPEND: Final = 0x20  # FS_APPEND_FL, STATX_ATTR_APPEND
@@ -46,10 +47,7 @@ class Protection:
         if not inode.upper:
             return attributes_of(*self._view.real_at(inode)) & (IMMUTABLE | APPEND)
         path, follow = self._view.proc_path(inode)
-        try:
-            value = os.getxattr(path, self._view.xattrs.protattr, follow_symlinks=follow)
-        except OSError:
-            return 0
+        value = read_xattr(path, self._view.xattrs.protattr, follow=follow) or b""
         return sum(flag for flag, letter in _LETTERS if letter in value)
 
     def set(self, inode: Inode, flags: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol
 
 from unionfs.fuse_ops.copy_up.copy_up import CopyUp
@@ -38,6 +40,30 @@ def check_new_name(name: bytes) -> None:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
     if name.startswith(MARK):
         raise OSError(errno.EINVAL, "names starting with .wh. mean a whiteout", os.fsdecode(name))
+
+
+class Removal:
+    """What has to be known of an object, and kept of it, before one of its names goes: afterwards nothing may fail.
+
+    In the block the name is removed; if that fails, nothing is kept. ``fd`` is of an upper object that loses its last
+    name while somebody can still ask for it, or -1; ``nlink`` how many links it has then, None where the disk says.
+    """
+
+    __slots__ = ("fd", "nlink")
+
+    def __init__(self, fd: int, nlink: int | None) -> None:
+        self.fd = fd
+        self.nlink = nlink
+
+    def __enter__(self) -> Removal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class NamespaceChanges:
@@ -129,23 +155,44 @@ class NamespaceChanges:
 
     def _make_nested_whiteout(self, directory: DirInode, name: bytes, mode: int, caller: Caller) -> Inode:
         def make(dir_fd: int, temp: bytes) -> None:
-            os.mknod(temp, stat.S_IFREG | stat.S_IMODE(mode), 0, dir_fd=dir_fd)
-            path = b"/proc/self/fd/%d/%s" % (dir_fd, temp)
+            self._make_whiteout_of_nested(directory, dir_fd, temp, mode)
+
+        return _shown_as_whiteout(self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make))
+
+    def leave_nested_whiteout(self, directory: DirInode, name: bytes, caller: Caller, move: Callable[[], None]) -> None:
+        """Do ``move``, by which ``name`` leaves ``directory``, and put a whiteout of a stacked overlay in its place."""
+        mode = stat.S_IFREG
+
+        def make(dir_fd: int, temp: bytes) -> None:
+            self._make_whiteout_of_nested(directory, dir_fd, temp, mode)
+
+        self._accounts.require_entry()
+        directory_fd = self._copy_up.ensure_directory(directory)
+        st = self._make_staged(directory_fd, name, mode, caller, make, before=move)
+        inode = _shown_as_whiteout(self._view.adopt_new(directory, name, st))
+        self._accounts.changed(inode)
+        self._accounts.changed(directory)
+
+    def _make_whiteout_of_nested(self, directory: DirInode, dir_fd: int, name: bytes, mode: int) -> None:
+        self._allow_nested(directory)
+        os.mknod(name, stat.S_IFREG | stat.S_IMODE(mode), 0, dir_fd=dir_fd)
+        path = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+        try:
             os.setxattr(path, self._view.xattrs.nested_whiteout, b"y", follow_symlinks=False)
+        except BaseException:
+            os.unlink(name, dir_fd=dir_fd)
+            raise
 
-        inode = as_file(self._make(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller, make))
-        inode.is_nested_whiteout = True
-        inode.kind = stat.S_IFCHR
-        self.note_nested(inode, directory)
-        return inode
+    def allow_nested(self, inode: Inode, directory: DirInode) -> None:
+        """Note on an upper directory that ``inode`` is about to come into it, if that is such a whiteout."""
+        if isinstance(inode, FileInode) and inode.is_nested_whiteout:
+            self._allow_nested(directory)
 
-    def note_nested(self, inode: Inode, directory: DirInode) -> None:
-        """Note on an upper directory that a whiteout of a stacked overlay has come into it."""
-        if not isinstance(inode, FileInode) or not inode.is_nested_whiteout or directory.holds_nested_whiteouts:
-            return
-        path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
-        os.setxattr(path, self._view.xattrs.nested_opaque, b"x")
-        directory.holds_nested_whiteouts = True
+    def _allow_nested(self, directory: DirInode) -> None:
+        if not directory.holds_nested_whiteouts:
+            path = b"/proc/self/fd/%d" % self._view.upper_dir_fd(directory)
+            os.setxattr(path, self._view.xattrs.nested_opaque, b"x")
+            directory.holds_nested_whiteouts = True
 
     def symlink(self, directory: DirInode, name: bytes, target: bytes, caller: Caller) -> Inode:
         """Make a symbolic link."""
@@ -173,18 +220,22 @@ class NamespaceChanges:
         if inode.staged_link is None and inode.key is None:
             st = self._view.real_stat(inode)
             self._view.inodes.remember_links(inode, (st.st_dev, st.st_ino))
+        self.allow_nested(inode, directory)
         # An unnamed file (O_TMPFILE) has no path but that of its descriptor; the kernel refuses what was unlinked.
         try:
             os.link(source, name, dst_dir_fd=directory_fd, follow_symlinks=follow)
         except FileExistsError:  # a whiteout, since the merged tree has nothing of this name
             temp = upper.temp_name()
             os.link(source, temp, dst_dir_fd=upper.work_fd, follow_symlinks=follow)
-            upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
+            try:
+                upper.install(upper.work_fd, temp, directory_fd, name, directory=False)
+            except BaseException:
+                upper.discard(temp)
+                raise
         if inode.nlink is not None:
             inode.nlink += 1
         if inode.has_origin:
             self._copy_up.origins.arrived(directory, name)
-        self.note_nested(inode, directory)
         inode.add_place(directory, name)
         self._accounts.changed(inode)
         self._accounts.changed(directory)
@@ -237,15 +288,11 @@ class NamespaceChanges:
                     upper.set_opaque(b"/proc/self/fd/%d/%s" % (directory_fd, name))
                     is_final = False  # this changes a time
             except BaseException:
-                upper.remove(directory_fd, name, directory=is_dir)
+                with contextlib.suppress(OSError):  # the error that counts is the first
+                    upper.remove(directory_fd, name, directory=is_dir)
                 raise
         else:
-            with upper.staging(directory_fd) as (staging_fd, temp):
-                make(staging_fd, temp)
-                st = self._finish_new(directory_fd, staging_fd, temp, mode, caller, rdev)
-                if is_dir:
-                    upper.set_opaque(b"/proc/self/fd/%d/%s" % (staging_fd, temp))
-                upper.install(staging_fd, temp, directory_fd, name, directory=is_dir)
+            st = self._make_staged(directory_fd, name, mode, caller, make, rdev)
         inode = self._view.adopt_new(directory, name, st)
         inode.kind = stat.S_IFMT(mode)
         if is_final:
@@ -255,6 +302,28 @@ class NamespaceChanges:
         self._accounts.changed(inode)
         self._accounts.changed(directory)
         return inode
+
+    def _make_staged(
+        self,
+        directory_fd: int,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        make: Callable[[int, bytes], None],
+        rdev: int = 0,
+        before: Callable[[], None] | None = None,
+    ) -> os.stat_result:
+        """Make an object in the work directory, call ``before``, and put it where there is nothing or a whiteout."""
+        upper, is_dir = self._copy_up.require_writable(), stat.S_ISDIR(mode)
+        with upper.staging(directory_fd) as (staging_fd, temp):
+            make(staging_fd, temp)
+            st = self._finish_new(directory_fd, staging_fd, temp, mode, caller, rdev)
+            if is_dir:
+                upper.set_opaque(b"/proc/self/fd/%d/%s" % (staging_fd, temp))
+            if before is not None:
+                before()
+            upper.install(staging_fd, temp, directory_fd, name, directory=is_dir)
+        return st
 
     def _finish_new(
         self, directory_fd: int, dir_fd: int, name: bytes, mode: int, caller: Caller, rdev: int
@@ -337,16 +406,16 @@ class NamespaceChanges:
         directory_fd = self._copy_up.ensure_directory(directory)
         is_placed = inode.is_placed(directory, name)
         hides = not is_placed or self.hides_lower(directory, name)
-        self.keep_for_users(inode)
-        if not is_placed:
-            upper.whiteout(directory_fd, name)
-        elif hides:
-            upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
-        else:
-            upper.remove(directory_fd, name, directory=is_dir)
+        with self.before_removal(inode) as removal:
+            if not is_placed:
+                upper.whiteout(directory_fd, name)
+            elif hides:
+                upper.replace_by_whiteout(directory_fd, name, directory=is_dir)
+            else:
+                upper.remove(directory_fd, name, directory=is_dir)
         if hides:
             self.note_whiteout(directory, name)
-        self.removed(inode, directory, name)
+        self.removed(inode, directory, name, removal)
 
     def hides_lower(self, directory: DirInode, name: bytes) -> bool:
         """Whether a lower layer would show ``name`` if the upper one did not say otherwise."""
@@ -357,29 +426,42 @@ class NamespaceChanges:
         assert self._view.upper is not None
         if self._view.upper.device_whiteouts:
             return
-        if len(name) <= NAME_MAX - len(MARK):
-            self._view.upper_marks(directory).add(name)
-        else:
+        if len(name) > NAME_MAX - len(MARK):
             directory.xwhiteouts = True
+        elif directory.marks is not None:
+            directory.marks.add(name)
 
-    def keep_for_users(self, inode: Inode) -> None:
-        """Before the last name of an upper object goes: keep a descriptor, if someone can still ask for it."""
-        if not inode.upper or inode.orphan_fd >= 0 or not inode.needed:
-            return
-        if isinstance(inode, FileInode) and (inode.staged_link is not None or inode.aliases):
-            return
-        dir_fd, name = self._view.upper_at(inode)
-        inode.orphan_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    def before_removal(self, inode: Inode | None) -> Removal:
+        """What :meth:`removed` has to know of ``inode``, if there is one, when one of its names has gone."""
+        if inode is None:
+            return Removal(-1, None)
+        nlink: int | None = None
+        is_last = True
+        if isinstance(inode, FileInode):
+            if inode.nlink is not None:
+                nlink = inode.nlink - 1
+            elif not inode.upper:
+                assert inode.lower is not None
+                layer, path = inode.lower
+                nlink = 0 if inode.key is None else layer.stat(path).st_nlink - 1  # without a key it has one name
+            is_last = not inode.aliases if inode.staged_link is None else nlink == 0
+        fd = -1
+        if inode.upper and inode.orphan_fd < 0 and inode.needed and is_last:
+            dir_fd, name = self._view.upper_at(inode)
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        return Removal(fd, nlink)
 
-    def removed(self, inode: Inode, directory: DirInode, name: bytes) -> None:
+    def removed(self, inode: Inode, directory: DirInode, name: bytes, removal: Removal) -> None:
         """Bring the memory in step with a name that was removed, or replaced, on disk."""
         view = self._view
         if isinstance(inode, DirInode):
             view.forget_upper_dir(inode)
             for child_name, child in list((inode.children or {}).items()):
                 child.remove_place(inode, child_name)
-        elif isinstance(inode, FileInode):
-            self._count_link(inode)
+        elif isinstance(inode, FileInode) and removal.nlink is not None:
+            inode.nlink = removal.nlink
+        if removal.fd >= 0:
+            inode.orphan_fd = removal.fd
         inode.remove_place(directory, name)
         if inode.has_origin:
             self._copy_up.origins.left(directory, name)
@@ -393,12 +475,9 @@ class NamespaceChanges:
             inode.orphan_fd = -1
         view.inodes.drop_if_unneeded(inode)
 
-    @staticmethod
-    def _count_link(inode: FileInode) -> None:
-        """``inode`` is about to lose a name."""
-        if inode.nlink is not None:
-            inode.nlink -= 1
-        elif not inode.upper:
-            assert inode.lower is not None
-            layer, path = inode.lower
-            inode.nlink = 0 if inode.key is None else layer.stat(path).st_nlink - 1  # without a key it has one name
+
+def _shown_as_whiteout(inode: Inode) -> Inode:
+    file = as_file(inode)
+    file.is_nested_whiteout = True
+    file.kind = stat.S_IFCHR
+    return file

@@ -21,6 +21,8 @@ from unionfs.fuse_ops.union.changes import Caller
 from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
 
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
+# There are none, or none that we may take away: nor does the kernel honour those that an ordinary user has stored.
+_NO_CAPABILITIES: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 _XATTR_NAME_MAX: Final = 255
 
 
@@ -97,13 +99,14 @@ class MetadataChanges:
             self._uncapped = None
             return None
         self._copy_up.ensure(inode, for_attributes(change.size))
-        # POSIX: truncation by a process without privilege clears setuid and setgid.
         if change.size is not None:
+            # POSIX: truncation by a process without privilege clears setuid and setgid. First: if one of the two
+            # fails, other contents must not have the privileges.
+            if caller.uid != 0:
+                self.clear_privileges(inode, caller)
             self._truncate(
                 as_file(inode), change.size, keep_times=change.mtime_ns is None and self._view.kernel_keeps_time
             )
-            if caller.uid != 0:
-                self.clear_privileges(inode, caller)
         if change.uid is not None or change.gid is not None:
             st = self._chown(inode, change.uid, change.gid, caller)
         if change.mode is not None:
@@ -142,7 +145,8 @@ class MetadataChanges:
         if keep_times:
             st = self._view.real_stat(inode)
             self._truncate(inode, size, keep_times=False)
-            self._set_times(inode, st.st_atime_ns, st.st_mtime_ns)
+            with contextlib.suppress(OSError):  # the contents are gone, and the kernel has its own times
+                self._set_times(inode, st.st_atime_ns, st.st_mtime_ns)
             return
         for handle in inode.handles or ():
             if handle.writable:
@@ -245,8 +249,11 @@ class MetadataChanges:
         inode.capability = None
         if inode.upper:
             path, follow = self._view.proc_path(inode)
-            with contextlib.suppress(OSError):
+            try:
                 os.removexattr(path, CAPABILITY, follow_symlinks=follow)
+            except OSError as error:
+                if error.errno not in _NO_CAPABILITIES:
+                    raise
 
     # -- extended attributes ----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -17,7 +18,6 @@ from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.host.files import make_accessible
 from unionfs.host.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2
-from unionfs.overlay.format import WHITEOUT_DEVICE
 
 
 class Move(NamedTuple):
@@ -95,13 +95,25 @@ class Renames:
             return  # two names of one file: POSIX says that nothing happens
         if move.flags & RENAME_EXCHANGE:
             self._exchange(move)
+        elif move.flags & RENAME_WHITEOUT:
+            assert caller is not None
+            self._move_leaving_nested_whiteout(move, caller)
         else:
             self._accounts.removing(move.target, lambda: self._move(move))
         for inode in (move.old_dir, move.new_dir, *move.moved):
             self._accounts.changed(inode)
-        if move.flags & RENAME_WHITEOUT:
-            assert caller is not None
-            self._changes.mknod(move.old_dir, move.old_name, stat.S_IFCHR, WHITEOUT_DEVICE, caller)
+
+    def _move_leaving_nested_whiteout(self, move: Move, caller: Caller) -> None:
+        def do() -> None:
+            self._accounts.removing(move.target, lambda: self._move(move))
+
+        try:
+            self._changes.leave_nested_whiteout(move.old_dir, move.old_name, caller, do)
+        except OSError:
+            if move.target is None and (move.new_dir.children or {}).get(move.new_name) is move.source:
+                with contextlib.suppress(OSError):
+                    self._move(Move(move.new_dir, move.new_name, move.source, move.old_dir, move.old_name, None, 0))
+            raise
 
     def _check_protection(self, move: Move) -> None:
         protection = self._copy_up.protection
@@ -161,37 +173,49 @@ class Renames:
         self._copy_up.ensure_directory(old_dir)
         self._ready(source, old_dir, new_dir)
         leave_whiteout = changes.hides_lower(old_dir, old_name)
-        new_fd = self._dir_fd(new_dir)
-        if target is not None:
-            changes.keep_for_users(target)
-            if isinstance(target, DirInode) and target.upper:
-                view.forget_upper_dir(target)
-                if _has_entries(new_fd, new_name):
-                    upper.clear_directory(new_fd, new_name)
+        if isinstance(target, DirInode) and target.upper:
+            self._clear(target, new_dir, new_name)
         over_whiteout = False
         if target is None or not target.upper:
-            try:
-                st = os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
+            with contextlib.suppress(FileNotFoundError):
+                st = os.stat(new_name, dir_fd=self._dir_fd(new_dir), follow_symlinks=False)
                 over_whiteout = not stat.S_ISDIR(st.st_mode)
-            except FileNotFoundError:
-                pass
-        upper.move(
-            (self._dir_fd(old_dir), old_name),
-            (self._dir_fd(new_dir), new_name),
-            leave_whiteout=leave_whiteout,
-            over_whiteout=over_whiteout,
-            directory=isinstance(source, DirInode),
-        )
+        changes.allow_nested(source, new_dir)
+        with changes.before_removal(target) as removal:
+            upper.move(
+                (self._dir_fd(old_dir), old_name),
+                (self._dir_fd(new_dir), new_name),
+                leave_whiteout=leave_whiteout,
+                over_whiteout=over_whiteout,
+                directory=isinstance(source, DirInode),
+            )
         if leave_whiteout:
             changes.note_whiteout(old_dir, old_name)
+            # It may be one of those that came from there.
+            old_dir.xwhiteouts |= over_whiteout and isinstance(source, DirInode)
         if target is not None:
-            changes.removed(target, new_dir, new_name)
+            changes.removed(target, new_dir, new_name, removal)
         source.remove_place(old_dir, old_name)
         source.add_place(new_dir, new_name)
         self._after_move(source, new_dir, new_name)
         if source.has_origin:
             self._copy_up.origins.left(old_dir, old_name)
         view.inodes.drop_if_unneeded(old_dir)
+
+    def _clear(self, directory: DirInode, parent: DirInode, name: bytes) -> None:
+        """Remove the whiteouts in a directory that shows nothing, so that another can be renamed over it."""
+        parent_fd = self._dir_fd(parent)
+        if not _has_entries(parent_fd, name):
+            return
+        upper = self._copy_up.require_writable()
+        st = self._view.real_stat(directory)
+
+        def dress(temp: bytes) -> None:
+            self._copy_up.dress(directory, st, (parent_fd, name), (upper.work_fd, temp), with_origin=False)
+
+        upper.clear_directory(parent_fd, name, dress)
+        self._view.forget_upper_dir(directory)
+        directory.lowers, directory.index, directory.marks = (), None, set()
 
     def _exchange(self, move: Move) -> None:
         first_dir, first_name, first, second_dir, second_name, second, _ = move
@@ -200,6 +224,8 @@ class Renames:
         self._copy_up.ensure_directory(second_dir)
         self._ready(first, first_dir, second_dir)
         self._ready(second, second_dir, first_dir)
+        self._changes.allow_nested(first, second_dir)
+        self._changes.allow_nested(second, first_dir)
         renameat2(self._dir_fd(first_dir), first_name, self._dir_fd(second_dir), second_name, RENAME_EXCHANGE)
         first.remove_place(first_dir, first_name)
         second.remove_place(second_dir, second_name)
@@ -219,7 +245,6 @@ class Renames:
     def _after_move(self, inode: Inode, directory: DirInode, name: bytes) -> None:
         if inode.has_origin:
             self._copy_up.origins.arrived(directory, name)
-        self._changes.note_nested(inode, directory)
 
 
 def _has_entries(dir_fd: int, name: bytes) -> bool:

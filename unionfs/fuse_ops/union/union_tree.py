@@ -26,7 +26,7 @@ from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenFile, as_directory, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import for_writing
+from unionfs.fuse_ops.tree.need import NO_CONTENTS
 from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.union.metadata import AttributeChange, MetadataChanges
@@ -223,14 +223,18 @@ class UnionTree:
         truncate = bool(flags & os.O_TRUNC)
         if writable or truncate:
             self.protection.require_writable(inode, flags)
-            self.copy_up.ensure(inode, for_writing(truncate=truncate))
+        fd = -1
+        if truncate and not inode.unsynced and self.copy_up.needs(inode, NO_CONTENTS):
+            fd = self.copy_up.make_empty(inode)
+        elif writable or truncate:
+            self.copy_up.ensure(inode)
         if self.opens_late and not inode.upper and not inode.metacopy:
             return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
         wanted = backing_flags(flags)
         if truncate:
             wanted |= os.O_TRUNC
             inode.capability = None
-        file = OpenFile(inode, self._open_real(inode, wanted), writable=writable)
+        file = OpenFile(inode, self._open_real(inode, wanted) if fd < 0 else fd, writable=writable)
         file.appends = writable and self.protection.of(inode) != 0
         if truncate or inode.orphan:
             self._accounts.changed(inode, truncated=truncate)

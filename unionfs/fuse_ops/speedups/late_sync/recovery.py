@@ -14,7 +14,7 @@ from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host import syscalls
 from unionfs.host.files import open_directory, walk_tree
 from unionfs.overlay.format import TRUSTED, UNSYNCED, USER
-from unionfs.overlay.rules import entry_path
+from unionfs.overlay.rules import entry_path, read_xattr
 
 
 def recover(tree: UnionTree) -> list[str]:
@@ -87,7 +87,7 @@ def _divided(fd: int, mark: bytes) -> tuple[list[bytes], list[bytes]]:
         st = os.stat(name, dir_fd=fd, follow_symlinks=False)
         if stat.S_ISDIR(st.st_mode):
             directories.append(name)
-        elif stat.S_ISREG(st.st_mode) and _is_marked(entry_path(fd, name), mark):
+        elif stat.S_ISREG(st.st_mode) and read_xattr(entry_path(fd, name), mark) == UNSYNCED:
             marked.append(name)
     return directories, marked
 
@@ -113,10 +113,3 @@ def settle_marked(upperdir: str) -> None:
         syscalls.syncfs(fd)
     finally:
         os.close(fd)
-
-
-def _is_marked(path: bytes, mark: bytes) -> bool:
-    try:
-        return os.getxattr(path, mark, follow_symlinks=False) == UNSYNCED
-    except OSError:
-        return False

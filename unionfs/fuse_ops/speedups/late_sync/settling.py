@@ -65,6 +65,8 @@ class Settling:
             self._many.set()
 
     async def _settle(self, copies: list[FileInode]) -> None:
+        """Settle those that can be, and raise what the first of the others raised."""
+        first: OSError | None = None
         for inode in copies:
             # It changes the ctime, of which tar says "file changed as we read it".
             if inode.unsynced and not inode.handles:
@@ -74,3 +76,7 @@ class Settling:
                     log.debug("%s is gone", os.fsdecode(inode.path()))
                     self._requests.tree.copy_up.forget_unsynced(inode)
                     self._requests.tree.inodes.drop_if_unneeded(inode)
+                except OSError as error:
+                    first = first or error
+        if first is not None:
+            raise first
