@@ -229,6 +229,22 @@ def test_links_between_documents_lead_somewhere() -> None:
             assert (document.parent / target).exists(), f"{document.name} points to {target}, which is not there"
 
 
+def test_the_walks_name_methods_that_exist() -> None:
+    """docs/design/architecture.md and docs/how-it-works.md lead a maintainer through the code by names to grep for."""
+    methods: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ClassDef):
+                found = {item.name for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)}
+                methods.setdefault(node.name, set()).update(found)
+    named = 0
+    for document in ("docs/design/architecture.md", "docs/how-it-works.md"):
+        for name, method in re.findall(r"`(_?[A-Z]\w+)\.([a-z_]\w*)`", (ROOT / document).read_text()):
+            assert method in methods.get(name, ()), f"{document} names {name}.{method}, which is not there"
+            named += 1
+    assert named > 40
+
+
 def test_what_was_compiled_is_what_is_there() -> None:
     """Nobody tests a file that is not the one he reads."""
     sources = compiled_sources()
