@@ -196,6 +196,7 @@ _log = logging.getLogger(__name__)
 
 # A server that is unmounted has nothing left to do but to write back; one that does not end is stuck.
 _END_S = 30.0
+_LEAVING_S = 3.0  # for what uses a mount in another namespace, and may be about to end
 _SETTLE_S = 2.0
 _POLL_S = 0.005
 
@@ -278,7 +279,8 @@ def _wait(target: str, server: MountRecord, ended: int) -> None:
     used = mounts.is_mounted_anywhere(server.minor)
     if used and mountinfo.is_mounted_here(server.minor):
         return  # bound to other places too
-    if not used and has_ended(ended, _END_S):
+    # The namespace of a container that has ended goes a moment later.
+    if has_ended(ended, _LEAVING_S if used else _END_S):
         return
     if used is not False:
         _log.warning(
