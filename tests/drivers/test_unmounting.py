@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -63,6 +64,26 @@ def test_a_user_in_another_namespace_keeps_the_server(unionfs_rig: Rig, caplog: 
     assert wait_until(lambda: not is_running(server), 10)
     with unionfs_rig.got("x") as again:
         assert Path(again, "late").read_text() == "2"
+
+
+def test_a_disk_that_fails_keeps_no_mount(unionfs_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = unionfs_rig.driver.get("x")
+    (server,) = servers_of(path)
+    device, sync, failed = os.stat(path).st_dev, os.fsync, []
+
+    def fsync(fd: int) -> None:
+        if os.fstat(fd).st_dev == device:
+            failed.append(fd)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    user = os.open(path, os.O_RDONLY)  # so it is taken out of sight, after what was written has been settled
+    unionfs_rig.driver.put("x")
+    assert failed
+    assert not os.path.ismount(path)
+    os.close(user)
+    assert wait_until(lambda: not is_running(server), 10)
 
 
 def test_more_mounts_on_top_than_tries(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

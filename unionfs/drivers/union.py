@@ -247,7 +247,8 @@ class FuseMounter:
         # This has the server make links of names that it found of copied-up files: who reads the upper sees them.
         fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with contextlib.suppress(OSError):  # a disk that fails must not keep the mount from being taken down
+                os.fsync(fd)
         finally:
             os.close(fd)
         unmount.sync_mount(target)
