@@ -7,7 +7,17 @@ import signal
 
 import pytest
 
-from tests.cli.programs import BIN, Done, layer_options, listed_at, mounted_under, options_shown, run
+from tests.cli.programs import (
+    BIN,
+    Done,
+    assert_one_line,
+    layer_options,
+    listed_at,
+    mounted_under,
+    options_shown,
+    run,
+    unionfs_mount,
+)
 from tests.support.mounts import is_running, servers_of, take_down, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 
@@ -44,7 +54,7 @@ def test_mount(layers: Sandbox) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     first, table, last = done.stdout.splitlines()
     assert (first, last) == ("name", "new")
-    assert " - fuse.unionfs overlay " in table
+    assert " - fuse.unionfs-mount overlay " in table
     assert wait_until(lambda: servers_of(layers.target) == (), 10)
 
 
@@ -121,3 +131,34 @@ def test_failure_reaches_the_caller(layers: Sandbox) -> None:
     assert f"{layers.root}/none" in done.stderr
     assert done.stderr.count("\n") == 1
     assert mounted_under(layers.root) == []
+
+
+def test_remount(layers: Sandbox) -> None:
+    """mount(8) finds the program by the type that is shown, and it changes what the kernel decides by itself."""
+    options = layer_options(layers)
+    done = installed(
+        f"target={layers.target}; mount -t fuse.unionfs-mount overlay $target -o {options},noexec; cd /; "
+        'echo one > $target/new; mount -o remount,ro $target; grep " $target " /proc/self/mountinfo; '
+        "echo two 2>&1 > $target/new || true; cat $target/new; "
+        'mount -o remount,rw,exec,nosuid $target; grep " $target " /proc/self/mountinfo; '
+        "echo three > $target/new; cat $target/new; umount $target"
+    )
+    read_only, one, again, three = [line for line in done.stdout.splitlines() if "Read-only" not in line]
+    assert done.returncode == 0, done.stderr
+    assert "Read-only file system" in done.stdout + done.stderr
+    assert "unionfs-mount: " not in done.stderr
+    assert (one, three) == ("one", "three")
+    shown = [set(line.split()[5].split(",")) for line in (read_only, again)]
+    assert {"ro", "noexec"} <= shown[0]
+    assert {"rw", "nosuid"} <= shown[1]
+    assert "noexec" not in shown[1]
+    assert wait_until(lambda: servers_of(layers.target) == (), 10)
+
+
+def test_remount_that_cannot_be(layers: Sandbox) -> None:
+    with layers.mount("ro"):
+        said = assert_one_line(unionfs_mount("-o", "remount,rw", layers.target))
+        assert "mounted read-only" in said
+    said = assert_one_line(unionfs_mount("-o", "remount,ro", layers.target))
+    assert "no union is mounted there" in said
+    assert "no union is mounted there" in assert_one_line(unionfs_mount("-o", "remount,ro"))

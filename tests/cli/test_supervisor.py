@@ -344,7 +344,7 @@ def test_caller_in_a_chroot(layers: Sandbox, supervisor: Supervisor) -> None:
     with mounted_inside(become, "-o", layer_options(layers), layers.target) as shell:
         (pid,) = (pid for pid in supervisor.copies() if is_told_of(pid, layers.target))
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8") as lines:
-            points = [line.split()[4] for line in lines if "fuse.unionfs" in line]
+            points = [line.split()[4] for line in lines if "fuse.unionfs-mount" in line]
         assert points == [layers.target], "seen from its own root, which is the caller's"
         with open(f"/proc/{os.getpid()}/mountinfo", encoding="utf-8") as lines:
             assert not [line for line in lines if layers.target in line]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from unionfs import __version__
 from unionfs.errors import MountError, OptionError, UnionfsError
-from unionfs.fuse_ops.options import MountOptions, parse_options
+from unionfs.fuse_ops.options import MountOptions, parse_options, remount_words
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
 from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
@@ -64,7 +64,7 @@ def serve_in_copy(arguments: Sequence[str], ready: Ready) -> int:
 
     def run() -> int:
         line = _read_command_line(arguments)
-        if line.help or line.version or line.foreground or line.debug:
+        if line.help or line.version or line.foreground or line.debug or remount_words(line.texts) is not None:
             raise DeclinedError("this needs a process of the caller's own")
         options, target = _prepare(line)
         return _serve(options, target, [], ready, supervised=True)
@@ -81,6 +81,10 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     if line.version:
         print(_versions())
+        return 0
+    words = remount_words(line.texts)
+    if words is not None:
+        _remount(line, words)
         return 0
     options, target = _prepare(line)
     handed_over = _HANDED_OVER.match(target)
@@ -119,6 +123,27 @@ def _prepare(line: _CommandLine) -> tuple[MountOptions, str]:
     reset_signals()
     os.umask(0)  # the kernel has applied the caller's already
     return options, target
+
+
+def _remount(line: _CommandLine, words: Sequence[str]) -> None:
+    """What ``mount -o remount,ro`` asks for: the kernel does it, and refuses changes, or no longer."""
+    # Here, because few need them.
+    from unionfs.fuse_ops.session import mount_registry
+    from unionfs.fuse_ops.transports import mounting
+
+    target = mountinfo.canonical(line.names[-1]) if line.names and line.names[-1] else ""
+    mount = mountinfo.top_mount(target)
+    if mount is None or not mount.is_union:
+        raise MountError(
+            f"cannot remount {target or 'nothing'}: no union is mounted there; see them with: unionfs mounts"
+        )
+    record = mount_registry.find(mount.minor)
+    asked = [word for word in words if word in ("ro", "rw")]
+    if record is not None and "ro" in record.options and asked[-1:] == ["rw"]:
+        raise MountError(
+            f"cannot remount {target}: it was mounted read-only; unmount it and mount it anew, with an upper"
+        )
+    mounting.remount(mount, words)
 
 
 def _serve(

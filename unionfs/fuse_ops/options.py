@@ -237,6 +237,12 @@ def format_layers(lowerdirs: Iterable[str], datadirs: Iterable[str] = ()) -> str
     return lowers + "".join("::" + escape_value(path) for path in datadirs)
 
 
+def remount_words(texts: Iterable[str]) -> list[str] | None:
+    """The words of ``texts``, one for each ``-o``, if they ask for a change of a mount that exists; else None."""
+    words = [word for text in texts for word in _split(text, ",")]
+    return words if "remount" in words else None
+
+
 def parse_options(
     texts: Iterable[str],
     source: str | None = None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-OUR_TYPE = "fuse.unionfs"
-# The second is what mount.fuse3 shows when it mounts by itself, with drop_privileges.
-_OUR_TYPES = frozenset({OUR_TYPE, "fuse.unionfs-mount"})
+SUBTYPE: Final = "unionfs-mount"
+"""What mount(8) calls to remount, so it is the name of our program. Another package has one called ``unionfs``."""
+OUR_TYPE: Final = f"fuse.{SUBTYPE}"
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _SPECIAL = re.compile(r"[\s\\#]")  # what the kernel writes as octal numbers, or may some day
@@ -29,6 +29,9 @@ class Mount(NamedTuple):
     id_mapped: bool = False
     """Whether the kernel shows other owners through it than those on disk (mount_setattr(2), MOUNT_ATTR_IDMAP)."""
 
+    options: tuple[str, ...] = ()
+    """Of the mount, then of its file system."""
+
     @property
     def device(self) -> tuple[int, int]:
         """Major and minor number of the mounted file system, one for all of its mounts."""
@@ -37,7 +40,7 @@ class Mount(NamedTuple):
     @property
     def is_union(self) -> bool:
         """Whether it is one of ours."""
-        return self.fs_type in _OUR_TYPES
+        return self.fs_type == OUR_TYPE
 
 
 def read_mounts() -> list[Mount]:
@@ -97,7 +100,7 @@ def _parse(line: str) -> Mount:
     # The number of optional fields before the dash varies.
     fields, _, tail = line.rstrip("\n").partition(" - ")
     mount_id, _parent, device, root, mount_point, options, *_rest = fields.split(" ")
-    fs_type, source, *_super_options = tail.split(" ")
+    fs_type, source, super_options, *_ = [*tail.split(" "), ""]
     major, minor = device.split(":")
     return Mount(
         mount_id=int(mount_id),
@@ -108,6 +111,7 @@ def _parse(line: str) -> Mount:
         fs_type=fs_type,
         source=_unescape(source),
         id_mapped="idmapped" in options.split(","),
+        options=(*options.split(","), *super_options.split(",")),
     )
 
 

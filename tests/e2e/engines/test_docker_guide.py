@@ -84,7 +84,7 @@ def load(cell: Cell) -> None:
 def assert_used(cell: Cell) -> None:
     info, mount = cell.shell("\n".join(commands("See that it is used"))).splitlines()
     assert info.startswith("unionfs [[unionfs version ")
-    assert mount.startswith("unionfs on / type fuse.unionfs (rw,")
+    assert mount.startswith("unionfs on / type fuse.unionfs-mount (rw,")
 
 
 def test_guide_without_systemd() -> None:
@@ -160,7 +160,7 @@ def test_without_a_plugin() -> None:
             load(cell)
             assert cell.shell("docker info -f '{{.Driver}}'") == "fuse-overlayfs\n"
             said = cell.shell("docker run --rm --network none busybox mount | head -n 1")
-            assert said.startswith("unionfs on / type fuse.unionfs (rw,")
+            assert said.startswith("unionfs on / type fuse.unionfs-mount (rw,")
             cell.shell("docker rmi busybox $1", TAG)
 
 

@@ -19,7 +19,7 @@ needs_root()
 
 GUIDE = (REPOSITORY / "docs/podman.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", GUIDE, re.DOTALL | re.MULTILINE))
-SHOWN = "unionfs on / type fuse.unionfs (rw,"
+SHOWN = "unionfs on / type fuse.unionfs-mount (rw,"
 
 
 def commands(section: str) -> str:
@@ -94,5 +94,5 @@ def test_a_store_of_the_kernels_overlayfs_is_taken_over(user: Literal["root", "r
         run_root = f"/run/user/{USER_ID}/containers" if engine.user else f"{engine.cell.root}/run"
         (home / "storage.conf").write_text(storage_conf(engine.graph_root, run_root, "unionfs"))
         engine("start", "one")
-        assert "fuse.unionfs" in engine.execute("one", "mount").splitlines()[0]
+        assert "fuse.unionfs-mount" in engine.execute("one", "mount").splitlines()[0]
         assert trees(engine) == before

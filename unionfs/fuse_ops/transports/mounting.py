@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from unionfs.errors import MountError
+from unionfs.host.mountinfo import OUR_TYPE, SUBTYPE, Mount
 from unionfs.host.unmount import fusermount_path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,11 +42,12 @@ _FLAGS: Final = {
     "diratime": (2048, False),
 }
 _NOSUID_NODEV: Final = 2 | 4
+_REMOUNT: Final = 32
 _KERNEL_WORDS: Final = re.compile(r"default_permissions|allow_other|max_read=\d+|blksize=\d+")
 
 
 def mount(target: str, words: Iterable[str], source: str) -> int:
-    """Mount a FUSE file system of the type ``fuse.unionfs`` on ``target`` and return its /dev/fuse.
+    """Mount a FUSE file system of the type ``fuse.unionfs-mount`` on ``target`` and return its /dev/fuse.
 
     ``words`` are mount options of the kernel and of fusermount3; others are left out. Raises :class:`MountError`.
     Whether this process may mount by itself is tried: user 0 may lack the capability, and others may have it.
@@ -77,13 +79,29 @@ def _mount(target: str, words: Iterable[str], source: str) -> int:
         elif _KERNEL_WORDS.fullmatch(word):
             data.append(word)
     result = _libc.mount(
-        os.fsencode(source), os.fsencode(target), b"fuse.unionfs", ctypes.c_ulong(flags), ",".join(data).encode()
+        os.fsencode(source), os.fsencode(target), OUR_TYPE.encode(), ctypes.c_ulong(flags), ",".join(data).encode()
     )
     if result < 0:
         number = ctypes.get_errno()
         os.close(fd)
         raise OSError(number, os.strerror(number), target)
     return fd
+
+
+def remount(mount: Mount, words: Iterable[str]) -> None:
+    """Change the flags of ``mount`` that ``words`` name, and nothing else; raises :class:`MountError`."""
+    words = list(words)
+    # mount(8) names all that there are to be, from the mount table, in which only flags that are off are left out.
+    is_complete = any(word.startswith("user_id=") for word in words)
+    flags = _REMOUNT
+    for word in words if is_complete else (*mount.options, *words):
+        if word in _FLAGS:
+            bit, on = _FLAGS[word]
+            flags = flags | bit if on else flags & ~bit
+    # What other options say was agreed between the kernel and the server when it began.
+    if _libc.mount(None, os.fsencode(mount.mount_point), None, ctypes.c_ulong(flags), None) < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise MountError(f"cannot remount {mount.mount_point}: {reason}; unmount it and mount it anew")
 
 
 def _mount_by_fusermount(target: str, words: Iterable[str], source: str) -> int:
@@ -93,7 +111,7 @@ def _mount_by_fusermount(target: str, words: Iterable[str], source: str) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     escaped = re.sub(r"[\\,]", r"\\\g<0>", source)
     kept = [w for w in words if w in _FLAGS or _KERNEL_WORDS.fullmatch(w) or w == "allow_root"]
-    options = ",".join([*kept, f"fsname={escaped}", "subtype=unionfs"])
+    options = ",".join([*kept, f"fsname={escaped}", f"subtype={SUBTYPE}"])
     with ours, theirs:
         result = subprocess.run(
             [program, "-o", options, "--", target],

@@ -16,6 +16,7 @@ from unionfs.fuse_ops.speedups import pyfuse3_waiting
 from unionfs.fuse_ops.speedups.late_sync.settling import Settling
 from unionfs.fuse_ops.transports.mounting import explained
 from unionfs.fuse_ops.transports.serving import serve_beside
+from unionfs.host.mountinfo import SUBTYPE
 
 
 class Pyfuse3Transport:
@@ -34,7 +35,7 @@ class Pyfuse3Transport:
         words = {
             *(options.fuse_words or default_fuse_words()),
             f"fsname={_libfuse_value(options.source)}",
-            "subtype=unionfs",
+            f"subtype={SUBTYPE}",
         }
         if options.debug:
             words.add("debug")
