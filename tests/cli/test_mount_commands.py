@@ -283,6 +283,9 @@ def test_dead_server(layers: Sandbox) -> None:
     pid = mount(layers)
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not is_running(pid), 10)
+    # Whoever lists the mounts of another mount namespace does not see it, and leaves its record alone.
+    elsewhere = f"umount -l {layers.target}; {BIN}/unionfs mounts --json"
+    assert layers.target not in run(["unshare", "-m", "--propagation", "private", "sh", "-c", elsewhere]).stdout
     found = listed_at(layers.target)
     assert found is not None
     assert found["state"] == "dead"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from unionfs.host.mountinfo import Mount, read_mounts
+from unionfs.host.mounts import is_mounted_anywhere
 from unionfs.host.processes import process_start
 
 _ROOTS_DIRECTORY: Final = "/run/unionfs"
@@ -137,7 +138,7 @@ def read_all() -> list[MountStatus]:
             found.append(MountStatus(target=target, state=state, record=record))
         elif alive:
             found.append(MountStatus(target=record.target, state="detached", record=record))
-        else:
+        elif not is_mounted_anywhere(record.minor):  # else it is dead, and in another mount namespace
             _unlink(path)
     found += [MountStatus(target=mounts[0].mount_point, state="unknown", record=None) for mounts in ours.values()]
     return sorted(found, key=lambda status: status.target)
