@@ -12,7 +12,7 @@ from typing import cast
 
 from setuptools import Extension, setup
 
-# From reading a request to the system calls: all modules of these packages of ``unionfs``, those below them too.
+# From reading a request to the system calls: these modules of ``unionfs``, and all of these packages.
 _COMPILED = """
     fuse_ops/transports/direct fuse_ops/requests fuse_ops/speedups fuse_ops/union fuse_ops/copy_up fuse_ops/tree
     fuse_ops/quota fuse_ops/stack overlay
@@ -20,10 +20,8 @@ _COMPILED = """
 # Not: what runs once for each mount, what hypothesis or a person steps through, and what lives on Python's own classes
 # (threads, ctypes).
 _NOT_COMPILED = """
-    fuse_ops/requests/waiting_calls fuse_ops/speedups/placement
-    fuse_ops/speedups/pyfuse3_waiting fuse_ops/speedups/late_sync/settling
-    fuse_ops/speedups/late_sync/recovery fuse_ops/union/renames fuse_ops/stack/workdir fuse_ops/stack/raw_ids
-    fuse_ops/stack/overlap overlay/idmap
+    fuse_ops/requests/threads fuse_ops/speedups/placement fuse_ops/speedups/late_sync fuse_ops/union/renames
+    fuse_ops/stack/workdir fuse_ops/stack/locations overlay/idmap
 """
 
 
@@ -31,7 +29,8 @@ def compiled_modules() -> list[str]:
     """The modules that are compiled, as paths below this directory."""
     package = Path(__file__).resolve().parent / "unionfs"
     left = {package / f"{name}.py" for name in _NOT_COMPILED.split()}
-    found = {path for name in _COMPILED.split() for path in (package / name).rglob("*.py")}
+    named = [path for name in _COMPILED.split() for path in (package / f"{name}.py", *(package / name).rglob("*.py"))]
+    found = {path for path in named if path.exists()}
     if missing := left - found:
         raise SystemExit(f"setup.py: not in a compiled package: {', '.join(map(str, sorted(missing)))}")
     return sorted(str(path.relative_to(package.parent)) for path in found - left if path.name != "__init__.py")

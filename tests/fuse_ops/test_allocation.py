@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.syscalls import fallocate
-from unionfs.fuse_ops.quota import allocation
-from unionfs.fuse_ops.quota.allocation import data_bytes, growth, round_up
+from unionfs.fuse_ops import quota
+from unionfs.fuse_ops.quota import data_bytes, growth, round_up
 
 BLOCK = 4096
 
@@ -20,7 +20,7 @@ BLOCK = 4096
 def fd(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A file, on a file system that tells extents and, as tmpfs, on one that only tells holes."""
     if request.param == "holes":
-        monkeypatch.setattr(allocation, "_FIEMAP", 0xC0205400)  # ENOTTY
+        monkeypatch.setattr(quota, "_FIEMAP", 0xC0205400)  # ENOTTY
     opened = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     yield opened
     os.close(opened)

@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from tests.support.compiled import compiled_sources, generators
+from unionfs.fuse_ops import quota
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.quota import allocation
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import as_directory
 
@@ -72,10 +72,10 @@ Made = Iterator[Any] | AbstractContextManager[Any]
 # For each generator ways to make it that lead to all places where it yields.
 MAKERS: dict[str, list[Callable[[Rig], Made]]] = {
     "_allocated": [
-        lambda rig: allocation._allocated(rig.file_fd, 0, 2 << 20),
-        lambda rig: allocation._allocated(rig.memory_fd, 0, 2 << 20),
+        lambda rig: quota._allocated(rig.file_fd, 0, 2 << 20),
+        lambda rig: quota._allocated(rig.memory_fd, 0, 2 << 20),
     ],
-    "_data": [lambda rig: allocation._data(rig.file_fd, 0, 2 << 20)],
+    "_data": [lambda rig: quota._data(rig.file_fd, 0, 2 << 20)],
     "staging": [
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.tree.view.upper_dir_fd(rig.plain)),
         lambda rig: rig.tree.copy_up.require_writable().staging(rig.path_fd),

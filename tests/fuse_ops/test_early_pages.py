@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.syscalls import cached_pages
-from unionfs.fuse_ops.speedups.early_pages import EarlyPages, size_to_give
+from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages, size_to_give
 from unionfs.fuse_ops.tree.inodes import FileInode, OpenFile
 
 pytest_plugins = ["tests.support.sandbox"]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.requests.last_close import LastCloseInThread
+from unionfs.fuse_ops.requests.threads import LastCloses
 
 MIB = 1024 * 1024
 _SOON_S = 30.0
 
 
 @pytest.fixture
-def last_close() -> Iterator[LastCloseInThread]:
-    last_close = LastCloseInThread()
+def last_close() -> Iterator[LastCloses]:
+    last_close = LastCloses()
     yield last_close
     last_close.wait()
 
@@ -60,13 +60,13 @@ def is_open(fd: int) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
-def test_a_small_file_is_closed_at_once(last_close: LastCloseInThread, tmp_path: Path) -> None:
+def test_a_small_file_is_closed_at_once(last_close: LastCloses, tmp_path: Path) -> None:
     fd = unnamed(tmp_path, 4096)
     last_close.close(fd)
     assert not is_open(fd)
 
 
-def test_nobody_waits_for_a_large_one(last_close: LastCloseInThread, closes: Closes, tmp_path: Path) -> None:
+def test_nobody_waits_for_a_large_one(last_close: LastCloses, closes: Closes, tmp_path: Path) -> None:
     fds = [unnamed(tmp_path, 2 * MIB) for _ in range(3)]
     for fd in fds:
         last_close.close(fd)
@@ -78,7 +78,7 @@ def test_nobody_waits_for_a_large_one(last_close: LastCloseInThread, closes: Clo
     assert not any(thread.name == "unionfs-waiting" for thread in threading.enumerate())
 
 
-def test_a_transport_says_when_threads_are_started(last_close: LastCloseInThread, tmp_path: Path) -> None:
+def test_a_transport_says_when_threads_are_started(last_close: LastCloses, tmp_path: Path) -> None:
     later: list[Callable[[], None]] = []
     last_close.outside = later.append
     small, large = unnamed(tmp_path, 4096), unnamed(tmp_path, 2 * MIB)
@@ -91,7 +91,7 @@ def test_a_transport_says_when_threads_are_started(last_close: LastCloseInThread
     assert not is_open(large)
 
 
-def test_descriptors_do_not_pile_up(last_close: LastCloseInThread, closes: Closes, tmp_path: Path) -> None:
+def test_descriptors_do_not_pile_up(last_close: LastCloses, closes: Closes, tmp_path: Path) -> None:
     fd = unnamed(tmp_path, 2 * MIB)
     fds = [os.dup(fd) for _ in range(80)]
     os.close(fd)

@@ -11,9 +11,9 @@ from tests.support.sandbox import needs_root
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.transports.direct import listing as listings
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes
-from unionfs.fuse_ops.tree import listing as listings
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
 needs_root()

@@ -13,7 +13,7 @@ import trio
 
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.patience import Patience
+from unionfs.fuse_ops.speedups.waiting import Patience
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.transport import DirectTransport
@@ -55,15 +55,15 @@ def test_senders_of_another_pid_namespace_cannot_be_told_apart() -> None:
 def test_a_slow_disk_ends_it_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = alone()
     start = time.perf_counter()
-    monkeypatch.setattr("unionfs.fuse_ops.speedups.patience.time.perf_counter", lambda: start + 1e-3)
+    monkeypatch.setattr("unionfs.fuse_ops.speedups.waiting.time.perf_counter", lambda: start + 1e-3)
     watch.waited_since(start)
     assert watch.may_wait()
-    monkeypatch.setattr("unionfs.fuse_ops.speedups.patience.time.perf_counter", lambda: start + 1.0)
+    monkeypatch.setattr("unionfs.fuse_ops.speedups.waiting.time.perf_counter", lambda: start + 1.0)
     watch.waited_since(start)
     assert not watch.may_wait()
-    monkeypatch.setattr("unionfs.fuse_ops.speedups.patience.time.perf_counter", lambda: start + 10.5)
+    monkeypatch.setattr("unionfs.fuse_ops.speedups.waiting.time.perf_counter", lambda: start + 10.5)
     assert not watch.may_wait()
-    monkeypatch.setattr("unionfs.fuse_ops.speedups.patience.time.perf_counter", lambda: start + 11.5)
+    monkeypatch.setattr("unionfs.fuse_ops.speedups.waiting.time.perf_counter", lambda: start + 11.5)
     assert watch.may_wait()
 
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from unionfs.fuse_ops.speedups.pyfuse3_waiting import PatientWait, QuickLock
+from unionfs.fuse_ops.transports.pyfuse3 import PatientWait, QuickLock
 
 _SOON_S = 30.0
 

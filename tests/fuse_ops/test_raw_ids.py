@@ -15,7 +15,7 @@ from tests.support.mounts import MountFailedError, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import snapshot
 from tests.support.syscalls import MNT_DETACH, mount, umount2
-from unionfs.fuse_ops.stack.raw_ids import unmapped_path
+from unionfs.fuse_ops.stack.locations import unmapped_path
 from unionfs.host.mountinfo import top_mount
 
 pytest_plugins = ["tests.support.sandbox"]

@@ -21,7 +21,7 @@ SERVER = """if True:
     import errno, logging, os, stat, sys
     import pyfuse3, trio
     from unionfs.fuse_ops.options import MountOptions
-    from unionfs.fuse_ops.transports.pyfuse3.transport import Pyfuse3Transport
+    from unionfs.fuse_ops.transports.pyfuse3 import Pyfuse3Transport
     from unionfs.fuse_ops.session.session import run_session
 
     mode, target = sys.argv[1:]

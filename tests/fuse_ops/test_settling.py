@@ -18,8 +18,8 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.late_sync import recovery, settling
-from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+from unionfs.fuse_ops.speedups import late_sync
+from unionfs.fuse_ops.speedups.late_sync import Settling
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
@@ -85,7 +85,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_copies_are_settled_after_a_pause(
     tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "_PAUSE_S", 0.2)
+    monkeypatch.setattr(late_sync, "_PAUSE_S", 0.2)
     requests = UnionRequests(tree, tree.options)
     left: list[None] = []
     async with settling_beside(requests, lambda: left.append(None)):
@@ -104,7 +104,7 @@ async def test_copies_are_settled_after_a_pause(
 @pytest.mark.trio
 async def test_an_open_file_is_left_alone(tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ctime must not change while somebody reads it, as tar notices."""
-    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(late_sync, "_PAUSE_S", 0.05)
     requests = UnionRequests(tree, tree.options)
     async with settling_beside(requests):
         await change(requests, *NAMES)
@@ -130,8 +130,8 @@ async def test_many_are_not_kept_waiting(tree: UnionTree, tmp_path: Path, monkey
 async def test_an_error_is_told_and_tried_again(
     tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
-    monkeypatch.setattr(settling, "_PAUSE_AFTER_ERROR_S", 0.05)
+    monkeypatch.setattr(late_sync, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(late_sync, "_PAUSE_AFTER_ERROR_S", 0.05)
     requests = UnionRequests(tree, tree.options)
     broken = True
 
@@ -152,7 +152,7 @@ async def test_an_error_is_told_and_tried_again(
 async def test_a_file_that_cannot_be_synced_keeps_no_other_from_it(
     tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(late_sync, "_PAUSE_S", 0.05)
     requests = UnionRequests(tree, tree.options)
     fsync = os.fsync
 
@@ -193,7 +193,7 @@ def test_a_mark_that_cannot_be_removed_at_the_end_keeps_no_other(
 async def test_what_somebody_removed_behind_our_back_is_forgotten(
     tree: UnionTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(late_sync, "_PAUSE_S", 0.05)
     requests = UnionRequests(tree, tree.options)
     async with settling_beside(requests):
         await change(requests, *NAMES)
@@ -244,7 +244,7 @@ def test_a_crashed_upper_that_cannot_be_searched_is_mounted_all_the_same(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patched:
-        patched.setattr(recovery, "_marked", fail)
+        patched.setattr(late_sync, "_marked", fail)
         tree = open_new(tmp_path)
     assert "cannot look for unfinished copies after a crash" in tree.warnings[0]
     assert "Input/output error" in tree.warnings[0]

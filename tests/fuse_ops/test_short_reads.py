@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unionfs.fuse_ops.speedups.placement import BesideClient
-from unionfs.fuse_ops.speedups.short_reads import ShortReads
+from unionfs.fuse_ops.speedups.waiting import ShortReads
 
 CONTENTS = os.urandom(10_000)
 

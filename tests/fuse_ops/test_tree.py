@@ -15,10 +15,10 @@ import pytest
 
 from tests.support.users import as_user
 from unionfs.errors import LayerError
+from unionfs.fuse_ops.copy_up.copy_up import METADATA
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
-from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 

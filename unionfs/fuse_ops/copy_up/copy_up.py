@@ -1,11 +1,10 @@
 """Copy-up: giving an object that only lower layers have a place of its own in the upper layer.
 
-A copy is made complete in the work directory and renamed into place, so it is never seen half-done; its data is on
+A copy is made complete in the work directory and renamed into place, so nobody sees it half-done. Its data is on the
 disk before that, unless the mount is volatile, or the lower file answers for it
-(:mod:`unionfs.fuse_ops.copy_up.unsynced`).
-Until then the copy has no name, where the file system allows that.
-The slow part, copying data, is a :class:`CopyUpJob` that knows only descriptors: it may run in a worker thread while
-the tree goes on serving others.
+(:mod:`unionfs.fuse_ops.copy_up.unsynced`). Until then the copy has no name, where the file system allows that. The slow
+part, copying data, is a :class:`CopyUpJob`. It knows only descriptors, so a worker thread may run it while the tree
+serves others.
 """
 
 from __future__ import annotations
@@ -14,22 +13,155 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
-from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
-from unionfs.fuse_ops.copy_up.origins import Origins, origin_of
-from unionfs.fuse_ops.copy_up.placing import Placing
-from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, unmark
+from unionfs.fuse_ops.copy_up.hard_links import HardLinks
+from unionfs.fuse_ops.copy_up.publishing import Origins, Placing, origin_of
+from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, settle, unmark
+from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
-from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
-from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import CONTENTS, NO_CONTENTS, Need
 from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.overlay import rules
-from unionfs.overlay.copying import At, at_path, copy_flags, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.overlay.copying import (
+    At,
+    always,
+    at_path,
+    copy_data,
+    copy_flags,
+    copy_mode,
+    copy_owner,
+    copy_times,
+    copy_xattrs,
+)
 from unionfs.overlay.format import UNSYNCED
+
+
+@dataclass
+class Need:
+    """How much of a file has to be in the upper layer, and when on the disk. Not to be changed.
+
+    Attributes:
+        data: whether the contents are about to be changed, and not the metadata only.
+        size: how many bytes of the data will matter (truncation); None is all of them.
+        later: whether the data may come to the disk later; only for what keeps its name and contents.
+    """
+
+    data: bool = True
+    size: int | None = None
+    later: bool = False
+
+    def bytes_of(self, size: int) -> int:
+        """How many of the ``size`` bytes of a file have to be copied, if its data has to."""
+        return size if self.size is None else min(self.size, size)
+
+
+CONTENTS: Final = Need()
+"""For writing."""
+NO_CONTENTS: Final = Need(size=0)
+"""For writing after a truncation."""
+METADATA: Final = Need(data=False)
+"""For a new name."""
+ATTRIBUTES: Final = Need(data=False, later=True)
+"""For new attributes under the old name."""
+
+
+def for_name(*, unsynced: bool) -> Need:
+    """What a new name for a file needs, which is ``unsynced`` if its data is not on the disk yet."""
+    return CONTENTS if unsynced else METADATA
+
+
+def for_attributes(size: int | None) -> Need:
+    """What new attributes need, a new ``size`` among them or not."""
+    return ATTRIBUTES if size is None else Need(size=size, later=True)
+
+
+@dataclass(eq=False, slots=True)
+class CopyUpJob:
+    """The copying of one file's data, or its syncing."""
+
+    inode: FileInode
+    st: os.stat_result  # of the file that is copied
+    source_fd: int
+    target_fd: int
+    new: NewFile | None  # the file behind ``target_fd``; None when the data goes straight into the upper file
+    size: int
+    sync: bool
+    later: bool = False  # whether it is to be synced later
+    overwrites: bool = False  # whether the target may have data by now
+    capability: bytes | None = None  # file capabilities of the target, which writing to it takes away
+    mark: bytes | None = None  # the attribute to remove from a copy that was made before, to be settled now
+    origin: Attribute | None = None  # what such a copy is given in its place
+    is_wanted: Callable[[], bool] = always  # asked now and then; where nobody wants it, the copying ends with EINTR
+    data_is_below: tuple[bytes, ...] = ()  # attributes of a target without data that say where that is
+    complete: bool = False  # whether such a target has its data
+    empties: bool = False  # whether the copy stands for a truncation, which is a change
+
+    def run(self) -> None:
+        """Copy the data, and see to it that it is on disk if that was asked for; in any thread."""
+        if self.mark is not None:
+            settle(self.target_fd, self.mark, self.origin)
+            return
+        copy_data(
+            self.source_fd,
+            self.target_fd,
+            self.size,
+            sync=self.sync,
+            overwrite=self.overwrites,
+            is_wanted=self.is_wanted,
+        )
+        if self.data_is_below:
+            self._complete()
+
+    def _complete(self) -> None:
+        """The target has the data: it need not be looked for below any more.
+
+        Synced after that: see :func:`settle`.
+        """
+        if self.size < self.st.st_size:
+            os.ftruncate(self.target_fd, self.size)
+        self._restore()
+        self.empty()
+        os.removexattr(self.target_fd, self.data_is_below[0])
+        self.complete = True
+        for name in self.data_is_below[1:]:
+            with contextlib.suppress(OSError):
+                os.removexattr(self.target_fd, name)
+        if self.sync:
+            os.fsync(self.target_fd)
+
+    def empty(self) -> None:
+        """Give the copy the times of a file that has just been truncated, if it stands for that."""
+        if self.empties:
+            os.ftruncate(self.target_fd, 0)
+
+    def undo(self) -> None:
+        """Make the target what it was, as far as that can be done."""
+        if not self.data_is_below or self.complete:
+            return
+        with contextlib.suppress(OSError):
+            if not self.overwrites:  # a metacopy stays a file without data
+                os.ftruncate(self.target_fd, 0)
+            os.ftruncate(self.target_fd, self.st.st_size)
+            self._restore()
+
+    def _restore(self) -> None:
+        if self.capability is not None:
+            os.setxattr(self.target_fd, CAPABILITY, self.capability)
+        os.utime(self.target_fd, ns=(self.st.st_atime_ns, self.st.st_mtime_ns))
+
+    def close(self, *, keep_target: bool = False) -> None:
+        """Close the descriptors; ``keep_target``: but not that of the copy, which somebody else has now."""
+        source_fd, target_fd = self.source_fd, self.target_fd
+        self.source_fd = self.target_fd = -1
+        for fd in (source_fd, -1 if keep_target else target_fd):
+            if fd >= 0:
+                os.close(fd)
+
 
 NO_ROOM_FOR_PATH = frozenset({errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP, errno.EPERM})
 """Errors that say that a path from the top of the layers cannot be recorded in an attribute."""
@@ -149,7 +281,7 @@ class CopyUp:
             self.place_names(inode)
         if not self.needs(inode, need):
             return None
-        size_bytes = self._accounts.require_copy(inode, need)
+        size_bytes = self._accounts.require_copy(inode, data=need.data, size=need.size)
         job = self._begin(inode, need, st)
         if job is not None:
             try:

@@ -7,7 +7,7 @@ upper directory. Later, or before anybody may write to it, the data is synced an
 (:func:`settle`). So at each moment either the attribute is there or the data is on the disk.
 
 While there may be such copies, the work directory has a file that says so: the next mount after a crash looks for
-them, and copies their data again (:mod:`unionfs.fuse_ops.speedups.late_sync.recovery`).
+them, and copies their data again (:mod:`unionfs.fuse_ops.speedups.late_sync`).
 """
 
 from __future__ import annotations

@@ -15,23 +15,52 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from unionfs.fuse_ops.copy_up.copy_up_job import CopyUpJob
+from unionfs.fuse_ops.copy_up.copy_up import (
+    ATTRIBUTES,
+    CONTENTS,
+    NO_CONTENTS,
+    CopyUpJob,
+    Need,
+    for_attributes,
+    for_name,
+)
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import SHORT_WAIT_S, Copying, Job
-from unionfs.fuse_ops.requests.last_close import LastCloseInThread
-from unionfs.fuse_ops.requests.observer import Observer
+from unionfs.fuse_ops.requests.threads import LastCloses
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenDir, OpenFile, as_directory, as_file
-from unionfs.fuse_ops.tree.listing import has_gone
-from unionfs.fuse_ops.tree.need import ATTRIBUTES, CONTENTS, NO_CONTENTS, Need, for_attributes, for_name
 from unionfs.fuse_ops.union.changes import Caller
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
+
+class Observer:
+    """Is told what happens to files, before the answer goes out. This one does nothing: a mount without speed-ups.
+
+    An answer never depends on an observer.
+    """
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is read in the background just now, for which a processor is wanted."""
+        return False
+
+    def opened(self, file: OpenFile, flags: int) -> None:
+        """A client opened ``file`` with ``flags``; what it reads goes through the kernel's page cache."""
+
+    def reads(self, file: OpenFile, offset: int, size: int) -> None:
+        """The kernel asks for ``size`` bytes of ``file``, which it does not have in its page cache."""
+
+    def listed(self, directory: Inode, names: list[bytes]) -> None:
+        """All ``names`` of ``directory`` were told, in this order."""
+
+
 _INLINE_COPY_BYTES = 128 * 1024  # copying less than this is cheaper than handing it to a thread and back
 _LONG_FREE_BYTES = 4 * 1024 * 1024  # giving back more than this takes a millisecond and more
 _COPY_RANGE_BYTES = 1 << 27  # at once; a program goes on where a copy ended, unless it was killed meanwhile
+_GONE = frozenset({errno.ENOENT, errno.ESTALE})
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _SHORT_SYNC_BYTES = 1024 * 1024  # by which a file grew: no more than it has to write, unless it is overwritten
 
 T = TypeVar("T")
@@ -49,7 +78,8 @@ class UnionRequests:
         self.directories: dict[int, OpenDir] = {}
         self._next_handle = 1
         self._copying: dict[Inode, Copying] = {}
-        self.last_close = tree.inodes.last_close = LastCloseInThread()
+        self.last_closes = LastCloses()
+        tree.inodes.close_last, tree.inodes.end_closing = self.last_closes.close, self.last_closes.wait
 
     # -- inodes -----------------------------------------------------------------------------------------------
 
@@ -535,3 +565,16 @@ class UnionRequests:
 
 def _nothing() -> None:
     pass
+
+
+def has_gone(error: OSError) -> bool:
+    """Whether a listed name that could not be looked up was removed since, and is to be left out."""
+    return error.errno in _GONE
+
+
+def is_listed_bare(error: OSError) -> bool:
+    """Whether a name that could not be looked up is still one of its directory's: the fault is its own.
+
+    So one damaged or forbidden entry, say with an invalid redirect, does not hide those beside it.
+    """
+    return error.errno not in _GONE and error.errno not in _NO_ROOM

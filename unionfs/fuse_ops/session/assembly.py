@@ -10,15 +10,13 @@ from contextlib import suppress
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.copy_up.unsynced import Unsynced, was_noted
 from unionfs.fuse_ops.options import MountOptions, RedirectMode
-from unionfs.fuse_ops.quota.space_limit import SpaceLimit
+from unionfs.fuse_ops.quota import Accounts, LimitedAccounts, SpaceLimit
 from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
+from unionfs.fuse_ops.stack.locations import check_separate, unmapped_path
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
-from unionfs.fuse_ops.stack.overlap import check_separate
-from unionfs.fuse_ops.stack.raw_ids import unmapped_path
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import can_exchange, prepare_workdir, supports_xattrs
-from unionfs.fuse_ops.tree.accounts import Accounts, LimitedAccounts
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.fs_magic import fs_magic, fs_name
@@ -103,7 +101,7 @@ def _assemble(
 
 
 def _recover(tree: UnionTree, workdir_fd: int) -> None:
-    from unionfs.fuse_ops.speedups.late_sync.recovery import recover  # here, because it is for mounts after a crash
+    from unionfs.fuse_ops.speedups.late_sync import recover  # here, because it is for mounts after a crash
 
     warnings = recover(tree)
     (tree.copy_up.unsynced or Unsynced(workdir_fd)).recovered(all_of_them=not warnings)

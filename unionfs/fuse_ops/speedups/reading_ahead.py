@@ -1,12 +1,17 @@
-"""Reads directories and files of lower layers from the disk before they are asked for.
+"""Reads directories and files of lower layers before they are asked for, and gives small files to the page cache.
 
 A cold walk through layers waits for the disk once for each directory of each layer, one after the other: longer than
 all the rest takes. What will be wanted is known: the same directory in the layers below, and the directories in one
-that was just looked at. When directories turn out to come from the disk, they are read by the kernel in the
-background; when they come from memory nothing is done, and it costs nothing.
+that was just looked at. When directories turn out to come from the disk, the kernel reads them in the background; when
+they come from memory nothing is done.
 
-The kernel reads ahead within a file only; each small file from the disk costs a wait. Who opens the files of a
-directory in the order of their listing (tar, cp, grep) has the next ones read while it is busy with this one.
+The kernel reads ahead within a file only; each small file from the disk costs a wait. A program that opens the files of
+a directory in the order of their listing (tar, cp, grep) has the next ones read while it is busy with this one.
+
+A program that opens a small file nearly always reads it. What is in the page cache by then is read without a request,
+and the kernel does not ask for the access time afterwards. Pages are given only of files of lower layers, which never
+change, and only while nobody else has them open: a page that the kernel reads is locked until it has the answer, and a
+store into it waits for that, so the thread that answers must not be the one that stores.
 """
 
 from __future__ import annotations
@@ -16,13 +21,15 @@ import os
 import stat
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from unionfs.fuse_ops.requests.union_requests import Observer
+from unionfs.fuse_ops.speedups.waiting import Patience
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir, StackObserver
-from unionfs.fuse_ops.tree.inodes import FileInode, Inode
+from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenFile
 from unionfs.host.io_uring import LookupRing
 
 log = logging.getLogger(__name__)
@@ -221,3 +228,92 @@ def _begin_to_read(inode: Inode) -> None:
             os.posix_fadvise(fd, 0, _BYTES, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(fd)
+
+
+log = logging.getLogger(__name__)
+
+_SMALL_BYTES: Final = 128 * 1024  # what the kernel reads ahead at once
+
+
+class EarlyPages(Observer):
+    """Gives the kernel small files, and reads those ahead that come after one.
+
+    Args:
+        store: sends contents to the kernel, as those of an inode from its beginning on.
+        read: fills a buffer from an offset of a descriptor and returns how many bytes there are; None where the disk
+            would have to be waited for.
+        patience: says when it may be waited for; without it, ``read`` never waits.
+        ahead: reads files ahead.
+    """
+
+    def __init__(
+        self,
+        store: Callable[[Inode, memoryview], None],
+        read: Callable[[int, memoryview, int], int | None],
+        patience: Patience | None = None,
+        ahead: FileReadAhead | None = None,
+    ) -> None:
+        self._store = store
+        self._read = read
+        self._patience = patience
+        self._ahead = ahead
+        self._buffer: memoryview | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._ahead is not None and self._ahead.busy
+
+    def opened(self, file: OpenFile, flags: int) -> None:
+        """Put a small file into the kernel's page cache, if reading it now holds nobody up."""
+        inode = file.inode
+        if (
+            inode.kernel.page_cache_primed
+            or file.writable
+            or (self._patience is not None and not self._patience.may_wait())
+        ):
+            return
+        start = time.perf_counter()
+        try:
+            size = size_to_give(file, flags)
+            if size:
+                self._give(file, size)
+        except OSError as error:  # whoever reads gets the error, if it is still there
+            log.debug("nothing of %#x is given to the kernel: %s", inode.ino, error)
+        if self._patience is not None:
+            self._patience.waited_since(start)
+
+    def _give(self, file: OpenFile, size: int) -> None:
+        if self._ahead is not None:
+            self._ahead.opened(file.inode)
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(_SMALL_BYTES))
+        start = time.perf_counter()
+        count = self._read(file.fd, self._buffer[:size], 0)
+        if count is None:
+            return
+        if self._ahead is not None:
+            self._ahead.took(time.perf_counter() - start)
+        self._store(file.inode, self._buffer[:count])
+        file.inode.kernel.page_cache_primed = True
+
+    def reads(self, file: OpenFile, offset: int, size: int) -> None:
+        if offset == 0:  # so the kernel no longer has what it was given
+            file.inode.kernel.page_cache_primed = False
+
+    def listed(self, directory: Inode, names: list[bytes]) -> None:
+        if self._ahead is not None:
+            self._ahead.listed(directory, names)
+
+
+def size_to_give(file: OpenFile, flags: int) -> int:
+    """How many bytes of ``file``, opened with the client's ``flags``, the kernel is to be given: all or 0.
+
+    Raises OSError where it is opened for that and cannot be.
+    """
+    inode = file.inode
+    if inode.kernel.page_cache_primed or inode.upper or inode.metacopy or file.writable or flags & os.O_DIRECT:
+        return 0
+    if inode.handles is None or len(inode.handles) != 1:  # somebody else has it open
+        return 0
+    size_bytes = os.fstat(file.fd).st_size
+    return size_bytes if size_bytes <= _SMALL_BYTES else 0

@@ -44,9 +44,8 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
         from unionfs.fuse_ops.transports.direct.transport import DirectTransport
 
         return DirectTransport(tree, options)
-    from unionfs.fuse_ops.speedups.late_sync.settling import Settling
-    from unionfs.fuse_ops.transports.pyfuse3.operations import UnionOperations
-    from unionfs.fuse_ops.transports.pyfuse3.transport import Pyfuse3Transport
+    from unionfs.fuse_ops.speedups.late_sync import Settling
+    from unionfs.fuse_ops.transports.pyfuse3 import Pyfuse3Transport, UnionOperations
 
     operations = UnionOperations(tree, options)
     return Pyfuse3Transport(operations, options, Settling(operations.requests))

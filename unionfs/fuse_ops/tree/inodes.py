@@ -371,23 +371,15 @@ class InodeNumbers:
         return number
 
 
-class LastClose:
-    """Closes descriptors of files that have no name any more, each perhaps the last one of its file."""
-
-    def close(self, fd: int) -> None:
-        """Close ``fd``, or have it closed in a while."""
-        os.close(fd)
-
-    def wait(self) -> None:
-        """Wait until all are closed."""
-
-
 class InodeTable:
     """All inodes in memory, by number, and hard-linked ones by the file they are on disk."""
 
     def __init__(self, numbers: InodeNumbers) -> None:
         self.numbers = numbers
-        self.last_close = LastClose()  # those who serve programs close in a thread
+        # Closes what may be the last descriptor of a file without a name, and waits until all are closed: a server has
+        # a thread for that.
+        self.close_last: Callable[[int], None] = os.close
+        self.end_closing: Callable[[], None] = lambda: None
         self._by_ino: dict[int, Inode] = {}
         self._by_file: dict[RealFile, FileInode] = {}
 
@@ -448,6 +440,6 @@ class InodeTable:
                 del parent.children[node.name]
             del self._by_ino[node.ino]
             if node.orphan_fd >= 0:
-                self.last_close.close(node.orphan_fd)
+                self.close_last(node.orphan_fd)
                 node.orphan_fd = -1
             node = parent

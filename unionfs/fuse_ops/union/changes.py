@@ -10,14 +10,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from unionfs.fuse_ops.copy_up.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up.copy_up import METADATA, CopyUp
+from unionfs.fuse_ops.copy_up.hard_links import HardLinks
+from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
-from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Override
-from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode, OpenFile, as_file, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE
 
 _SPECIAL_BITS = stat.S_ISUID | stat.S_ISGID

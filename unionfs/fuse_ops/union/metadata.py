@@ -9,14 +9,13 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.fuse_ops.copy_up.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up.copy_up import ATTRIBUTES, CopyUp, for_attributes
 from unionfs.fuse_ops.options import XattrPermissions
+from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.tree import backing_calls
-from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import ATTRIBUTES, for_attributes
 from unionfs.fuse_ops.union.changes import Caller
 from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
 

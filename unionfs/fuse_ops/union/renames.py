@@ -8,13 +8,12 @@ import os
 import stat
 from typing import NamedTuple
 
-from unionfs.fuse_ops.copy_up.copy_up import NO_ROOM_FOR_PATH, CopyUp
+from unionfs.fuse_ops.copy_up.copy_up import METADATA, NO_ROOM_FOR_PATH, CopyUp
+from unionfs.fuse_ops.copy_up.hard_links import HardLinks
 from unionfs.fuse_ops.options import RedirectMode
-from unionfs.fuse_ops.tree.accounts import Accounts
-from unionfs.fuse_ops.tree.hard_links import HardLinks
+from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView, enoent
-from unionfs.fuse_ops.tree.need import METADATA
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges, check_new_name
 from unionfs.host.files import make_accessible
 from unionfs.host.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, renameat2

@@ -13,20 +13,18 @@ import os
 import stat
 from collections.abc import Callable
 
-from unionfs.fuse_ops.copy_up.copy_up import CopyUp
+from unionfs.fuse_ops.copy_up.copy_up import NO_CONTENTS, CopyUp
+from unionfs.fuse_ops.copy_up.hard_links import HardLinks
 from unionfs.fuse_ops.copy_up.unsynced import Unsynced
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.quota.space_limit import SpaceLimit
+from unionfs.fuse_ops.quota import Accounts, SpaceLimit
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import Claim
-from unionfs.fuse_ops.tree.accounts import Accounts
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.fuse_ops.tree.hard_links import HardLinks
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenFile, as_directory, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.fuse_ops.tree.need import NO_CONTENTS
 from unionfs.fuse_ops.tree.protection import Protection
 from unionfs.fuse_ops.union.changes import Caller, NamespaceChanges
 from unionfs.fuse_ops.union.metadata import AttributeChange, MetadataChanges
@@ -336,7 +334,7 @@ class UnionTree:
             if inode.orphan_fd >= 0:
                 os.close(inode.orphan_fd)
                 inode.orphan_fd = -1
-        self.inodes.last_close.wait()
+        self.inodes.end_closing()
         if self._upper is not None and self._syncs:
             self._sync_all(self._upper.layer.readable_fd)
         self._cache.close()

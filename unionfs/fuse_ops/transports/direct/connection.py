@@ -12,7 +12,7 @@ from collections.abc import Callable
 import trio
 
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
-from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
+from unionfs.fuse_ops.requests.threads import WaitingCalls
 from unionfs.fuse_ops.speedups.placement import BesideClient
 from unionfs.fuse_ops.transports import mounting
 from unionfs.fuse_ops.transports.direct import protocol as p

@@ -17,11 +17,9 @@ import trio
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.requests.job import LOOK_S, Job, completed, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.speedups.early_pages import EarlyPages
-from unionfs.fuse_ops.speedups.patience import Patience
 from unionfs.fuse_ops.speedups.placement import BesideClient
-from unionfs.fuse_ops.speedups.reading_ahead import FileReadAhead
-from unionfs.fuse_ops.speedups.short_reads import ShortReads
+from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages, FileReadAhead
+from unionfs.fuse_ops.speedups.waiting import Patience, ShortReads
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import Connection
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes, pack
@@ -58,7 +56,7 @@ class Mount:
         speedups = options.speedups
         self.connection = Connection(BesideClient(usable="placement" in speedups))
         self.requests = UnionRequests(tree, options)
-        self.requests.last_close.outside = self.connection.beside.outside
+        self.requests.last_closes.outside = self.connection.beside.outside
         self.packed = PackedAttributes(tree.view)
         self.patience = Patience(usable="inline" in speedups)
         self.short_reads = ShortReads(self.connection.beside)

@@ -1,22 +1,76 @@
-"""The answers to READDIR and READDIRPLUS: as many entries as fit, packed one after the other.
+"""The answers to READDIR and READDIRPLUS: in which order names come, and as many entries as fit, one after the other.
 
-Attributes of lower files are packed once, for all programs that list a directory.
+An offset in a listing is made of a name's hash, and names are listed in the order of their hashes. So nothing has to be
+kept for an open directory: a reader that goes on at an offset gets every name that has been there all the time once,
+whatever was created and removed since. Kept listings only save time. Attributes of lower files are packed once, for all
+programs that list a directory.
 """
 
 from __future__ import annotations
 
 import stat
-from typing import Final
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
-from unionfs.fuse_ops.requests.union_requests import UnionRequests
+from unionfs.fuse_ops.requests.union_requests import UnionRequests, has_gone, is_listed_bare
 from unionfs.fuse_ops.stack.lower_stack import LowerDir
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import ATTR, attr_fields
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import ROOT_INO, UNKNOWN_INO, DirInode, Inode
-from unionfs.fuse_ops.tree.listing import DOT, DOT_DOT, Listings, has_gone, is_listed_bare
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.union.union_tree import UnionTree
+
+DOT, DOT_DOT = 1, 2  # the offsets after "." and ".."
+_FIRST: Final = 3
+_HASH_BITS: Final = 30  # an offset fits what 32 bit programs have for it
+_KEPT: Final = 16
+
+
+class Listing(NamedTuple):
+    """The names of a directory and, for each, the offset after it; names of equal hash have one offset."""
+
+    offsets: list[int]
+    names: list[bytes]
+
+
+def offset_of(name: bytes) -> int:
+    """The offset after ``name``, the same for as long as this process lives."""
+    # bytes cache their hash, and it is keyed: nobody can make names that collide.
+    return (hash(name) & ((1 << _HASH_BITS) - 1)) + _FIRST
+
+
+class Listings:
+    """The listings of the directories that were read last; ``offset_of`` orders them."""
+
+    def __init__(self, view: MergedView, offset_of: Callable[[bytes], int] = offset_of) -> None:
+        self._view = view
+        self._offset_of = offset_of
+        self._kept: OrderedDict[Inode, Listing] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def start(self, directory: Inode) -> Listing:
+        """The names that ``directory`` has now; raises OSError if it cannot be read."""
+        offset_of = self._offset_of
+        pairs = sorted((offset_of(name), name) for name in self._view.names(directory))
+        listing = Listing([offset for offset, _ in pairs], [name for _, name in pairs])
+        self._kept[directory] = listing
+        if len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return listing
+
+    def go_on(self, directory: Inode, offset: int) -> tuple[Listing, int]:
+        """A listing, and the position in it of the first name after ``offset``."""
+        listing = self._kept.get(directory) or self.start(directory)
+        return listing, bisect_right(listing.offsets, offset)
+
+    def drop(self, directory: Inode) -> None:
+        """The end of ``directory`` was reached; its names need not be kept."""
+        self._kept.pop(directory, None)
 
 
 def pack(inode: Inode, attributes: Attributes) -> bytes:

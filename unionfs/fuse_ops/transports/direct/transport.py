@@ -21,7 +21,7 @@ from typing import Any, Final
 import trio
 
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.speedups.late_sync.settling import Settling
+from unionfs.fuse_ops.speedups.late_sync import Settling
 from unionfs.fuse_ops.speedups.placement import LOOK_EVERY
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import name_of
@@ -36,7 +36,6 @@ from unionfs.fuse_ops.transports.direct.handlers import (
     SessionAnswers,
 )
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
-from unionfs.fuse_ops.transports.serving import serve_beside
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class DirectTransport:
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         settling = Settling(self.served.requests, self._beside.postpone, self._beside.leave)
-        await serve_beside(settling.run, functools.partial(self._serve, buffer), gone, self._connection.end_calls)
+        await settling.run_beside(functools.partial(self._serve, buffer), gone, self._connection.end_calls)
 
     async def _serve(self, buffer: memoryview, nursery: trio.Nursery) -> None:
         while await self._turn(buffer, nursery):

@@ -1,8 +1,13 @@
-"""Whether the directories that a mount writes to overlap with each other or with its lower layers.
+"""Where the directories of a mount lie: apart from each other, and reached without a mapping of ids.
 
 A layer that is written to changes under every mount that has it. Paths alone do not tell: links, ``..`` and bind
 mounts lead to one directory by many. The kernel's overlayfs compares the directories themselves, up to the root of
-their file system. It accepts a writable directory in a lower layer (since Linux 5.13); here that is refused too.
+their file system. It accepts a writable directory in a lower layer (since Linux 5.13); here that is refused.
+
+containers/storage 1.43 hands a mount program both ``uidmapping=`` and lower layers on id-mapped mounts of the kernel
+(it tests only whether the kernel's overlayfs could use those, 5.19). Mapping the ids of such a layer once more shows
+wrong owners. So the layer is opened by another way to the same directory, where the ids are those on disk, as those
+in the upper directory are. (Linux 6.15 can take the mapping off a clone of the mount; this works on all.)
 """
 
 from __future__ import annotations
@@ -103,3 +108,51 @@ def _is_below(path: str, directory: str) -> bool:
 
 def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part]
+
+
+def unmapped_path(path: str) -> str:
+    """A path of the directory ``path`` through a mount that maps no ids; ``path`` itself as a rule.
+
+    Raises LayerError when its file system is mounted nowhere without a mapping.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return path  # whoever opens the layer says what is wrong with it
+    try:
+        mounts = {mount.mount_id: mount for mount in read_mounts()}
+        here = mounts.get(syscalls.mount_id(fd))
+        if here is None or not here.id_mapped:
+            return path
+        shown = os.readlink(f"/proc/self/fd/{fd}")
+        wanted = os.stat(fd)
+        inside = os.path.normpath(os.path.join(here.root, os.path.relpath(shown, here.mount_point)))
+        for mount in mounts.values():
+            if mount.device == here.device and not mount.id_mapped:
+                candidate = _path_in(mount, inside)
+                if candidate is not None and _is(candidate, wanted, mount):
+                    return candidate
+    finally:
+        os.close(fd)
+    raise LayerError(
+        f"lower layer {path}: the mount that it lies on maps ids, as uidmapping= does too, and there is no other "
+        "mount of its file system; leave one of the two mappings out"
+    )
+
+
+def _path_in(mount: Mount, inside: str) -> str | None:
+    """Where ``mount`` shows the path ``inside`` of its file system."""
+    below = os.path.relpath(inside, mount.root)
+    return None if below.startswith("..") else os.path.normpath(os.path.join(mount.mount_point, below))
+
+
+def _is(path: str, wanted: os.stat_result, mount: Mount) -> bool:
+    """Whether ``path`` is that directory, seen through that mount and not through one on top of it."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.path.samestat(os.stat(fd), wanted) and syscalls.mount_id(fd) == mount.mount_id
+    finally:
+        os.close(fd)

@@ -1,12 +1,13 @@
-"""Threads for calls that wait for the disk, where each call sends its own answer.
+"""Threads for calls that wait for the disk: those that answer a request, and the last close of a large file.
 
 Handing a call to trio's threads and taking its result back costs two changes of thread and a turn of the scheduler,
-about as much as reading a small file. A reply may be written to /dev/fuse by any thread, so nothing has to come back.
+about as much as reading a small file. Any thread may write a reply to /dev/fuse, so each call sends its own answer.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -96,3 +97,44 @@ class WaitingCalls:
             self._queue.put(None)
         for thread in threads:
             thread.join()
+
+
+_LARGE: Final = 2048  # blocks of 512 bytes
+_QUEUE_MAX: Final = 64  # descriptors that wait for the thread; they count against the limit of open files
+
+
+class LastCloses:
+    """Closes the last descriptors of files that have no name any more, which gives their space back.
+
+    That takes the file system below up to a second for a large file. The program that removed it has long had its
+    answer by then, but all others would wait: so a thread does it. Freeing a small file takes less time than handing it
+    over.
+    """
+
+    def __init__(self) -> None:
+        # A transport may have to see to it where a thread is started from.
+        self.outside: Callable[[Callable[[], None]], None] = lambda call: call()
+        self._calls: WaitingCalls | None = None
+
+    def close(self, fd: int) -> None:
+        """Close ``fd``, which may be the last descriptor of a file without a name."""
+        try:
+            large = os.fstat(fd).st_blocks > _LARGE
+        except OSError:
+            large = False
+        if not large:
+            os.close(fd)
+            return
+        if self._calls is None:
+            self._calls = WaitingCalls(1)
+        calls = self._calls
+        if len(calls) < _QUEUE_MAX:
+            self.outside(lambda: calls.start(lambda: os.close(fd)))
+        else:
+            os.close(fd)
+
+    def wait(self) -> None:
+        """Wait until all are closed, and end the thread."""
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None

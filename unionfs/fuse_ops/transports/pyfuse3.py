@@ -1,6 +1,6 @@
-"""The requests as pyfuse3 brings them: the only place that speaks its types.
+"""The transport that works with every kernel: the only place that speaks pyfuse3's types.
 
-pyfuse3 ends its loop at any exception but FUSEError, so every handler is wrapped.
+pyfuse3 ends its loop at any exception but FUSEError, so every handler is wrapped. What libfuse prints becomes one line.
 """
 
 from __future__ import annotations
@@ -8,21 +8,103 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
+import re
+import select
+import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace, TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
+import trio
 
-from unionfs.fuse_ops.options import MountOptions
+from unionfs.errors import MountError
+from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.requests.job import Job, Waiter, completed
-from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.speedups.early_pages import EarlyPages
+from unionfs.fuse_ops.requests.union_requests import UnionRequests, is_listed_bare
+from unionfs.fuse_ops.speedups.late_sync import Settling
+from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages
+from unionfs.fuse_ops.transports.mounting import explained
 from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode, OpenFile
-from unionfs.fuse_ops.tree.listing import is_listed_bare
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host.mountinfo import SUBTYPE
+
+_LOOK_AGAIN_S: Final = 50e-6
+_TURN_S: Final = 2e-3  # how long to serve before trio's other tasks get their turn
+
+
+class QuickLock:
+    """A lock of trio's tasks that is free to take while it is free: no turn of the scheduler."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._held:
+            await self._waiting.park()
+        self._held = True
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._held = False
+        self._waiting.unpark()
+
+
+class PatientWait:
+    """trio's ``wait_readable`` for the one descriptor that requests come from."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._fd = -1
+        self._last_request = 0.0
+        self._turn_began = 0.0
+
+    async def wait_readable(self, fd: int) -> None:
+        """Return when ``fd`` can be read; raises trio.ClosedResourceError when it is closed."""
+        if fd != self._fd:
+            self._poll.register(fd, select.POLLIN)
+            self._fd = fd
+        now = time.perf_counter
+        if now() - self._turn_began < _TURN_S:
+            until = now() + _LOOK_AGAIN_S
+            while True:
+                if self._poll.poll(0):
+                    return
+                if now() > until:
+                    break
+        await trio.lowlevel.wait_readable(fd)
+        self._turn_began = now()
+
+
+def wait_awake() -> None:
+    """Put a wait that looks again before it sleeps in the place of what pyfuse3 takes from trio.
+
+    Programs send their requests one after the other. A server that sleeps between two of them is woken for each, which
+    takes longer than most answers; one that looks again for some tens of microseconds finds the next request there. An
+    idle mount sleeps as before. pyfuse3 looks trio up under a name in its own module, so that ``pyfuse3.asyncio`` can
+    put something else in its place.
+    """
+    lowlevel = SimpleNamespace(
+        wait_readable=PatientWait().wait_readable,
+        current_task=trio.lowlevel.current_task,
+        current_trio_token=trio.lowlevel.current_trio_token,
+        notify_closing=trio.lowlevel.notify_closing,
+    )
+    pyfuse3.trio = SimpleNamespace(  # type: ignore[attr-defined]
+        Lock=QuickLock,
+        ClosedResourceError=trio.ClosedResourceError,
+        open_nursery=trio.open_nursery,
+        from_thread=trio.from_thread,
+        lowlevel=lowlevel,
+    )
+
 
 log = logging.getLogger(__name__)
 
@@ -352,3 +434,75 @@ class UnionOperations(pyfuse3.Operations):
 
 def _store_pages(inode: Inode, contents: memoryview) -> None:
     pyfuse3.notify_store(pyfuse3.InodeT(inode.ino), 0, bytes(contents))
+
+
+class Pyfuse3Transport:
+    """Serves ``operations`` through pyfuse3; there can be only one in a process. ``settling`` runs beside it."""
+
+    name = "pyfuse3"
+
+    def __init__(self, operations: pyfuse3.Operations, options: MountOptions, settling: Settling | None = None) -> None:
+        self._operations = operations
+        self._settling = settling
+        self._options = options
+
+    def mount(self, target: str) -> None:
+        """Mount on ``target``; raises MountError with what libfuse said."""
+        options = self._options
+        words = {
+            *(options.fuse_words or default_fuse_words()),
+            f"fsname={_libfuse_value(options.source)}",
+            f"subtype={SUBTYPE}",
+        }
+        if options.debug:
+            words.add("debug")
+        said: list[str] = []
+        try:
+            with _captured_stderr(said):
+                pyfuse3.init(self._operations, target, words)
+        except RuntimeError:
+            raise MountError(f"cannot mount on {target}: {explained(' '.join(said))}") from None
+        if said:
+            print("\n".join(said), file=sys.stderr)
+
+    async def serve(self, accepted: Callable[[], None], gone: Callable[[], None]) -> None:
+        """See :meth:`Transport.serve`."""
+        initialize = self._operations.init
+
+        def init() -> None:
+            initialize()
+            accepted()
+
+        self._operations.init = init  # type: ignore[method-assign]
+        if "polling" in self._options.speedups:
+            wait_awake()
+        if self._settling is None:
+            await pyfuse3.main()
+            gone()
+        else:
+            await self._settling.run_beside(lambda _: pyfuse3.main(), gone)
+
+    def close(self) -> None:
+        """Close /dev/fuse, leaving the mount to the session."""
+        pyfuse3.close(unmount=False)
+
+
+def _libfuse_value(text: str) -> str:
+    """``text`` for libfuse's option parser; pyfuse3 hands on ASCII only, and this name is just for the eye."""
+    return re.sub(r"[\\,]", r"\\\g<0>", text.encode("ascii", "replace").decode())
+
+
+@contextmanager
+def _captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect what libfuse and fusermount3 print: they do so by themselves, and in several lines."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with os.fdopen(os.memfd_create("libfuse"), "r+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            lines += [line.strip() for line in file if line.strip()]

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from unionfs.fuse_ops.requests import waiting_calls
-from unionfs.fuse_ops.requests.waiting_calls import WaitingCalls
+from unionfs.fuse_ops.requests import threads
+from unionfs.fuse_ops.requests.threads import WaitingCalls
 
 _SOON_S = 30.0
 
@@ -62,7 +62,7 @@ def test_a_call_that_raises_leaves_the_thread_usable(caplog: pytest.LogCaptureFi
 
 
 def test_idle_threads_end_and_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting_calls, "_IDLE_S", 0.01)
+    monkeypatch.setattr(threads, "_IDLE_S", 0.01)
     calls = WaitingCalls(limit=2)
     for _ in range(3):
         made = threading.Event()

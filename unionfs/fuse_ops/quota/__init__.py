@@ -1,1 +1,0 @@
-"""What limits an upper directory."""

@@ -1,1 +1,0 @@
-"""Copies whose data is brought to the disk later."""

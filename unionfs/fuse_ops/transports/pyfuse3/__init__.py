@@ -1,1 +1,0 @@
-"""The portable transport: pyfuse3, with any kernel."""
