@@ -18,26 +18,26 @@ CONTAINER = IdMap([IdRange(container=0, host=200_000, count=1000), IdRange(conta
 
 
 def test_ids_are_mapped_both_ways() -> None:
-    assert CONTAINER.to_shown(0) == 200_000
-    assert CONTAINER.to_shown(999) == 200_999
-    assert CONTAINER.to_shown(5009) == 5009
-    assert CONTAINER.to_disk(200_999) == 999
+    assert CONTAINER.to_mount_id(0) == 200_000
+    assert CONTAINER.to_mount_id(999) == 200_999
+    assert CONTAINER.to_mount_id(5009) == 5009
+    assert CONTAINER.to_layer_id(200_999) == 999
 
 
 def test_ids_outside_of_the_map() -> None:
-    assert CONTAINER.to_shown(1000) == OVERFLOW_ID
-    assert CONTAINER.to_disk(0) == 0, "the engine's own root must find again what it stores"
+    assert CONTAINER.to_mount_id(1000) == OVERFLOW_ID
+    assert CONTAINER.to_layer_id(0) == 0, "the engine's own root must find again what it stores"
 
 
 @given(st.integers(0, 2**32 - 2))
 def test_an_empty_map_changes_nothing(owner: int) -> None:
-    assert IdMap().to_shown(owner) == IdMap().to_disk(owner) == owner
+    assert IdMap().to_mount_id(owner) == IdMap().to_layer_id(owner) == owner
 
 
 def test_squash_beats_the_map() -> None:
     ownership = Ownership(MountOptions(lowerdirs=("/",), uid_map=CONTAINER, gid_map=CONTAINER, squash_uid=7))
-    assert ownership.shown(5, 6) == (7, 200_006)
-    assert ownership.stored(-1, 200_001) == (-1, 1)
+    assert ownership.to_mount_ids(5, 6) == (7, 200_006)
+    assert ownership.to_layer_ids(-1, 200_001) == (-1, 1)
 
 
 KINDS = st.sampled_from([stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK])

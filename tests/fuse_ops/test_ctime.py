@@ -61,7 +61,7 @@ def ctime(tree: UnionTree, path: str) -> int:
 
 
 def settle(tree: UnionTree, inode: FileInode, meanwhile: Callable[[], object] = lambda: None) -> None:
-    job = tree.copy_up.begin_settling(inode)
+    job = tree.copy_up.begin_sync(inode)
     job.run()
     meanwhile()
     tree.copy_up.finish(job)

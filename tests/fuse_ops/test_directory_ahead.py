@@ -42,7 +42,7 @@ def wait_until_done(ring: LookupRing) -> None:
 
 def make_cold(ahead: DirectoryReadAhead) -> None:
     for _ in range(2):
-        ahead.took(1.0, 1, 1)
+        ahead.record_latency(1.0, 1, 1)
     assert ahead.wants_more
 
 
@@ -124,17 +124,17 @@ class TestWhatIsRead:
     def test_nothing_while_the_disk_is_fast(self) -> None:
         ahead = DirectoryReadAhead()
         for _ in range(100):
-            ahead.took(20e-6, 1, 5)
+            ahead.record_latency(20e-6, 1, 5)
         assert not ahead.wants_more
 
     def test_the_latest_first_and_nothing_twice(self, layer: LayerDir, ring: Recorder) -> None:
         ahead = DirectoryReadAhead()
         make_cold(ahead)
         ring.room_left = 2
-        ahead.want([(layer, b"a"), (layer, b"b"), (layer, b"c")])
-        ahead.want([(layer, b"d"), (layer, b"a")])
+        ahead.prefetch([(layer, b"a"), (layer, b"b"), (layer, b"c")])
+        ahead.prefetch([(layer, b"d"), (layer, b"a")])
         ring.room_left = 100
-        ahead.want([(layer, b"e")])
+        ahead.prefetch([(layer, b"e")])
         assert ring.names == [b"a", b"b", b"e", b"d", b"c"]
         assert ring.submitted == 5
 
@@ -144,7 +144,7 @@ class TestWhatIsRead:
         ahead = DirectoryReadAhead()
         make_cold(ahead)
         assert not ahead.busy  # the disk is slow, but nothing is read
-        ahead.want([(layer, b"a")])
+        ahead.prefetch([(layer, b"a")])
         assert ahead.busy
         now += 0.005
         assert ahead.busy
@@ -154,7 +154,7 @@ class TestWhatIsRead:
     def test_nothing_that_is_too_deep_to_be_named(self, layer: LayerDir, ring: Recorder) -> None:
         ahead = DirectoryReadAhead()
         make_cold(ahead)
-        ahead.want([(layer, b"deep/" * 20_000), (layer, b"a")])
+        ahead.prefetch([(layer, b"deep/" * 20_000), (layer, b"a")])
         assert ring.names == [b"a"]
 
     def test_a_kernel_without_io_uring(self, layer: LayerDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ class TestWhatIsRead:
         monkeypatch.setattr(reading_ahead, "LookupRing", refuse)
         ahead = DirectoryReadAhead()
         make_cold(ahead)
-        ahead.want([(layer, b"a")])
+        ahead.prefetch([(layer, b"a")])
         assert not ahead.wants_more
         ahead.close()
 
@@ -178,11 +178,11 @@ class TestWhatIsRead:
         monkeypatch.setattr(reading_ahead, "LookupRing", make)
         ahead = DirectoryReadAhead()
         make_cold(ahead)
-        ahead.want([(layer, b"a")])
-        ahead.want([(layer, b"b")])
+        ahead.prefetch([(layer, b"a")])
+        ahead.prefetch([(layer, b"b")])
         assert len(made) == 1
         monkeypatch.setattr(os, "getpid", lambda: -1)
-        ahead.want([(layer, b"c")])
+        ahead.prefetch([(layer, b"c")])
         assert [ring.names for ring in made] == [[b"a", b"b"], [b"c"]]
 
 

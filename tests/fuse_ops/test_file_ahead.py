@@ -46,7 +46,7 @@ def cold_reader(tree: UnionTree) -> FileReadAhead:
         tree.lookup(directory, name)
     ahead = FileReadAhead()
     for _ in range(3):
-        ahead.took(1.0)
+        ahead.record_latency(1.0)
     ahead.listed(directory, NAMES)
     return ahead
 
@@ -122,7 +122,7 @@ def test_nothing_in_another_order(tree: UnionTree, layer: Path) -> None:
 def test_nothing_while_files_come_from_memory(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     for _ in range(100):
-        ahead.took(10e-6)
+        ahead.record_latency(10e-6)
     drop(layer)
     open_in(tree, ahead, 0)
     assert in_memory(layer) == []

@@ -308,7 +308,7 @@ def test_the_room_of_a_limited_tree_comes_back(dirs: Path) -> None:
     before = tree.space.used_bytes
     write(tree, "a", bytes(900_000))
     file = tree.open(at(tree, "a"), os.O_RDONLY)
-    tree.space.settle(os.fstat(file.fd))  # requests do that after a write
+    tree.space.recount(os.fstat(file.fd))  # requests do that after a write
     tree.close_file(file)
     remove(tree, "a")
     assert tree.space.used_bytes > 900_000

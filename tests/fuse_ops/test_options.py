@@ -145,7 +145,7 @@ def test_every_field_can_be_set_by_text() -> None:
 def test_map_is_container_id_then_host_id() -> None:
     options = with_lower("uidmapping=0:200000:65536,gidmapping=:0:1:1001:1001:0:1:1002:1002:64535")
     assert options.uid_map.ranges == (IdRange(container=0, host=200000, count=65536),)
-    assert options.uid_map.to_shown(5) == 200005
+    assert options.uid_map.to_mount_id(5) == 200005
     assert options.gid_map.ranges == (
         IdRange(container=0, host=1, count=1001),
         IdRange(container=1001, host=0, count=1),
@@ -154,7 +154,7 @@ def test_map_is_container_id_then_host_id() -> None:
 
 
 def test_map_of_all_ids() -> None:
-    assert with_lower("uidmapping=0:0:4294967295").uid_map.to_shown(4294967294) == 4294967294
+    assert with_lower("uidmapping=0:0:4294967295").uid_map.to_mount_id(4294967294) == 4294967294
 
 
 @pytest.mark.parametrize(

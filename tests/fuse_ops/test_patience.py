@@ -13,21 +13,21 @@ import trio
 
 from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.speedups.waiting import Patience
+from unionfs.fuse_ops.speedups.waiting import InlineWaitPolicy
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import Opcode
 from unionfs.fuse_ops.transports.direct.transport import DirectTransport
 
 
-def alone(sender: int = 7) -> Patience:
-    watch = Patience()
+def alone(sender: int = 7) -> InlineWaitPolicy:
+    watch = InlineWaitPolicy()
     for _ in range(1000):
         watch.request_from(sender)
     return watch
 
 
 def test_one_sender_after_a_while() -> None:
-    watch = Patience()
+    watch = InlineWaitPolicy()
     watch.request_from(7)
     assert not watch.may_wait()
     assert alone().may_wait()
@@ -42,7 +42,7 @@ def test_another_sender_ends_it() -> None:
 
 
 def test_two_in_turns_are_never_alone() -> None:
-    watch = Patience()
+    watch = InlineWaitPolicy()
     for number in range(1000):
         watch.request_from(7 + number % 2)
         assert not watch.may_wait()
@@ -84,7 +84,7 @@ def test_what_nobody_waits_for_is_nobodys(tmp_path: Path, background: Opcode, ex
                     transport.dispatch(memoryview(header + bytes(16)), nursery)
 
     trio.run(main)
-    assert transport.served.patience.may_wait() is expected
+    assert transport.served.inline_waits.may_wait() is expected
     transport.close()
     tree.close()
 
@@ -93,7 +93,7 @@ def who_syncs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     code: Opcode,
-    patience: Patience,
+    inline_waits: InlineWaitPolicy,
     sizes: Sequence[int],
     flags: int = 0,
     took: float = 0,
@@ -111,7 +111,7 @@ def who_syncs(
     answered, answers = os.pipe()
     transport = DirectTransport(tree, options)
     transport.mount(f"/dev/fd/{answers}")
-    transport.served.patience = patience
+    transport.served.inline_waits = inline_waits
     handle = transport.served.requests.add_file(
         tree.open(tree.lookup(tree.root, b"file"), os.O_RDWR), os.O_RDWR, cached=False
     )
@@ -183,7 +183,7 @@ def test_a_large_file_that_took_long_is_synced_in_a_thread_again(
 def test_a_directory_is_synced_on_the_spot_for_one_that_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
-    synced = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else Patience(), [0])
+    synced = who_syncs(tmp_path, monkeypatch, Opcode.FSYNCDIR, alone() if is_alone else InlineWaitPolicy(), [0])
     assert synced == [("fsync", not is_alone)]
 
 

@@ -19,7 +19,7 @@ from tests.support.mounts import servers_of
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.users import in_child
 from unionfs.fuse_ops.speedups import placement
-from unionfs.fuse_ops.speedups.placement import BesideClient
+from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.transports.direct.connection import Connection
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -32,14 +32,14 @@ IN_A_ROW = 32
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether nothing else runs on this machine, as the server is told."""
     answers = [True]
-    monkeypatch.setattr(BesideClient, "_machine_is_quiet", lambda self: answers[0])
+    monkeypatch.setattr(ClientAffinity, "_machine_is_quiet", lambda self: answers[0])
     return answers
 
 
 @pytest.fixture
-def beside() -> Iterator[BesideClient]:
+def beside() -> Iterator[ClientAffinity]:
     before = os.sched_getaffinity(0)
-    beside = BesideClient()
+    beside = ClientAffinity()
     yield beside
     beside.close()
     assert_ordinary()
@@ -81,7 +81,7 @@ def assert_beside(client: int) -> None:
     assert os.sched_getaffinity(0) == {processor_of(client)}
 
 
-def test_it_goes_there_after_many_requests(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+def test_it_goes_there_after_many_requests(beside: ClientAffinity, client: int, quiet: list[bool]) -> None:
     for before in range(IN_A_ROW):
         beside.consider(client, before)
         assert not beside.active
@@ -96,7 +96,7 @@ def test_the_privilege_is_asked_for_when_it_is_needed(
 ) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(placement, "_may_return", lambda: asked.append(True))  # None: no
-    beside = BesideClient()
+    beside = ClientAffinity()
     try:
         for before in range(IN_A_ROW):
             beside.consider(client, before)
@@ -115,7 +115,7 @@ class TestWithoutPrivilege:
     def without_privilege(self, quiet: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(placement, "_may_return", lambda: False)
 
-    def test_another_thread_serves_the_client(self, beside: BesideClient, client: int) -> None:
+    def test_another_thread_serves_the_client(self, beside: ClientAffinity, client: int) -> None:
         def serve() -> bool:
             assert threading.current_thread() is not threading.main_thread()
             assert_beside(client)
@@ -135,7 +135,7 @@ class TestWithoutPrivilege:
         beside.close()
         assert not any(thread.name == "unionfs-beside" for thread in threading.enumerate())
 
-    def test_others_that_run_end_it(self, beside: BesideClient, client: int, quiet: list[bool]) -> None:
+    def test_others_that_run_end_it(self, beside: ClientAffinity, client: int, quiet: list[bool]) -> None:
         beside.consider(client, IN_A_ROW)
         quiet[0] = False
 
@@ -148,7 +148,7 @@ class TestWithoutPrivilege:
 
         assert beside.run(serve)
 
-    def test_threads_are_started_by_the_first_one(self, beside: BesideClient, client: int) -> None:
+    def test_threads_are_started_by_the_first_one(self, beside: ClientAffinity, client: int) -> None:
         beside.consider(client, IN_A_ROW)
         by: list[tuple[str, threading.Thread]] = []
 
@@ -164,7 +164,7 @@ class TestWithoutPrivilege:
         beside.postpone(by.clear)
         assert not by, "done at once by the thread whose it is"
 
-    def test_what_goes_wrong_is_raised_here(self, beside: BesideClient, client: int) -> None:
+    def test_what_goes_wrong_is_raised_here(self, beside: ClientAffinity, client: int) -> None:
         beside.consider(client, IN_A_ROW)
         done: list[bool] = []
 
@@ -177,7 +177,7 @@ class TestWithoutPrivilege:
         assert done == [True]
         assert beside.run(lambda: True), "it can be used again"
 
-    def test_a_signal_does_not_let_two_threads_run(self, beside: BesideClient, client: int) -> None:
+    def test_a_signal_does_not_let_two_threads_run(self, beside: ClientAffinity, client: int) -> None:
         beside.consider(client, IN_A_ROW)
         main, ended = threading.main_thread().ident, []
         assert main is not None
@@ -200,14 +200,14 @@ class TestWithoutPrivilege:
             signal.signal(signal.SIGUSR1, before)
 
 
-def test_another_client_ends_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+def test_another_client_ends_it(beside: ClientAffinity, client: int, quiet: list[bool]) -> None:
     beside.consider(client, IN_A_ROW)
     beside.consider(client + 1, 0)
     assert not beside.active
     assert_ordinary()
 
 
-def test_others_that_run_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+def test_others_that_run_end_it(beside: ClientAffinity, client: int, quiet: list[bool]) -> None:
     beside.consider(client, IN_A_ROW)
     quiet[0] = False
     beside.consider(client, IN_A_ROW + 7)
@@ -225,7 +225,7 @@ def test_others_that_run_end_it(beside: BesideClient, client: int, quiet: list[b
     assert_beside(client)
 
 
-def test_who_runs_for_a_moment_does_not_end_it(beside: BesideClient, client: int, quiet: list[bool]) -> None:
+def test_who_runs_for_a_moment_does_not_end_it(beside: ClientAffinity, client: int, quiet: list[bool]) -> None:
     quiet[0] = False
     beside.consider(client, IN_A_ROW)
     assert not beside.active
@@ -243,7 +243,7 @@ def test_who_runs_for_a_moment_does_not_end_it(beside: BesideClient, client: int
 
 
 def test_a_client_that_moves_is_followed(
-    beside: BesideClient, program: subprocess.Popen[bytes], quiet: list[bool]
+    beside: ClientAffinity, program: subprocess.Popen[bytes], quiet: list[bool]
 ) -> None:
     client = program.pid
     allowed = sorted(os.sched_getaffinity(0))
@@ -268,7 +268,7 @@ def test_a_client_that_moves_is_followed(
 
 @pytest.mark.parametrize("call", ["open", "pread"])
 def test_where_nothing_says_what_runs_it_stays_away(
-    beside: BesideClient, client: int, monkeypatch: pytest.MonkeyPatch, call: str
+    beside: ClientAffinity, client: int, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def hidden(*args: object) -> None:
         raise PermissionError(13, "not to be seen")
@@ -280,7 +280,7 @@ def test_where_nothing_says_what_runs_it_stays_away(
             assert not beside.active
 
 
-def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
+def test_a_client_that_ended(beside: ClientAffinity, quiet: list[bool]) -> None:
     with subprocess.Popen(["true"]) as process:
         pass
     beside.consider(process.pid, IN_A_ROW)
@@ -289,7 +289,7 @@ def test_a_client_that_ended(beside: BesideClient, quiet: list[bool]) -> None:
 
 @pytest.mark.parametrize("refused", ["sched_setscheduler", "sched_setaffinity"])
 def test_nothing_half_done_where_it_is_refused(
-    beside: BesideClient, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch, refused: str
+    beside: ClientAffinity, client: int, quiet: list[bool], monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     before = os.sched_getaffinity(0)
 
@@ -340,7 +340,7 @@ class TestPrivilege:
     def test_another_policy_is_left_alone(self, client: int, quiet: list[bool]) -> None:
         def ask() -> int:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-            beside = BesideClient()
+            beside = ClientAffinity()
             beside.consider(client, IN_A_ROW)
             return os.sched_getscheduler(0)
 
@@ -416,8 +416,8 @@ def test_it_stays_ordinary_while_others_run(direct_box: Sandbox) -> None:
 
 def test_nobody_is_left_beside_when_the_connection_is_closed(client: int, quiet: list[bool]) -> None:
     before = os.sched_getaffinity(0)
-    connection = Connection(BesideClient())
-    connection.beside.consider(client, IN_A_ROW)
+    connection = Connection(ClientAffinity())
+    connection.affinity.consider(client, IN_A_ROW)
     assert_beside(client)
     connection.close()
     assert_ordinary()

@@ -15,7 +15,7 @@ from tests.support.mounts import MountFailedError, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import snapshot
 from tests.support.syscalls import MNT_DETACH, mount, umount2
-from unionfs.fuse_ops.stack.locations import unmapped_path
+from unionfs.fuse_ops.stack.locations import path_without_idmap
 from unionfs.host.mountinfo import top_mount
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -85,8 +85,8 @@ def test_ids_are_mapped_once(box: Sandbox) -> None:
 
 def test_the_other_path_is_the_same_directory(box: Sandbox) -> None:
     low = box.lower().dir("a/b")
-    assert unmapped_path(low.root) == low.root
-    assert unmapped_path("/no/such/directory") == "/no/such/directory"
+    assert path_without_idmap(low.root) == low.root
+    assert path_without_idmap("/no/such/directory") == "/no/such/directory"
     box.freeze()
     link = box.new_dir("links") + "/short"
     with id_mapped(low.root, box.new_dir("mapped")) as mapped:
@@ -95,7 +95,7 @@ def test_the_other_path_is_the_same_directory(box: Sandbox) -> None:
         assert found.id_mapped
         os.symlink(f"{mapped}/a/b", link)
         for path in (link, f"{mapped}/a/b", f"{mapped}/a/../a/b"):
-            assert unmapped_path(path) == low.at("a/b")
+            assert path_without_idmap(path) == low.at("a/b")
         # Where something lies over the directory, the way leads through nothing.
         mount("tmpfs", low.at("a"), "tmpfs")
         try:

@@ -19,7 +19,7 @@ from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.speedups import late_sync
-from unionfs.fuse_ops.speedups.late_sync import Settling
+from unionfs.fuse_ops.speedups.late_sync import LateSync
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
@@ -69,7 +69,7 @@ async def settling_beside(
 ) -> AsyncIterator[None]:
     """Run the task that settles, as a transport does."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Settling(requests, before_thread=before_thread).run)
+        nursery.start_soon(LateSync(requests, before_thread=before_thread).run)
         await trio.testing.wait_all_tasks_blocked()
         yield
         nursery.cancel_scope.cancel()

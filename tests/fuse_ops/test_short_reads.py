@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.speedups.placement import BesideClient
+from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.speedups.waiting import ShortReads
 
 CONTENTS = os.urandom(10_000)
@@ -29,7 +29,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 @pytest.fixture
 def reads() -> ShortReads:
     """Those of a server that runs beside its client."""
-    beside = BesideClient()
+    beside = ClientAffinity()
     beside.active = True
     return ShortReads(beside)
 
@@ -74,7 +74,7 @@ def test_the_end_of_the_file(reads: ShortReads, fd: int) -> None:
 
 
 def test_it_sleeps_when_others_may_want_the_processor(fd: int, calls: list[int]) -> None:
-    assert read(ShortReads(BesideClient()), fd) == CONTENTS
+    assert read(ShortReads(ClientAffinity()), fd) == CONTENTS
     assert calls == [0]
 
 

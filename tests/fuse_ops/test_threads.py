@@ -7,13 +7,13 @@ import threading
 import pytest
 
 from unionfs.fuse_ops.requests import threads
-from unionfs.fuse_ops.requests.threads import WaitingCalls
+from unionfs.fuse_ops.requests.threads import CallThreads
 
 _SOON_S = 30.0
 
 
 def test_calls_wait_beside_each_other_up_to_the_limit() -> None:
-    calls = WaitingCalls(limit=3)
+    calls = CallThreads(limit=3)
     together = threading.Barrier(4)
 
     def meet() -> None:
@@ -27,7 +27,7 @@ def test_calls_wait_beside_each_other_up_to_the_limit() -> None:
 
 
 def test_more_calls_than_threads_are_all_made() -> None:
-    calls = WaitingCalls(limit=2)
+    calls = CallThreads(limit=2)
     done: list[int] = []
     for number in range(200):
         calls.start(lambda number=number: done.append(number))  # type: ignore[misc]
@@ -36,7 +36,7 @@ def test_more_calls_than_threads_are_all_made() -> None:
 
 
 def test_close_waits_for_what_is_running_and_takes_no_more() -> None:
-    calls = WaitingCalls()
+    calls = CallThreads()
     go = threading.Event()
     ended: list[bool] = []
     calls.start(lambda: ended.append(go.wait(_SOON_S)))
@@ -48,7 +48,7 @@ def test_close_waits_for_what_is_running_and_takes_no_more() -> None:
 
 
 def test_a_call_that_raises_leaves_the_thread_usable(caplog: pytest.LogCaptureFixture) -> None:
-    calls = WaitingCalls(limit=1)
+    calls = CallThreads(limit=1)
     done: list[bool] = []
 
     def fail() -> None:
@@ -63,7 +63,7 @@ def test_a_call_that_raises_leaves_the_thread_usable(caplog: pytest.LogCaptureFi
 
 def test_idle_threads_end_and_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_IDLE_S", 0.01)
-    calls = WaitingCalls(limit=2)
+    calls = CallThreads(limit=2)
     for _ in range(3):
         made = threading.Event()
         before = {thread.ident for thread in threading.enumerate()}
@@ -79,7 +79,7 @@ def test_idle_threads_end_and_are_started_again(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("first", [False, True], ids=["none", "no second one"])
 def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
     """The limit of processes is reached: a call is made later, or here, but it is made."""
-    calls = WaitingCalls(limit=2)
+    calls = CallThreads(limit=2)
     go, done = threading.Event(), list[threading.Thread]()
     if first:
         calls.start(lambda: done.append(threading.current_thread()) if go.wait(_SOON_S) else None)

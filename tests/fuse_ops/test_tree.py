@@ -244,7 +244,7 @@ def test_a_copy_that_fails_leaves_nothing(
     job.run()
     tree.copy_up.abort(job)
     assert os.listdir(dirs / "upper") == os.listdir(dirs / "work" / "work") == []
-    assert tree.copy_up.needs(file)
+    assert tree.copy_up.requires(file)
     tree.copy_up.ensure(file)
     assert (dirs / "upper" / "file").read_text() == "contents"
 

@@ -243,7 +243,7 @@ class SpaceLimit:
         self._expected_total += size_bytes
 
     def arrived(self, ino: int, size_bytes: int) -> None:
-        """End a promise; the file is to be counted by :meth:`settle` then."""
+        """End a promise; the file is to be counted by :meth:`recount` then."""
         left = self._expected[ino] - size_bytes
         if left:
             self._expected[ino] = left
@@ -253,7 +253,7 @@ class SpaceLimit:
 
     # -- after a change ---------------------------------------------------------------------------------------
 
-    def settle(self, st: os.stat_result) -> None:
+    def recount(self, st: os.stat_result) -> None:
         """Count a file of the upper directory as it is now."""
         self._note_beyond(st)
         self._count(st.st_ino, self._sectors(st))
@@ -265,7 +265,7 @@ class SpaceLimit:
     def truncated(self, st: os.stat_result) -> None:
         """Count a file as it is now, which has lost what it had beyond its end."""
         self._beyond.pop(st.st_ino, None)
-        self.settle(st)
+        self.recount(st)
 
     def _count(self, ino: int, sectors: int) -> None:
         before = self._counted.get(ino, 0)
@@ -465,7 +465,7 @@ class LimitedAccounts(Accounts):
         if truncated:
             self._limit.truncated(st)
         else:
-            self._limit.settle(st)
+            self._limit.recount(st)
         if st.st_nlink == 0:
             self._unlinked[inode] = st.st_ino
             self._limit.unlinked(st.st_ino)

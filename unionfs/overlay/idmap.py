@@ -60,14 +60,14 @@ class IdMap:
     id for it locks the container out of them.
     """
 
-    __slots__ = ("_table", "_to_disk", "_to_shown")
+    __slots__ = ("_layer_ids", "_mount_ids", "_table")
 
     def __init__(self, ranges: Sequence[IdRange] = ()) -> None:
         self._table = IdTable(ranges)
         # Owners repeat over and over in a root file system, so each answer is computed once. Bounded by the
         # number of distinct ids in use.
-        self._to_shown: dict[int, int] = {}
-        self._to_disk: dict[int, int] = {}
+        self._mount_ids: dict[int, int] = {}
+        self._layer_ids: dict[int, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._table)
@@ -77,22 +77,22 @@ class IdMap:
         """The ranges, as they were given."""
         return self._table.ranges
 
-    def to_shown(self, disk_id: int) -> int:
-        """The id that the mount shows for ``disk_id``."""
+    def to_mount_id(self, layer_id: int) -> int:
+        """The id that the mount shows for ``layer_id``."""
         if not self._table:
-            return disk_id
-        shown = self._to_shown.get(disk_id)
+            return layer_id
+        shown = self._mount_ids.get(layer_id)
         if shown is None:
-            mapped = self._table.to_host(disk_id)
-            shown = self._to_shown[disk_id] = OVERFLOW_ID if mapped is None else mapped
+            mapped = self._table.to_host(layer_id)
+            shown = self._mount_ids[layer_id] = OVERFLOW_ID if mapped is None else mapped
         return shown
 
-    def to_disk(self, shown_id: int) -> int:
-        """The id to store for a caller or owner known as ``shown_id`` on the mount."""
+    def to_layer_id(self, mount_id: int) -> int:
+        """The id to store for a caller or owner known as ``mount_id`` on the mount."""
         if not self._table:
-            return shown_id
-        disk = self._to_disk.get(shown_id)
+            return mount_id
+        disk = self._layer_ids.get(mount_id)
         if disk is None:
-            mapped = self._table.to_container(shown_id)
-            disk = self._to_disk[shown_id] = shown_id if mapped is None else mapped
+            mapped = self._table.to_container(mount_id)
+            disk = self._layer_ids[mount_id] = mount_id if mapped is None else mapped
         return disk

@@ -237,9 +237,9 @@ class SnapshotUnions:
                 "see the log for the reason, or remove the snapshot and make it again"
             )
         # It is mounted elsewhere too, so its server goes on. That is rare, and needs much of the file system's code.
-        from unionfs.fuse_ops.speedups.late_sync import settle_marked
+        from unionfs.fuse_ops.speedups.late_sync import sync_marked
 
-        settle_marked(stack.upper)
+        sync_marked(stack.upper)
 
     def detach(self, target: str) -> None:
         """Unmount everything at ``target``; its server ends with the last user, who may be a container.

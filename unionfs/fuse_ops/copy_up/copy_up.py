@@ -15,11 +15,11 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from unionfs.fuse_ops.copy_up.hard_links import HardLinks
-from unionfs.fuse_ops.copy_up.publishing import Origins, Placing, origin_of
-from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, settle, unmark
+from unionfs.fuse_ops.copy_up.publishing import Origins, Publisher, origin_of
+from unionfs.fuse_ops.copy_up.unsynced import Attribute, Unsynced, sync_and_unmark, unmark
 from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.stack.upper_dir import NewFile, UpperDir
 from unionfs.fuse_ops.tree.attributes import CAPABILITY
@@ -41,9 +41,8 @@ from unionfs.overlay.copying import (
 from unionfs.overlay.format import UNSYNCED
 
 
-@dataclass
-class Need:
-    """How much of a file has to be in the upper layer, and when on the disk. Not to be changed.
+class CopyUpScope(NamedTuple):
+    """How much of a file a change needs in the upper layer, and when on the disk.
 
     Attributes:
         data: whether the contents are about to be changed, and not the metadata only.
@@ -60,24 +59,24 @@ class Need:
         return size if self.size is None else min(self.size, size)
 
 
-CONTENTS: Final = Need()
+CONTENTS: Final = CopyUpScope()
 """For writing."""
-NO_CONTENTS: Final = Need(size=0)
+NO_CONTENTS: Final = CopyUpScope(size=0)
 """For writing after a truncation."""
-METADATA: Final = Need(data=False)
+METADATA: Final = CopyUpScope(data=False)
 """For a new name."""
-ATTRIBUTES: Final = Need(data=False, later=True)
+ATTRIBUTES: Final = CopyUpScope(data=False, later=True)
 """For new attributes under the old name."""
 
 
-def for_name(*, unsynced: bool) -> Need:
+def scope_for_name(*, unsynced: bool) -> CopyUpScope:
     """What a new name for a file needs, which is ``unsynced`` if its data is not on the disk yet."""
     return CONTENTS if unsynced else METADATA
 
 
-def for_attributes(size: int | None) -> Need:
+def scope_for_attributes(size: int | None) -> CopyUpScope:
     """What new attributes need, a new ``size`` among them or not."""
-    return ATTRIBUTES if size is None else Need(size=size, later=True)
+    return ATTRIBUTES if size is None else CopyUpScope(size=size, later=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -104,7 +103,7 @@ class CopyUpJob:
     def run(self) -> None:
         """Copy the data, and see to it that it is on disk if that was asked for; in any thread."""
         if self.mark is not None:
-            settle(self.target_fd, self.mark, self.origin)
+            sync_and_unmark(self.target_fd, self.mark, self.origin)
             return
         copy_data(
             self.source_fd,
@@ -120,7 +119,7 @@ class CopyUpJob:
     def _complete(self) -> None:
         """The target has the data: it need not be looked for below any more.
 
-        Synced after that: see :func:`settle`.
+        Synced after that: see :func:`sync_and_unmark`.
         """
         if self.size < self.st.st_size:
             os.ftruncate(self.target_fd, self.size)
@@ -177,7 +176,7 @@ class CopyUp:
         self.protection = protection
         self._accounts = accounts
         self.origins = Origins(view, accounts)
-        self._placing = Placing(view, self.origins, self.copy_directory, hard_links, accounts)
+        self._publisher = Publisher(view, self.origins, self.copy_directory, hard_links, accounts)
         self._sync = view.options.fsync and not view.options.volatile
         self.unsynced: Unsynced | None = None  # where copies that are synced later are remembered; None: there are none
 
@@ -193,16 +192,16 @@ class CopyUp:
 
     # -- the whole of it --------------------------------------------------------------------------------------
 
-    def needs(self, inode: Inode, need: Need = CONTENTS) -> bool:
+    def requires(self, inode: Inode, scope: CopyUpScope = CONTENTS) -> bool:
         """Whether ``inode`` has to be copied up before it can be changed."""
         if not inode.upper:
             return True
-        return isinstance(inode, FileInode) and need.data and (inode.metacopy or inode.unsynced)
+        return isinstance(inode, FileInode) and scope.data and (inode.metacopy or inode.unsynced)
 
     def place_names(self, inode: FileInode) -> None:
         """Make those names of a copied-up, hard-linked file that were looked up since links of the upper file."""
         while inode.unplaced:
-            self._placing.link(inode, *next(iter(inode.unplaced)))
+            self._publisher.link(inode, *next(iter(inode.unplaced)))
 
     def may_sync_later(self, inode: FileInode, st: os.stat_result) -> bool:
         """Whether a copy of the lower ``inode``, for new attributes, may get its place before it is on the disk."""
@@ -211,13 +210,13 @@ class CopyUp:
         # Elsewhere than under the lower file's name, the mark would not find it.
         return inode.parent is not None and not inode.metacopy and not inode.may_have_other_names(st)
 
-    def ensure(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> None:
+    def ensure(self, inode: Inode, scope: CopyUpScope = CONTENTS, st: os.stat_result | None = None) -> None:
         """Copy ``inode``, which is to be changed, up now if it needs to be.
 
         ``st`` is lstat of its real object, from somebody who has just asked for it. Afterwards the ctime on disk is
         the one to show: see :meth:`MergedView.unnoticed`.
         """
-        job = self._prepare(inode, need, st)
+        job = self._prepare(inode, scope, st)
         if job is not None:
             self._do(job)
         inode.ctime = None
@@ -265,24 +264,24 @@ class CopyUp:
             self._view.keep_ctime(node, shown_ns)
         return self._view.upper_dir_fd(directory)
 
-    def begin(self, inode: Inode, need: Need = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
+    def begin(self, inode: Inode, scope: CopyUpScope = CONTENTS, st: os.stat_result | None = None) -> CopyUpJob | None:
         """Start copying ``inode`` up as :meth:`ensure` does; returns the job that is left to do, None if it is done.
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
-        job = self._prepare(inode, need, st)
+        job = self._prepare(inode, scope, st)
         if job is None or job.size or job.mark is not None:
             return job
         self._do(job)
         return None
 
-    def _prepare(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
+    def _prepare(self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None) -> CopyUpJob | None:
         if isinstance(inode, FileInode):
             self.place_names(inode)
-        if not self.needs(inode, need):
+        if not self.requires(inode, scope):
             return None
-        size_bytes = self._accounts.require_copy(inode, data=need.data, size=need.size)
-        job = self._begin(inode, need, st)
+        size_bytes = self._accounts.require_copy(inode, data=scope.data, size=scope.size)
+        job = self._begin(inode, scope, st)
         if job is not None:
             try:
                 self._accounts.copying(inode, job.target_fd, size_bytes)
@@ -291,13 +290,13 @@ class CopyUp:
                 raise
         return job
 
-    def _begin(self, inode: Inode, need: Need, st: os.stat_result | None) -> CopyUpJob | None:
+    def _begin(self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None) -> CopyUpJob | None:
         upper = self._upper
         if isinstance(inode, FileInode):
             if inode.unsynced:
-                return self.begin_settling(inode)
+                return self.begin_sync(inode)
             if inode.upper:
-                return self._begin_data(inode, need)
+                return self._begin_data(inode, scope)
         for parent, _ in inode.places():
             self.copy_directory(parent)
         if st is None:
@@ -309,13 +308,13 @@ class CopyUp:
         if not stat.S_ISREG(st.st_mode):
             self._special(upper, inode, st)
             return None
-        wanted = need.bytes_of(st.st_size)
-        if not need.data and self._view.options.metacopy and st.st_size > 0:
+        wanted = scope.bytes_of(st.st_size)
+        if not scope.data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
             return None
         source = self._view.data_source(inode)
         source_fd = source[0].open(source[1], os.O_RDONLY)
-        later = need.later and not need.data and self.may_sync_later(inode, st)
+        later = scope.later and not scope.data and self.may_sync_later(inode, st)
         try:
             new = self._marked_file(upper, st.st_size) if later else upper.new_file()
         except BaseException:
@@ -337,7 +336,7 @@ class CopyUp:
 
     def _finish(self, job: CopyUpJob) -> None:
         if job.mark is not None:
-            self._finish_settling(job)
+            self._finish_sync(job)
             return
         if job.new is None:
             self._finish_data(job)
@@ -349,10 +348,10 @@ class CopyUp:
             # Beside the mark there is no room for the origin in an inode of ext4: it would take a block of the disk,
             # and keep it. So it comes when the mark goes.
             later = origin_of(self._view.lower_place(inode)[0], source) if job.later else None
-            self.dress(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
+            self.copy_metadata(inode, job.st, source, (job.target_fd, b""), with_origin=later is None)
             inode.has_origin |= later is not None
             job.empty()
-            self._placing.file(upper, inode, job.new, job.st)
+            self._publisher.file(upper, inode, job.new, job.st)
         except BaseException:
             self.abort(job)
             raise
@@ -375,7 +374,9 @@ class CopyUp:
 
     # -- parts ------------------------------------------------------------------------------------------------
 
-    def dress(self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True) -> None:
+    def copy_metadata(
+        self, inode: Inode, st: os.stat_result, source: At, target: At, *, with_origin: bool = True
+    ) -> None:
         """Give the copy ``target`` of ``source`` everything but its data and its place.
 
         The mode follows the extended attributes, which a server without privilege can set on a file that it may
@@ -416,8 +417,8 @@ class CopyUp:
         temp = upper.temp_name()
         os.mkdir(temp, 0o700, dir_fd=upper.work_fd)
         try:
-            self.dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._placing.directory(upper, inode, temp, st)
+            self.copy_metadata(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self._publisher.directory(upper, inode, temp, st)
         except BaseException:
             upper.discard(temp)
             raise
@@ -429,8 +430,8 @@ class CopyUp:
         else:
             os.mknod(temp, st.st_mode, st.st_rdev, dir_fd=upper.work_fd)
         try:
-            self.dress(inode, st, self._lower_at(inode), (upper.work_fd, temp))
-            self._placing.file(upper, inode, NewFile(-1, temp, named=True), st)
+            self.copy_metadata(inode, st, self._lower_at(inode), (upper.work_fd, temp))
+            self._publisher.file(upper, inode, NewFile(-1, temp, named=True), st)
         except BaseException:
             upper.discard(temp)
             raise
@@ -439,14 +440,14 @@ class CopyUp:
     def _metacopy(self, upper: UpperDir, inode: FileInode, st: os.stat_result) -> None:
         """Copy everything but the data, which stays below until it is changed (kernel: ``metacopy=on``).
 
-        It is found there under the name that the copy has; :meth:`detach` sees to it that this stays so.
+        It is found there under the name that the copy has; :meth:`make_data_path_absolute` keeps that so.
         """
         new = upper.new_file()
         try:
             os.ftruncate(new.fd, st.st_size)
             os.setxattr(new.fd, self._view.xattrs.metacopy, b"")
-            self.dress(inode, st, self._lower_at(inode), (new.fd, b""))
-            self._placing.file(upper, inode, new, st)
+            self.copy_metadata(inode, st, self._lower_at(inode), (new.fd, b""))
+            self._publisher.file(upper, inode, new, st)
         except BaseException:
             upper.discard(new.temp)
             raise
@@ -457,7 +458,7 @@ class CopyUp:
             inode.data = inode.lower
         inode.lower = None
 
-    def detach(self, inode: FileInode) -> None:
+    def make_data_path_absolute(self, inode: FileInode) -> None:
         """Before a metacopy gets another name: have it find its data by a path from the top (kernel: ``redirect``).
 
         Where that cannot be recorded the data is copied.
@@ -497,10 +498,10 @@ class CopyUp:
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
-    def _begin_data(self, inode: FileInode, need: Need) -> CopyUpJob:
+    def _begin_data(self, inode: FileInode, scope: CopyUpScope) -> CopyUpJob:
         layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
-        wanted = need.bytes_of(st.st_size)
+        wanted = scope.bytes_of(st.st_size)
         proc_path, _ = self._view.proc_path(inode)
         names = (self._view.xattrs.metacopy, self._view.xattrs.redirect)
         job = CopyUpJob(inode, st, -1, -1, None, wanted, self._sync and wanted > 0, data_is_below=names)
@@ -535,7 +536,7 @@ class CopyUp:
             raise
         return new
 
-    def begin_settling(self, inode: FileInode) -> CopyUpJob:
+    def begin_sync(self, inode: FileInode) -> CopyUpJob:
         """The job that brings an unsynced copy to the disk."""
         path, _ = self._view.proc_path(inode)
         mark, origin = self._view.xattrs.metacopy, self._later_origin(inode)
@@ -548,7 +549,7 @@ class CopyUp:
         value = None if self.unsynced is None else self.unsynced.origin_of(inode)
         return None if value is None else (self._view.xattrs.origin, value)
 
-    def _finish_settling(self, job: CopyUpJob) -> None:
+    def _finish_sync(self, job: CopyUpJob) -> None:
         inode = job.inode
         self.forget_unsynced(inode)
         if inode.ctime is not None:  # nobody has changed it meanwhile

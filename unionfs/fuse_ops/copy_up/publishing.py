@@ -110,7 +110,7 @@ class Origins:
 _MAKE_NAMES: Final = stat.S_IWUSR | stat.S_IXUSR  # what its owner needs to make names in a directory
 
 
-class Placing:
+class Publisher:
     """Puts copies that are complete into their places.
 
     ``copy_directory`` copies a directory up where that is needed, and returns the descriptor of its upper one.

@@ -4,7 +4,7 @@
 copy. Such a copy gets its place at once, with an attribute that says that the lower file still has the data: an
 ``overlay.metacopy``, as the kernel's metadata-only copies have. Its data is there all the same, for whoever reads the
 upper directory. Later, or before anybody may write to it, the data is synced and the attribute removed
-(:func:`settle`). So at each moment either the attribute is there or the data is on the disk.
+(:func:`sync_and_unmark`). So at each moment either the attribute is there or the data is on the disk.
 
 While there may be such copies, the work directory has a file that says so: the next mount after a crash looks for
 them, and copies their data again (:mod:`unionfs.fuse_ops.speedups.late_sync`).
@@ -31,7 +31,7 @@ Attribute = tuple[bytes, bytes]
 """Name and value of an extended attribute."""
 
 
-def settle(fd: int, mark: bytes, origin: Attribute | None) -> None:
+def sync_and_unmark(fd: int, mark: bytes, origin: Attribute | None) -> None:
     """Sync the copy ``fd``, and put ``origin`` in the place of its attribute ``mark``. May be called in a thread.
 
     Synced again after that: what is then written to the file, and synced without its metadata, must not lie under an

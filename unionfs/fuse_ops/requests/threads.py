@@ -21,7 +21,7 @@ _IDLE_S: Final = 5.0  # a thread that has nothing to do for so long ends
 Call = Callable[[], None]
 
 
-class WaitingCalls:
+class CallThreads:
     """Runs calls in threads of its own, which are started when all others are busy.
 
     ``limit`` is how many calls may wait at the same time; further ones queue up behind them.
@@ -114,7 +114,7 @@ class LastCloses:
     def __init__(self) -> None:
         # A transport may have to see to it where a thread is started from.
         self.outside: Callable[[Callable[[], None]], None] = lambda call: call()
-        self._calls: WaitingCalls | None = None
+        self._calls: CallThreads | None = None
 
     def close(self, fd: int) -> None:
         """Close ``fd``, which may be the last descriptor of a file without a name."""
@@ -126,7 +126,7 @@ class LastCloses:
             os.close(fd)
             return
         if self._calls is None:
-            self._calls = WaitingCalls(1)
+            self._calls = CallThreads(1)
         calls = self._calls
         if len(calls) < _QUEUE_MAX:
             self.outside(lambda: calls.start(lambda: os.close(fd)))

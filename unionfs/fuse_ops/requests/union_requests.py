@@ -20,9 +20,9 @@ from unionfs.fuse_ops.copy_up.copy_up import (
     CONTENTS,
     NO_CONTENTS,
     CopyUpJob,
-    Need,
-    for_attributes,
-    for_name,
+    CopyUpScope,
+    scope_for_attributes,
+    scope_for_name,
 )
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import SHORT_WAIT_S, Copying, Job
@@ -98,56 +98,56 @@ class UnionRequests:
             return
         self.tree.forget(inode, count)
 
-    def remembered(self, inode: Inode) -> Attributes:
+    def entry_attributes(self, inode: Inode) -> Attributes:
         """Attributes for an answer that makes the kernel remember ``inode``, which counts as a reference."""
         attributes = self.tree.attributes(inode)
         inode.lookups += 1
         return attributes
 
-    def made(self, inode: Inode) -> Attributes:
-        """As :meth:`remembered`, for the answer to the request that made ``inode``."""
+    def new_entry_attributes(self, inode: Inode) -> Attributes:
+        """As :meth:`entry_attributes`, for the answer to the request that made ``inode``."""
         attributes = self.tree.view.attributes_of_new(inode)
         inode.lookups += 1
         return attributes
 
     # -- copy-up ----------------------------------------------------------------------------------------------
 
-    def _copied_up(self, inode: Inode, need: Need, then: Callable[[], T | Job[T]]) -> T | Job[T]:
-        """Copy ``inode`` up as far as ``need`` says, and do ``then``; a job where others would wait for the copy.
+    def _when_copied_up(self, inode: Inode, scope: CopyUpScope, then: Callable[[], T | Job[T]]) -> T | Job[T]:
+        """Copy ``inode`` up as far as ``scope`` says, and do ``then``; a job where others would wait for the copy.
 
         There is one copy at a time of each inode.
         """
         copy_up = self.tree.copy_up
-        if not copy_up.needs(inode, need):
+        if not copy_up.requires(inode, scope):
             return then()
         going_on = self._copying.get(inode)
         if going_on is not None:
-            return Job(_nothing, lambda _: self._copied_up(inode, need, then), after=going_on)
-        copies_data = need.data or not self.options.metacopy
+            return Job(_nothing, lambda _: self._when_copied_up(inode, scope, then), after=going_on)
+        copies_data = scope.data or not self.options.metacopy
         if (
             not isinstance(inode, FileInode)
             or inode.kind != stat.S_IFREG
-            or (need.size == 0 and not inode.unsynced)
+            or (scope.size == 0 and not inode.unsynced)
             or not copies_data
         ):
-            copy_up.ensure(inode, need)
+            copy_up.ensure(inode, scope)
             return then()
         st = self.tree.view.real_stat(inode)
         small = st.st_size <= _INLINE_COPY_BYTES
-        synced_later = need.later and not need.data and copy_up.may_sync_later(inode, st)
+        synced_later = scope.later and not scope.data and copy_up.may_sync_later(inode, st)
         if small and not inode.unsynced and (not self.sync or synced_later):
-            copy_up.ensure(inode, need, st)
+            copy_up.ensure(inode, scope, st)
             return then()
-        job = copy_up.begin(inode, need, st)
+        job = copy_up.begin(inode, scope, st)
         if job is None:
             return then()
-        return self._copy_job(inode, job, lambda: self._copied_up(inode, need, then), short=small)
+        return self._copy_job(inode, job, lambda: self._when_copied_up(inode, scope, then), short=small)
 
     def sync_copy(self, inode: FileInode) -> Job[None] | None:
         """Bring a copy that was to be synced later to the disk, if nobody is about it already."""
         if not inode.unsynced or inode in self._copying:
             return None
-        return self._copy_job(inode, self.tree.copy_up.begin_settling(inode), lambda: None)
+        return self._copy_job(inode, self.tree.copy_up.begin_sync(inode), lambda: None)
 
     def _copy_job(
         self, inode: FileInode, job: CopyUpJob, then: Callable[[], T | Job[T]], *, short: bool = False
@@ -177,7 +177,7 @@ class UnionRequests:
 
     # -- large files ------------------------------------------------------------------------------------------
 
-    def _freed(self, inode: Inode, size: int, then: Callable[[], T | Job[T]]) -> T | Job[T]:
+    def _when_freed(self, inode: Inode, size: int, then: Callable[[], T | Job[T]]) -> T | Job[T]:
         """Do ``then``, which truncates to ``size`` bytes, when a thread has done what takes long of that.
 
         ``then`` still has to truncate the file, which has nothing more to free by then, and to tell of errors.
@@ -204,9 +204,9 @@ class UnionRequests:
 
     def link(self, inode: Inode, directory: Inode, name: bytes) -> Job[None] | None:
         """Give ``inode`` the further name ``name`` in ``directory``."""
-        need = for_name(unsynced=as_file(inode).unsynced)
+        scope = scope_for_name(unsynced=as_file(inode).unsynced)
         self.tree.protection.require_changeable(inode)
-        return self._copied_up(inode, need, lambda: self.tree.link(inode, directory, name))
+        return self._when_copied_up(inode, scope, lambda: self.tree.link(inode, directory, name))
 
     def rename(
         self, old_dir: Inode, old_name: bytes, new_dir: Inode, new_name: bytes, flags: int, caller: Caller
@@ -215,11 +215,11 @@ class UnionRequests:
         move = self.tree.begin_rename(old_dir, old_name, new_dir, new_name, flags)
         for inode in move.moved:
             if isinstance(inode, FileInode):  # a directory is copied without what is in it
-                need = for_name(unsynced=inode.unsynced)
-                if self.tree.copy_up.needs(inode, need):
+                scope = scope_for_name(unsynced=inode.unsynced)
+                if self.tree.copy_up.requires(inode, scope):
                     # Others may have changed the names by then.
-                    return self._copied_up(
-                        inode, need, lambda: self.rename(old_dir, old_name, new_dir, new_name, flags, caller)
+                    return self._when_copied_up(
+                        inode, scope, lambda: self.rename(old_dir, old_name, new_dir, new_name, flags, caller)
                     )
         self.tree.finish_rename(move, caller)
         return self._searched_links()
@@ -254,8 +254,8 @@ class UnionRequests:
         if size is None:
             if inode.upper:
                 return then()
-            return self._copied_up(inode, for_attributes(None), then)
-        return self._copied_up(inode, for_attributes(size), lambda: self._freed(inode, size, then))
+            return self._when_copied_up(inode, scope_for_attributes(None), then)
+        return self._when_copied_up(inode, scope_for_attributes(size), lambda: self._when_freed(inode, size, then))
 
     def _changes_nothing(self, inode: Inode, change: AttributeChange) -> bool:
         # The kernel's writeback cache writes a changed ctime back as "this mtime, please": after an unlink of a lower
@@ -289,13 +289,13 @@ class UnionRequests:
                 if mode & stat.S_ISGID:
                     self.tree.set_attributes(inode, AttributeChange(mode=mode & ~stat.S_ISGID), caller)
 
-        return self._copied_up(inode, ATTRIBUTES, then)
+        return self._when_copied_up(inode, ATTRIBUTES, then)
 
     def remove_xattr(self, inode: Inode, name: bytes) -> Job[None] | None:
         """Remove an extended attribute; raises ENODATA, before anything is copied up, where there is none."""
         if not inode.upper and not self.tree.has_xattr_to_remove(inode, name):
             return None
-        return self._copied_up(inode, ATTRIBUTES, lambda: self.tree.remove_xattr(inode, name))
+        return self._when_copied_up(inode, ATTRIBUTES, lambda: self.tree.remove_xattr(inode, name))
 
     def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes | Job[bytes]:
         """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
@@ -303,7 +303,7 @@ class UnionRequests:
         def then() -> bytes:
             return self.tree.control(inode, command, data, out_size)
 
-        return self._copied_up(inode, ATTRIBUTES, then) if backing_calls.changes_inode(command) else then()
+        return self._when_copied_up(inode, ATTRIBUTES, then) if backing_calls.changes_inode(command) else then()
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -338,10 +338,10 @@ class UnionRequests:
             return file
 
         if not truncate:
-            return self._copied_up(inode, CONTENTS, then)
+            return self._when_copied_up(inode, CONTENTS, then)
         if inode in self._copying or (isinstance(inode, FileInode) and inode.unsynced):
-            return self._copied_up(inode, NO_CONTENTS, lambda: self._freed(inode, 0, then))
-        return self._freed(inode, 0, then)
+            return self._when_copied_up(inode, NO_CONTENTS, lambda: self._when_freed(inode, 0, then))
+        return self._when_freed(inode, 0, then)
 
     @staticmethod
     def is_open_for_writing(inode: Inode) -> bool:

@@ -13,7 +13,7 @@ from unionfs.fuse_ops.options import MountOptions, RedirectMode
 from unionfs.fuse_ops.quota import Accounts, LimitedAccounts, SpaceLimit
 from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower, open_upper
-from unionfs.fuse_ops.stack.locations import check_separate, unmapped_path
+from unionfs.fuse_ops.stack.locations import check_separate, path_without_idmap
 from unionfs.fuse_ops.stack.lower_stack import LowerStack
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.stack.workdir import can_exchange, prepare_workdir, supports_xattrs
@@ -43,7 +43,7 @@ def open_tree(options: MountOptions) -> UnionTree:
         if options.upperdir is not None and options.workdir is not None and not options.read_only:
             check_separate(paths, options.upperdir, options.workdir)
         if options.uid_map or options.gid_map:
-            paths = [unmapped_path(path) for path in paths]
+            paths = [path_without_idmap(path) for path in paths]
         layers = [_track(opened, open_lower(path, i, cache)) for i, path in enumerate(paths)]
         lowers, data = layers[: len(options.lowerdirs)], layers[len(options.lowerdirs) :]
         upper_layer = None

@@ -102,7 +102,7 @@ def _divided(fd: int, mark: bytes) -> tuple[list[bytes], list[bytes]]:
     return directories, marked
 
 
-def settle_marked(upperdir: str) -> None:
+def sync_marked(upperdir: str) -> None:
     """Settle all marked files of an upper directory without a mount, while the machine lives on which they were made.
 
     For one that becomes a layer though a server goes on to use it. That finds them settled when it gets to them. Raises
@@ -131,7 +131,7 @@ _PAUSE_S: Final = 10.0  # long enough for a `chown -R` to end, and for most data
 _PAUSE_AFTER_ERROR_S: Final = 60.0
 
 
-class Settling:
+class LateSync:
     """The task that settles the copies of one mount. It sleeps while there are none.
 
     ``in_trio`` has a call done in trio's thread, in the end, when a copy is made by another one; ``before_thread`` is
@@ -162,7 +162,7 @@ class Settling:
                 await self._many.wait()
             self._added, self._many = trio.Event(), trio.Event()
             try:
-                await self._settle(self._copies.copies())
+                await self._sync(self._copies.copies())
                 pause_s = _PAUSE_S
             except OSError as error:
                 log.warning("cannot sync copied files: %s; trying again in a while", error.strerror)
@@ -195,7 +195,7 @@ class Settling:
         if self._copies is not None and len(self._copies) > unsynced.MANY:
             self._many.set()
 
-    async def _settle(self, copies: list[FileInode]) -> None:
+    async def _sync(self, copies: list[FileInode]) -> None:
         """Settle those that can be, and raise what the first of the others raised."""
         first: OSError | None = None
         for inode in copies:

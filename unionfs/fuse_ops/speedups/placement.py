@@ -52,7 +52,7 @@ class IdleThread:
             self._calls.put(call)
             result = self._results.get()
         except BaseException:  # from a signal; but two threads must not run, even now
-            self._settle()
+            self._drain()
             raise
         if isinstance(result, BaseException):
             raise result
@@ -63,7 +63,7 @@ class IdleThread:
         self._calls.put(None)
         self._thread.join()
 
-    def _settle(self) -> None:
+    def _drain(self) -> None:
         """Wait until the thread has done what it was given, whether or not that was, and take what it answered."""
         mark = InterruptedError()
 
@@ -99,7 +99,7 @@ _MISSES: Final = 8  # times that the client was elsewhere, before it is looked f
 _PROCESSOR: Final = 36  # field of /proc/PID/stat, counted from the state, which is field 3
 
 
-class BesideClient:
+class ClientAffinity:
     """Where the thread that serves requests runs; used by that thread alone, or by the one that stands in for it.
 
     A thread or a process that is started inherits the place: leave it before, or start it by :meth:`outside`.

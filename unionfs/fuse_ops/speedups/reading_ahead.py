@@ -26,7 +26,7 @@ from contextlib import suppress
 from typing import Final
 
 from unionfs.fuse_ops.requests.union_requests import Observer
-from unionfs.fuse_ops.speedups.waiting import Patience
+from unionfs.fuse_ops.speedups.waiting import InlineWaitPolicy
 from unionfs.fuse_ops.stack.layer_dir import LayerDir
 from unionfs.fuse_ops.stack.lower_stack import DirIndex, LowerDir, StackObserver
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenFile
@@ -39,7 +39,7 @@ _ACTIVE_FROM: Final = 2 * _COLD_WEIGHT  # one slow read may be an accident
 _MOST: Final = 4 * _COLD_WEIGHT
 
 
-class Coldness:
+class CacheMisses:
     """Counts slow reads against fast ones."""
 
     __slots__ = ("_score",)
@@ -52,7 +52,7 @@ class Coldness:
         """Whether the disk was waited for lately, so that reading ahead may save something."""
         return self._score >= _ACTIVE_FROM
 
-    def took(self, seconds: float, warm_s: float) -> None:
+    def record_latency(self, seconds: float, warm_s: float) -> None:
         """A read took ``seconds``; from memory it takes ``warm_s`` at most."""
         if seconds > warm_s:
             self._score = min(self._score + _COLD_WEIGHT, _MOST)
@@ -76,7 +76,7 @@ class DirectoryReadAhead(StackObserver):
     """What is wanted next, and whether the disk is slow enough to bother."""
 
     def __init__(self) -> None:
-        self._coldness = Coldness()
+        self._misses = CacheMisses()
         self._asked: set[Place] = set()  # of late: what is wanted twice is read once
         self._wanted: deque[Place] = deque(maxlen=_WANTED_MAX)
         self._ring: LookupRing | None = None
@@ -88,7 +88,7 @@ class DirectoryReadAhead(StackObserver):
     @property
     def wants_more(self) -> bool:
         """Whether directories came from the disk lately."""
-        return self._coldness.is_cold and self._usable
+        return self._misses.is_cold and self._usable
 
     @property
     def busy(self) -> bool:
@@ -103,17 +103,17 @@ class DirectoryReadAhead(StackObserver):
 
     def has_read(self, index: DirIndex) -> None:
         """They have been read."""
-        self.took(time.perf_counter() - self._started, index.depth, len(index.names))
+        self.record_latency(time.perf_counter() - self._started, index.depth, len(index.names))
 
     def will_be_read(self, directories: Sequence[LowerDir]) -> None:
         """These directories will probably be read next, the first ones first."""
-        self.want([(entry.layer, entry.path) for entry in directories])
+        self.prefetch([(entry.layer, entry.path) for entry in directories])
 
-    def took(self, seconds: float, directories: int, names: int) -> None:
+    def record_latency(self, seconds: float, directories: int, names: int) -> None:
         """Reading ``directories`` with ``names`` in them took ``seconds``."""
-        self._coldness.took(seconds, _DIRECTORY_S * directories + _ENTRY_S * names)
+        self._misses.record_latency(seconds, _DIRECTORY_S * directories + _ENTRY_S * names)
 
-    def want(self, places: Iterable[Place]) -> None:
+    def prefetch(self, places: Iterable[Place]) -> None:
         """Read these directories soon, the first ones first, before those that were wanted earlier."""
         new = [place for place in places if place not in self._asked and len(place[1]) + len(_NAME) < _PATH_MAX]
         if not new:
@@ -173,7 +173,7 @@ class FileReadAhead:
     """Who reads which directory's files in order, and whether they come from the disk."""
 
     def __init__(self) -> None:
-        self._coldness = Coldness()
+        self._misses = CacheMisses()
         self._walks: OrderedDict[Inode, _Walk] = OrderedDict()
         self._busy_until = 0.0
 
@@ -189,14 +189,14 @@ class FileReadAhead:
         if len(self._walks) > _KEPT:
             self._walks.popitem(last=False)
 
-    def took(self, seconds: float) -> None:
+    def record_latency(self, seconds: float) -> None:
         """Reading a small file took ``seconds``."""
-        self._coldness.took(seconds, _WARM_S)
+        self._misses.record_latency(seconds, _WARM_S)
 
     def opened(self, inode: Inode) -> None:
         """A lower file is opened to be read: read those ahead that come after it, if it is their turn."""
         directory = inode.parent
-        if directory is None or not self._coldness.is_cold:
+        if directory is None or not self._misses.is_cold:
             return
         walk = self._walks.get(directory)
         if walk is None:
@@ -242,7 +242,7 @@ class EarlyPages(Observer):
         store: sends contents to the kernel, as those of an inode from its beginning on.
         read: fills a buffer from an offset of a descriptor and returns how many bytes there are; None where the disk
             would have to be waited for.
-        patience: says when it may be waited for; without it, ``read`` never waits.
+        inline_waits: says when it may be waited for; without it, ``read`` never waits.
         ahead: reads files ahead.
     """
 
@@ -250,12 +250,12 @@ class EarlyPages(Observer):
         self,
         store: Callable[[Inode, memoryview], None],
         read: Callable[[int, memoryview, int], int | None],
-        patience: Patience | None = None,
+        inline_waits: InlineWaitPolicy | None = None,
         ahead: FileReadAhead | None = None,
     ) -> None:
         self._store = store
         self._read = read
-        self._patience = patience
+        self._inline_waits = inline_waits
         self._ahead = ahead
         self._buffer: memoryview | None = None
 
@@ -269,7 +269,7 @@ class EarlyPages(Observer):
         if (
             inode.kernel.page_cache_primed
             or file.writable
-            or (self._patience is not None and not self._patience.may_wait())
+            or (self._inline_waits is not None and not self._inline_waits.may_wait())
         ):
             return
         start = time.perf_counter()
@@ -279,8 +279,8 @@ class EarlyPages(Observer):
                 self._give(file, size)
         except OSError as error:  # whoever reads gets the error, if it is still there
             log.debug("nothing of %#x is given to the kernel: %s", inode.ino, error)
-        if self._patience is not None:
-            self._patience.waited_since(start)
+        if self._inline_waits is not None:
+            self._inline_waits.waited_since(start)
 
     def _give(self, file: OpenFile, size: int) -> None:
         if self._ahead is not None:
@@ -292,7 +292,7 @@ class EarlyPages(Observer):
         if count is None:
             return
         if self._ahead is not None:
-            self._ahead.took(time.perf_counter() - start)
+            self._ahead.record_latency(time.perf_counter() - start)
         self._store(file.inode, self._buffer[:count])
         file.inode.kernel.page_cache_primed = True
 

@@ -19,13 +19,13 @@ import time
 from typing import Final
 
 from unionfs.fuse_ops.requests.job import SHORT_WAIT_S
-from unionfs.fuse_ops.speedups.placement import BesideClient
+from unionfs.fuse_ops.speedups.placement import ClientAffinity
 
 _IN_A_ROW: Final = 8  # requests of one thread of one program, until it counts as alone
 _PAUSE_FACTOR: Final = 10  # after a slow wait, leave waiting to others for so many times its length
 
 
-class Patience:
+class InlineWaitPolicy:
     """Watches who sends requests, and how long waiting takes."""
 
     __slots__ = ("_not_before", "_sender", "_usable", "in_a_row")
@@ -67,14 +67,14 @@ _LEFT_OUT: Final = 64  # reads after one that took longer; so slow disks cost a 
 class ShortReads:
     """Reads for one mount; used by the thread that serves it."""
 
-    def __init__(self, beside: BesideClient) -> None:
-        self._beside = beside
+    def __init__(self, affinity: ClientAffinity) -> None:
+        self._affinity = affinity
         self._left_out = 0
         self._usable = True
 
     def read(self, fd: int, data: memoryview, offset: int) -> int:
         """Fill ``data`` from ``offset`` of the file, as preadv(2) does; fewer bytes only at the file's end."""
-        if self._beside.active and self._usable:
+        if self._affinity.active and self._usable:
             if self._left_out:
                 self._left_out -= 1
             elif self._read_awake(fd, data, offset):

@@ -110,7 +110,7 @@ def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part]
 
 
-def unmapped_path(path: str) -> str:
+def path_without_idmap(path: str) -> str:
     """A path of the directory ``path`` through a mount that maps no ids; ``path`` itself as a rule.
 
     Raises LayerError when its file system is mounted nowhere without a mapping.

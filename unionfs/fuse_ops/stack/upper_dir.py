@@ -337,16 +337,16 @@ class UpperDir:
         finally:
             self.discard(temp)
 
-    def clear_directory(self, dir_fd: int, name: bytes, dress: Callable[[bytes], None]) -> None:
+    def clear_directory(self, dir_fd: int, name: bytes, copy_metadata: Callable[[bytes], None]) -> None:
         """Replace the upper directory ``name``, which holds whiteouts only, by an empty opaque one.
 
-        ``dress`` gives the directory of that name in the work directory the attributes that it is to have.
+        ``copy_metadata`` gives the directory of that name in the work directory the attributes that it is to have.
         """
         temp = self.temp_name()
         os.mkdir(temp, 0o700, dir_fd=self.work_fd)
         try:
             self.set_opaque(self.work_path(temp))
-            dress(temp)
+            copy_metadata(temp)
             syscalls.renameat2(self.work_fd, temp, dir_fd, name, syscalls.RENAME_EXCHANGE)
         finally:
             self.discard(temp)

@@ -44,11 +44,11 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
         from unionfs.fuse_ops.transports.direct.transport import DirectTransport
 
         return DirectTransport(tree, options)
-    from unionfs.fuse_ops.speedups.late_sync import Settling
+    from unionfs.fuse_ops.speedups.late_sync import LateSync
     from unionfs.fuse_ops.transports.pyfuse3 import Pyfuse3Transport, UnionOperations
 
     operations = UnionOperations(tree, options)
-    return Pyfuse3Transport(operations, options, Settling(operations.requests))
+    return Pyfuse3Transport(operations, options, LateSync(operations.requests))
 
 
 def _kernel_version() -> tuple[int, int]:

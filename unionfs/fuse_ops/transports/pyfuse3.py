@@ -25,7 +25,7 @@ from unionfs.errors import MountError
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.requests.job import Job, Waiter, completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests, is_listed_bare
-from unionfs.fuse_ops.speedups.late_sync import Settling
+from unionfs.fuse_ops.speedups.late_sync import LateSync
 from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages
 from unionfs.fuse_ops.transports.mounting import explained
 from unionfs.fuse_ops.tree.attributes import Attributes
@@ -179,10 +179,10 @@ class UnionOperations(pyfuse3.Operations):
         return entry
 
     def _remembered(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        return self._entry(self._requests.remembered(inode))
+        return self._entry(self._requests.entry_attributes(inode))
 
     def _made(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        return self._entry(self._requests.made(inode))
+        return self._entry(self._requests.new_entry_attributes(inode))
 
     def _file_info(self, file: OpenFile, flags: int) -> pyfuse3.FileInfo:
         handle = pyfuse3.FileHandleT(self._requests.add_file(file, flags, cached=self._keep_cache))
@@ -437,13 +437,15 @@ def _store_pages(inode: Inode, contents: memoryview) -> None:
 
 
 class Pyfuse3Transport:
-    """Serves ``operations`` through pyfuse3; there can be only one in a process. ``settling`` runs beside it."""
+    """Serves ``operations`` through pyfuse3; there can be only one in a process. ``late_sync`` runs beside it."""
 
     name = "pyfuse3"
 
-    def __init__(self, operations: pyfuse3.Operations, options: MountOptions, settling: Settling | None = None) -> None:
+    def __init__(
+        self, operations: pyfuse3.Operations, options: MountOptions, late_sync: LateSync | None = None
+    ) -> None:
         self._operations = operations
-        self._settling = settling
+        self._late_sync = late_sync
         self._options = options
 
     def mount(self, target: str) -> None:
@@ -476,11 +478,11 @@ class Pyfuse3Transport:
         self._operations.init = init  # type: ignore[method-assign]
         if "polling" in self._options.speedups:
             wait_awake()
-        if self._settling is None:
+        if self._late_sync is None:
             await pyfuse3.main()
             gone()
         else:
-            await self._settling.run_beside(lambda _: pyfuse3.main(), gone)
+            await self._late_sync.run_beside(lambda _: pyfuse3.main(), gone)
 
     def close(self) -> None:
         """Close /dev/fuse, leaving the mount to the session."""

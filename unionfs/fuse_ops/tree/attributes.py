@@ -105,21 +105,21 @@ class Ownership:
         self.plain = self._plain and not self.overrides
         """Whether owners and modes are shown as they are."""
 
-    def shown(self, uid: int, gid: int) -> tuple[int, int]:
+    def to_mount_ids(self, uid: int, gid: int) -> tuple[int, int]:
         """Owner and group to show for those on disk."""
         if self._plain:
             return uid, gid
-        uid = self.uid_map.to_shown(uid) if self.squash_uid is None else self.squash_uid
-        gid = self.gid_map.to_shown(gid) if self.squash_gid is None else self.squash_gid
+        uid = self.uid_map.to_mount_id(uid) if self.squash_uid is None else self.squash_uid
+        gid = self.gid_map.to_mount_id(gid) if self.squash_gid is None else self.squash_gid
         return uid, gid
 
-    def stored(self, uid: int, gid: int) -> tuple[int, int]:
+    def to_layer_ids(self, uid: int, gid: int) -> tuple[int, int]:
         """Owner and group to store for those that a caller has or names; -1 stays -1."""
         if self._plain:
             return uid, gid
         return (
-            uid if uid == -1 else self.uid_map.to_disk(uid),
-            gid if gid == -1 else self.gid_map.to_disk(gid),
+            uid if uid == -1 else self.uid_map.to_layer_id(uid),
+            gid if gid == -1 else self.gid_map.to_layer_id(gid),
         )
 
     def read_override(self, path: bytes, kind: int) -> Override | None:
@@ -147,6 +147,6 @@ class Ownership:
             tag, permissions, owner = _ACL_ENTRY.unpack_from(value, offset)
             id_map = {_ACL_USER: self.uid_map, _ACL_GROUP: self.gid_map}.get(tag)
             if id_map is not None:
-                owner = id_map.to_disk(owner) if to_disk else id_map.to_shown(owner)
+                owner = id_map.to_layer_id(owner) if to_disk else id_map.to_mount_id(owner)
                 _ACL_ENTRY.pack_into(mapped, offset, tag, permissions, owner)
         return bytes(mapped)

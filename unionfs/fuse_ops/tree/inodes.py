@@ -276,19 +276,19 @@ def backing_flags(flags: int) -> int:
 class OpenFile:
     """A client's open file. ``fd`` stays the same number for its life; copy-up puts another file behind it.
 
-    With ``open_late`` in the place of a descriptor, there is none until it is needed: what the kernel has in its page
+    With ``open_lazily`` in the place of a descriptor, there is none until it is needed: what the kernel has in its page
     cache is never read from us. ``synced_size``: how large the file was at its last sync if that was short, else 0.
     """
 
-    __slots__ = ("_fd", "_open_late", "appends", "inode", "synced_size", "writable")
+    __slots__ = ("_fd", "_open_lazily", "appends", "inode", "synced_size", "writable")
 
     def __init__(
-        self, inode: FileInode, fd: int, *, writable: bool, open_late: Callable[[FileInode], int] | None = None
+        self, inode: FileInode, fd: int, *, writable: bool, open_lazily: Callable[[FileInode], int] | None = None
     ) -> None:
         self.inode = inode
         self._fd = fd
         self.writable = writable
-        self._open_late = open_late
+        self._open_lazily = open_lazily
         self.synced_size = 0
         self.appends = False  # nothing but that, since the file was append-only when it was opened
         if inode.handles is None:
@@ -299,8 +299,8 @@ class OpenFile:
     def fd(self) -> int:
         """The descriptor of the real file; raises OSError where it is opened now and cannot be."""
         if self._fd < 0:
-            assert self._open_late is not None
-            self._fd = self._open_late(self.inode)
+            assert self._open_lazily is not None
+            self._fd = self._open_lazily(self.inode)
         return self._fd
 
     @property

@@ -415,7 +415,7 @@ class MergedView:
                         kind = stat.S_IFMT(mode)  # a directory is one, whatever an attribute says
                     mode = stat.S_IMODE(override.mode) | kind
                     inode.kind = kind
-            uid, gid = self.ownership.shown(uid, gid)
+            uid, gid = self.ownership.to_mount_ids(uid, gid)
         blocks = st.st_blocks
         if isinstance(inode, DirInode):
             merged = len(inode.lowers) > 1 or (inode.upper and inode.lowers)

@@ -106,7 +106,7 @@ class NamespaceChanges:
         open_flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | (flags & os.O_EXCL)
         fd = os.open(path, open_flags, stat.S_IMODE(mode))
         try:
-            uid, gid = self._view.ownership.stored(caller.uid, caller.gid)
+            uid, gid = self._view.ownership.to_layer_ids(caller.uid, caller.gid)
             if parent.st_mode & stat.S_ISGID:
                 gid = parent.st_gid
             st = os.fstat(fd)
@@ -213,7 +213,7 @@ class NamespaceChanges:
         if directory.orphan or (unnamed and inode.orphan_fd < 0):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         self._copy_up.ensure(inode, METADATA)
-        self._copy_up.detach(inode)
+        self._copy_up.make_data_path_absolute(inode)
         directory_fd = self._copy_up.ensure_directory(directory)
         source, follow = self._view.proc_path(inode)
         if inode.staged_link is None and inode.key is None:
@@ -332,7 +332,7 @@ class NamespaceChanges:
         It is ``name`` in ``dir_fd``, and belongs into ``directory_fd``.
         """
         ownership = self._view.ownership
-        uid, gid = ownership.stored(caller.uid, caller.gid)
+        uid, gid = ownership.to_layer_ids(caller.uid, caller.gid)
         if ownership.overrides:
             return self._override_new(directory_fd, dir_fd, name, mode, uid, gid, rdev)
         st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)

@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.fuse_ops.copy_up.copy_up import ATTRIBUTES, CopyUp, for_attributes
+from unionfs.fuse_ops.copy_up.copy_up import ATTRIBUTES, CopyUp, scope_for_attributes
 from unionfs.fuse_ops.options import XattrPermissions
 from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.tree import backing_calls
@@ -97,7 +97,7 @@ class MetadataChanges:
                 self._accounts.changed(inode)
             self._uncapped = None
             return None
-        self._copy_up.ensure(inode, for_attributes(change.size))
+        self._copy_up.ensure(inode, scope_for_attributes(change.size))
         if change.size is not None:
             # POSIX: truncation by a process without privilege clears setuid and setgid. First: if one of the two
             # fails, other contents must not have the privileges.
@@ -156,7 +156,7 @@ class MetadataChanges:
 
     def _chown(self, inode: Inode, uid: int | None, gid: int | None, caller: Caller) -> os.stat_result | None:
         ownership = self._view.ownership
-        new_uid, new_gid = ownership.stored(-1 if uid is None else uid, -1 if gid is None else gid)
+        new_uid, new_gid = ownership.to_layer_ids(-1 if uid is None else uid, -1 if gid is None else gid)
         if self._change_override(inode, uid=new_uid, gid=new_gid):
             return None
         path, dir_fd, follow = self._real(inode)

@@ -139,7 +139,7 @@ class Renames:
         self._copy_up.ensure(inode, METADATA)
         self._copy_up.ensure_directory(new_dir)
         if isinstance(inode, FileInode):
-            self._copy_up.detach(inode)
+            self._copy_up.make_data_path_absolute(inode)
         elif isinstance(inode, DirInode):
             upper = self._copy_up.require_writable()
             path, _ = self._view.proc_path(inode)
@@ -209,10 +209,10 @@ class Renames:
         upper = self._copy_up.require_writable()
         st = self._view.real_stat(directory)
 
-        def dress(temp: bytes) -> None:
-            self._copy_up.dress(directory, st, (parent_fd, name), (upper.work_fd, temp), with_origin=False)
+        def copy_metadata(temp: bytes) -> None:
+            self._copy_up.copy_metadata(directory, st, (parent_fd, name), (upper.work_fd, temp), with_origin=False)
 
-        upper.clear_directory(parent_fd, name, dress)
+        upper.clear_directory(parent_fd, name, copy_metadata)
         self._view.forget_upper_dir(directory)
         directory.lowers, directory.index, directory.marks = (), None, set()
 

@@ -55,7 +55,7 @@ class UnionTree:
         self._cache = cache
         self._claim: Claim | None = None
         self.options = options
-        self.opens_late = False
+        self.opens_lazily = False
         self.warnings: list[str] = []
         self.view = MergedView(lower, upper, cache, options, xattrs)
         self.root = self.view.root
@@ -211,7 +211,7 @@ class UnionTree:
     def open(self, inode: Inode, flags: int) -> OpenFile:
         """Open a regular file with a client's ``flags``; copies it up if they allow writing.
 
-        With O_TRUNC no data is copied. Raises EIO for a metacopy whose data is missing. Where :attr:`opens_late` says
+        With O_TRUNC no data is copied. Raises EIO for a metacopy whose data is missing. Where :attr:`opens_lazily` says
         so, a lower file is opened when it is read first: only for a server that may open every file of every layer,
         since a program expects to be refused now.
         """
@@ -222,12 +222,12 @@ class UnionTree:
         if writable or truncate:
             self.protection.require_writable(inode, flags)
         fd = -1
-        if truncate and not inode.unsynced and self.copy_up.needs(inode, NO_CONTENTS):
+        if truncate and not inode.unsynced and self.copy_up.requires(inode, NO_CONTENTS):
             fd = self.copy_up.make_empty(inode)
         elif writable or truncate:
             self.copy_up.ensure(inode)
-        if self.opens_late and not inode.upper and not inode.metacopy:
-            return OpenFile(inode, -1, writable=False, open_late=self._open_to_read)
+        if self.opens_lazily and not inode.upper and not inode.metacopy:
+            return OpenFile(inode, -1, writable=False, open_lazily=self._open_to_read)
         wanted = backing_flags(flags)
         if truncate:
             wanted |= os.O_TRUNC

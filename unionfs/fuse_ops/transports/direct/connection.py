@@ -12,8 +12,8 @@ from collections.abc import Callable
 import trio
 
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
-from unionfs.fuse_ops.requests.threads import WaitingCalls
-from unionfs.fuse_ops.speedups.placement import BesideClient
+from unionfs.fuse_ops.requests.threads import CallThreads
+from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.transports import mounting
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 class Connection:
     """The way of requests and replies. ``fd`` is negative while there is none."""
 
-    def __init__(self, beside: BesideClient) -> None:
+    def __init__(self, affinity: ClientAffinity) -> None:
         self.fd = -1
-        self.beside = beside
+        self.affinity = affinity
         self.tells = log.isEnabledFor(logging.DEBUG)
-        self._calls = WaitingCalls()
+        self._calls = CallThreads()
         self.waiting: dict[int, Request] = {}  # those that threads or tasks are about, by number
 
     def mount(self, target: str, options: MountOptions) -> None:
@@ -85,7 +85,7 @@ class Connection:
             self.reply(reply)
 
         self.waiting[request.unique] = request
-        self.beside.outside(lambda: self._calls.start(answer))
+        self.affinity.outside(lambda: self._calls.start(answer))
         return b""
 
     def forget_attributes(self, inode: Inode) -> None:
@@ -111,7 +111,7 @@ class Connection:
 
     async def end_calls(self) -> None:
         """Wait for all threads, and go back to where this one ran; nothing can be answered by a thread any more."""
-        self.beside.close()
+        self.affinity.close()
         # Descriptors that a thread reads from or answers to must not be closed yet. Where there is none, none is
         # made for it: a supervisor's copy, which rehearses this, has to stay a process of one thread.
         if self._calls.has_threads:
@@ -120,7 +120,7 @@ class Connection:
 
     def close(self) -> None:
         """Give the connection up; what still waits for an answer gets ENOTCONN."""
-        self.beside.close()
+        self.affinity.close()
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self.fd)

@@ -17,9 +17,9 @@ import trio
 from unionfs.fuse_ops.options import MountOptions, default_fuse_words
 from unionfs.fuse_ops.requests.job import LOOK_S, Job, completed, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.speedups.placement import BesideClient
+from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages, FileReadAhead
-from unionfs.fuse_ops.speedups.waiting import Patience, ShortReads
+from unionfs.fuse_ops.speedups.waiting import InlineWaitPolicy, ShortReads
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import Connection
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes, pack
@@ -47,23 +47,23 @@ ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
 _ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
 
 
-class Mount:
+class ServedMount:
     """What belongs to one mount; its parts change while it is served, and are shared by all answers."""
 
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
         self.tree = tree
         self.options = options
         speedups = options.speedups
-        self.connection = Connection(BesideClient(usable="placement" in speedups))
+        self.connection = Connection(ClientAffinity(usable="placement" in speedups))
         self.requests = UnionRequests(tree, options)
-        self.requests.last_closes.outside = self.connection.beside.outside
+        self.requests.last_closes.outside = self.connection.affinity.outside
         self.packed = PackedAttributes(tree.view)
-        self.patience = Patience(usable="inline" in speedups)
-        self.short_reads = ShortReads(self.connection.beside)
+        self.inline_waits = InlineWaitPolicy(usable="inline" in speedups)
+        self.short_reads = ShortReads(self.connection.affinity)
         if "pages" in speedups:
             ahead = FileReadAhead() if "readahead" in speedups else None
             store, read = self.connection.store_pages, self.short_reads.read
-            self.requests.observer = EarlyPages(store, read, self.patience, ahead)
+            self.requests.observer = EarlyPages(store, read, self.inline_waits, ahead)
         self.passthrough: Passthrough | None = None  # once the kernel has offered it
         self.accepted: Callable[[], None] = lambda: None
         seconds = min(options.timeout_s, 1e18)
@@ -73,10 +73,10 @@ class Mount:
         self.keep_cache = int(Open.KEEP_CACHE) if options.timeout_s > 0 else 0
 
 
-class Answers:
+class Handlers:
     """Handlers of some kinds of requests, for one mount."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: ServedMount) -> None:
         self._mount = mount
         self._connection = mount.connection
         self._tree = mount.tree
@@ -95,10 +95,10 @@ class Answers:
 
         Handing a short wait to a thread costs more than the wait, as long as it holds nobody up.
         """
-        while isinstance(outcome, Job) and outcome.short and self._mount.patience.may_wait():
+        while isinstance(outcome, Job) and outcome.short and self._mount.inline_waits.may_wait():
             start = time.perf_counter()
             outcome = done_here(outcome)
-            self._mount.patience.waited_since(start)
+            self._mount.inline_waits.waited_since(start)
         if not isinstance(outcome, Job):
             return encode(outcome)
         job = outcome
@@ -109,7 +109,7 @@ class Answers:
 
     async def _wait(self, request: Request, job: Job[T], encode: Callable[[T], bytes]) -> bytes:
         # A thread would inherit the place beside the client.
-        return encode(await completed(job, self._connection.beside.leave, request))
+        return encode(await completed(job, self._connection.affinity.leave, request))
 
     def _empty_when_done(self, request: Request, code: Opcode, outcome: Job[None] | None) -> Answer:
         return self._when_done(request, code, outcome, lambda _: self.empty(request))
@@ -178,7 +178,7 @@ class Answers:
 _NO_ATTRIBUTES: Final = bytes(p.ATTR.size)
 
 
-class NameAnswers(Answers):
+class NameHandlers(Handlers):
     """Requests that name something in a directory."""
 
     def table(self) -> dict[Opcode, Handler]:
@@ -273,7 +273,7 @@ class NameAnswers(Answers):
         return self._data(request, self._tree.readlink(self._inode(request)))
 
 
-class AttributeAnswers(Answers):
+class AttributeHandlers(Handlers):
     """Requests that read or change what an inode is like."""
 
     def table(self) -> dict[Opcode, Handler]:
@@ -379,10 +379,10 @@ _LONG_READ: Final = 32 * 1024  # bytes; a program that reads so much has work to
 _SHORT_READ: Final = 128 * 1024  # bytes; one disk access, or what the kernel reads ahead at once
 
 
-class FileAnswers(Answers):
+class FileHandlers(Handlers):
     """Requests for files that are open, and those that open them."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: ServedMount) -> None:
         super().__init__(mount)
         # What is read, behind the header that goes before it, at the start of a page.
         self._page_buffer = memoryview(mmap.mmap(-1, _PAGE + _SHORT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -448,7 +448,7 @@ class FileAnswers(Answers):
         return self._created(request, inode, file, flags)
 
     def _created(self, request: Request, inode: Inode, file: OpenFile, flags: int) -> bytes:
-        attributes = self._requests.made(inode)
+        attributes = self._requests.new_entry_attributes(inode)
         opened = self._opened(file, flags, attributes.mode)
         s, ns = self._valid_s, self._valid_ns
         attr_s, attr_ns = self._attributes_valid(inode)
@@ -460,14 +460,14 @@ class FileAnswers(Answers):
         fd = self._requests.file_to_read(handle, offset, size).fd
         request.may_leave = True
         if size > _LONG_READ:
-            self._connection.beside.leave()
+            self._connection.affinity.leave()
         if size > _SHORT_READ:
             return self._connection.answer_in_thread(request, Opcode.READ, lambda: _contents(request, fd, offset, size))
         data = self._page_buffer[_PAGE : _PAGE + size]
-        if self._mount.patience.may_wait():
+        if self._mount.inline_waits.may_wait():
             start = time.perf_counter()
             count = self._mount.short_reads.read(fd, data, offset)
-            self._mount.patience.waited_since(start)
+            self._mount.inline_waits.waited_since(start)
         else:
             cached = self._requests.read_cached(fd, data, offset)
             if cached is None:
@@ -552,10 +552,10 @@ def _contents(request: Request, fd: int, offset: int, size: int) -> memoryview:
     return answer[:length]
 
 
-class DirectoryAnswers(Answers):
+class DirectoryHandlers(Handlers):
     """Requests that list directories."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: ServedMount) -> None:
         super().__init__(mount)
         valid = mount.valid_s, mount.valid_ns
         self._listing = DirectListing(mount.tree, mount.packed, *valid, mount.requests, tick=mount.tick)
@@ -597,7 +597,7 @@ MAX_WRITE: Final = 1 << 20
 """Bytes that a request writes at most; the kernel's limit is 256 pages."""
 
 
-class SessionAnswers(Answers):
+class SessionHandlers(Handlers):
     """Requests that are about no inode."""
 
     def table(self) -> dict[Opcode, Handler]:
@@ -638,7 +638,7 @@ class SessionAnswers(Answers):
         # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
         privileged = has_capability(CAP_SYS_ADMIN)
         # What is passed through needs its descriptor at once, and without an upper directory everything may be.
-        self._tree.opens_late = privileged and not self._tree.read_only
+        self._tree.opens_lazily = privileged and not self._tree.read_only
         if options.passthrough and offered & Init.PASSTHROUGH and privileged:
             wanted |= Init.PASSTHROUGH
             self._mount.passthrough = Passthrough(self._connection.fd, read_only=self._tree.read_only)

@@ -21,19 +21,19 @@ from typing import Any, Final
 import trio
 
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.speedups.late_sync import Settling
+from unionfs.fuse_ops.speedups.late_sync import LateSync
 from unionfs.fuse_ops.speedups.placement import LOOK_EVERY
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import name_of
 from unionfs.fuse_ops.transports.direct.handlers import (
     MAX_WRITE,
-    AttributeAnswers,
-    DirectoryAnswers,
-    FileAnswers,
+    AttributeHandlers,
+    DirectoryHandlers,
+    FileHandlers,
     Handler,
-    Mount,
-    NameAnswers,
-    SessionAnswers,
+    NameHandlers,
+    ServedMount,
+    SessionHandlers,
 )
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Request
 from unionfs.fuse_ops.union.union_tree import UnionTree
@@ -47,17 +47,17 @@ _LONG_TURN_S: Final = 10e-3  # the same when there are none that wait for it
 _STAY_MS: Final = 2  # how long to stay beside a client that sends nothing
 # Requests that no program waits for: the kernel sends them by itself.
 _NOBODYS: Final = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.INTERRUPT})
-_ANSWERS: Final = (SessionAnswers, NameAnswers, AttributeAnswers, FileAnswers, DirectoryAnswers)
+_HANDLERS: Final = (SessionHandlers, NameHandlers, AttributeHandlers, FileHandlers, DirectoryHandlers)
 
 
 class DirectTransport:
     """Serves a tree on a /dev/fuse of its own."""
 
     def __init__(self, tree: UnionTree, options: MountOptions) -> None:
-        self.served = Mount(tree, options)
+        self.served = ServedMount(tree, options)
         self._connection = self.served.connection
-        self._beside = self._connection.beside
-        self._patience = self.served.patience
+        self._affinity = self._connection.affinity
+        self._inline_waits = self.served.inline_waits
         self._ahead = tree.view.lower.observer
         self._look_again_s = _LOOK_AGAIN_S if "polling" in options.speedups else 0.0
         self._waiting = 0  # requests that are tasks of their own
@@ -66,8 +66,8 @@ class DirectTransport:
         # What has no handler is answered with ENOSYS, after which the kernel does not ask again: FLUSH (nothing is
         # buffered here), ACCESS (default_permissions), and syncs and extended attributes where the options say so.
         self._handlers: dict[int, Handler] = defaultdict(lambda: _unknown)
-        for answers in _ANSWERS:
-            for code, handler in answers(self.served).table().items():
+        for handlers in _HANDLERS:
+            for code, handler in handlers(self.served).table().items():
                 self._handlers[code] = handler
 
     @property
@@ -84,8 +84,8 @@ class DirectTransport:
         self._ready.register(self._connection.fd, select.POLLIN)
         # Memory of which only the pages count that requests have filled: most mounts never see a large write.
         buffer = memoryview(mmap.mmap(-1, _BUFFER_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        settling = Settling(self.served.requests, self._beside.postpone, self._beside.leave)
-        await settling.run_beside(functools.partial(self._serve, buffer), gone, self._connection.end_calls)
+        late_sync = LateSync(self.served.requests, self._affinity.postpone, self._affinity.leave)
+        await late_sync.run_beside(functools.partial(self._serve, buffer), gone, self._connection.end_calls)
 
     async def _serve(self, buffer: memoryview, nursery: trio.Nursery) -> None:
         while await self._turn(buffer, nursery):
@@ -95,12 +95,12 @@ class DirectTransport:
         """Serve for a while; false when the mount is gone."""
         fd = self._connection.fd
         now = time.perf_counter
-        beside = self._beside
+        affinity = self._affinity
         until = now() + _LONG_TURN_S
         last = 0.0
         while True:
-            if beside.in_other_thread:
-                go_on = beside.run(functools.partial(self._turn_beside, view, until))
+            if affinity.in_other_thread:
+                go_on = affinity.run(functools.partial(self._turn_beside, view, until))
                 last = now()
                 self._begin(nursery)
                 if not go_on or self._is_over(until, last):
@@ -114,7 +114,7 @@ class DirectTransport:
                 # Others may be waiting for this thread; if not, the next request is probably on its way.
                 if self._waiting or now() - last > self._look_again_s:
                     await trio.lowlevel.wait_readable(fd)
-                    beside.slept()
+                    affinity.slept()
                     until = now() + _LONG_TURN_S
                 continue
             self.dispatch(view[:size], nursery)
@@ -124,7 +124,7 @@ class DirectTransport:
 
     def _turn_beside(self, view: memoryview, until: float) -> bool:
         """Serve the client that this thread is beside, which is not trio's; false when the mount is gone."""
-        while self._beside.active:
+        while self._affinity.active:
             size = self._receive(view)
             if size < 0:
                 return False
@@ -142,13 +142,13 @@ class DirectTransport:
 
     def _stays_beside(self) -> bool:
         """Nothing was sent: wait for it beside the client, if that is where this thread is."""
-        beside = self._beside
-        if not beside.active:
+        affinity = self._affinity
+        if not affinity.active:
             return False
         if not self._waiting and self._ready.poll(_STAY_MS):
-            beside.slept()
+            affinity.slept()
             return True
-        beside.leave()
+        affinity.leave()
         return False
 
     def _receive(self, view: memoryview) -> int:
@@ -177,18 +177,18 @@ class DirectTransport:
         if code != Opcode.WRITE:
             body = bytes(body)  # the buffer is used again
         if code not in _NOBODYS and (pid or code != Opcode.WRITE):  # the kernel's cache writes by itself too
-            before = self._patience.request_from(pid)
-            if not before % LOOK_EVERY or self._beside.in_doubt:
+            before = self._inline_waits.request_from(pid)
+            if not before % LOOK_EVERY or self._affinity.in_doubt:
                 if self._ahead.busy or self.served.requests.observer.busy:  # those who read want a processor
                     before = 0
-                self._beside.consider(pid, before)
+                self._affinity.consider(pid, before)
         request = Request(unique, node, uid, gid, pid, body)
         if self._connection.tells:
             log.debug("%s of %#x by process %d: %r", name_of(code), node, pid, bytes(body[:80]))
         try:
             answer = self._handlers[code](request)
             if not isinstance(answer, bytes):
-                self._beside.leave()  # it goes on in threads, which would inherit the place
+                self._affinity.leave()  # it goes on in threads, which would inherit the place
                 self._waiting += 1
                 self._connection.waiting[unique] = request
                 self._begun.append((request, code, answer))
