@@ -132,6 +132,11 @@ def test_the_rule_is_applied_to_rooms(tmp_path: Path, where: str, statement: str
     assert bool(wrong_imports(rooms, ROOMS, {"options"})) is bad
 
 
+def test_the_c_library_is_loaded_in_one_place() -> None:
+    found = [path for path in PACKAGE.rglob("*.py") if "CDLL(None" in path.read_text()]
+    assert found == [PACKAGE / "host" / "syscalls.py"]
+
+
 def test_no_import_goes_round() -> None:
     """Not even one that only types need: what knows of each other is one module, or has a third one below both."""
     paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from unionfs.fuse_ops.tree import backing_calls
 from unionfs.host import syscalls
 
 _OS = [
@@ -99,9 +98,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Faults:
     for name in _OS:
         monkeypatch.setattr(os, name, _python_call(faults, name, getattr(os, name)))
     monkeypatch.setattr(fcntl, "ioctl", _python_call(faults, "ioctl", fcntl.ioctl))
-    for module in (syscalls, backing_calls):
-        for name in _LIBC:
-            monkeypatch.setattr(module._libc, name, _c_call(faults, name, getattr(module._libc, name)))
+    for name in _LIBC:
+        monkeypatch.setattr(syscalls._libc, name, _c_call(faults, name, getattr(syscalls._libc, name)))
     # Giving a mount back takes longer than a request.
     monkeypatch.setattr(syscalls, "clone_mount_read_only", _refuse)
     monkeypatch.setattr(syscalls, "_syscall", _c_call(faults, "openat2", syscalls._syscall))

@@ -8,7 +8,6 @@ Sources: mount(2), Documentation/filesystems/overlayfs.rst.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shutil
@@ -27,7 +26,7 @@ from unionfs.drivers.quota import NoQuota, project_limits
 from unionfs.drivers.storage_options import parse_options
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError, QuotaNotSupportedError
 from unionfs.fuse_ops.options import escape_value, format_layers, parse_size
-from unionfs.host import unmount
+from unionfs.host import syscalls, unmount
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.selinux import mount_context
 from unionfs.host.syscalls import in_user_namespace
@@ -105,11 +104,8 @@ def _word(value: bool) -> str:
 
 
 _PARAMETERS = "/sys/module/overlay/parameters"
-_CLONE_FS = 0x200
 _DT_UNKNOWN = 0
 _D_TYPE_OFFSET = 18  # in struct linux_dirent64
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class KernelMounter:
@@ -172,9 +168,9 @@ def mount_overlay(target: str, options: str, directory: str | None = None) -> No
         try:
             if directory is not None:
                 # A thread with a working directory of its own: that of the process is everybody's.
-                _check(_libc.unshare(_CLONE_FS), directory)
+                syscalls.unshare(syscalls.CLONE_FS)
                 os.chdir(directory)
-            _check(_libc.mount(b"overlay", os.fsencode(target), b"overlay", 0, os.fsencode(options)), target)
+            syscalls.mount("overlay", target, b"overlay", 0, os.fsencode(options))
         except OSError as error:
             failure.append(error)
 
@@ -291,20 +287,12 @@ def _supports_d_type(directory: str) -> bool:
     """Whether reading a directory tells the type of each entry, which overlayfs needs to find whiteouts."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        buffer = ctypes.create_string_buffer(4096)
-        size = _check(_libc.getdents64(fd, buffer, len(buffer)), directory)
-        offset = 0
-        while offset < size:
-            if buffer.raw[offset + _D_TYPE_OFFSET] == _DT_UNKNOWN:
+        entries = syscalls.directory_entries(fd, 4096)
+        at = 0
+        while at < len(entries):
+            if entries[at + _D_TYPE_OFFSET] == _DT_UNKNOWN:
                 return False
-            offset += int.from_bytes(buffer.raw[offset + 16 : offset + 18], sys.byteorder)
+            at += int.from_bytes(entries[at + 16 : at + 18], sys.byteorder)
         return True
     finally:
         os.close(fd)
-
-
-def _check(result: int, path: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return result

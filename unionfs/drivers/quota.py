@@ -9,7 +9,6 @@ Sources: ioctl_xfs_fsgetxattr(2), quotactl(2), linux/fs.h, linux/dqblk_xfs.h.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from unionfs.errors import DriverError, QuotaNotSupportedError
 from unionfs.host import inode_flags
 from unionfs.host.fs_magic import FsMagic, fs_magic
-from unionfs.host.syscalls import in_user_namespace
+from unionfs.host.syscalls import in_user_namespace, quotactl
 
 BLOCK_DEVICE_NAME = "backingFsBlockDev"
 
@@ -131,32 +130,23 @@ class ProjectQuota:
 
     def _limits_and_counts(self, number: int) -> tuple[int, ...]:
         """Blocks and inodes allowed (hard and soft each), blocks and inodes in use; all 0 for an unused id."""
-        buffer = ctypes.create_string_buffer(_DISK_QUOTA.size)
         try:
-            self._quotactl(_Q_XGETQUOTA, number, buffer)
+            data = self._quotactl(_Q_XGETQUOTA, number, bytes(_DISK_QUOTA.size))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESRCH):
                 return (0,) * 6
             raise
-        return _DISK_QUOTA.unpack(buffer.raw)[4:10]
+        return _DISK_QUOTA.unpack(data)[4:10]
 
     def _limit(self, number: int, size_bytes: int) -> None:
         # At least one block, since 0 would mean none.
         blocks = max(1, size_bytes // _BLOCK_BYTES) if size_bytes else 0
         fields = _FIELD_BLOCK_SOFT | _FIELD_BLOCK_HARD
-        self._quotactl(
-            _Q_XSETQLIM,
-            number,
-            ctypes.create_string_buffer(
-                _DISK_QUOTA.pack(1, _FLAG_PROJECT, fields, number, blocks, blocks, 0, 0, 0, 0), _DISK_QUOTA.size
-            ),
-        )
+        data = _DISK_QUOTA.pack(1, _FLAG_PROJECT, fields, number, blocks, blocks, 0, 0, 0, 0)
+        self._quotactl(_Q_XSETQLIM, number, data)
 
-    def _quotactl(self, command: int, number: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
-        operation = ctypes.c_int(command << 8 | _PRJQUOTA)
-        if _libc.quotactl(operation, os.fsencode(self._node), ctypes.c_int(number), buffer) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), self._node)
+    def _quotactl(self, command: int, number: int, data: bytes) -> bytes:
+        return quotactl(command << 8 | _PRJQUOTA, self._node, number, data)
 
     def _make_node(self) -> str:
         """quotactl(2) wants the device; there may be no node for it where we run."""
@@ -203,6 +193,3 @@ def set_project(directory: str, number: int) -> None:
         inode_flags.set_project(fd, number, inherit=True)
     finally:
         os.close(fd)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)

@@ -5,9 +5,10 @@ The numbers are the kernel's (linux/magic.h); the names are what Docker shows as
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import os
+
+from unionfs.host.syscalls import fs_type
 
 
 class FsMagic(enum.IntEnum):
@@ -51,22 +52,9 @@ def fs_magic(path: str) -> int:
     """
     while True:
         try:
-            return _statfs_type(path)
+            return fs_type(path)
         except FileNotFoundError:
             parent = os.path.dirname(path.rstrip("/")) or "/"
             if parent == path:
                 raise
             path = parent
-
-
-# struct statfs begins with f_type, a long on every Linux architecture that has Python; the rest differs.
-_STATFS_BYTES = 256
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _statfs_type(path: str) -> int:
-    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc.statfs(os.fsencode(path), buffer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF

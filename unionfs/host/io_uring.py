@@ -14,7 +14,7 @@ import struct
 import sys
 from typing import Final
 
-from unionfs.host.syscalls import check
+from unionfs.host.syscalls import system_call
 
 # The same numbers on every architecture.
 _NR_SETUP: Final = 425
@@ -42,9 +42,6 @@ _NAMES_BYTES: Final = 64 * 1024
 _results = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 _results_at: Final = ctypes.addressof(ctypes.c_char.from_buffer(_results))
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_syscall.restype = ctypes.c_long
-
 
 class LookupRing:
     """Looks names up in the background; raises OSError where the kernel has no io_uring, or does not allow it."""
@@ -52,11 +49,11 @@ class LookupRing:
     def __init__(self) -> None:
         params = bytearray(_PARAMS_SIZE)
         raw = (ctypes.c_char * len(params)).from_buffer(params)
-        self._fd: int = check(_syscall(_NR_SETUP, ctypes.c_uint(_ENTRIES), raw))
+        self._fd = system_call(_NR_SETUP, ctypes.c_uint(_ENTRIES), raw)
         try:
             os.set_inheritable(self._fd, False)
             workers = (ctypes.c_uint * 2)(_WORKERS, _WORKERS)
-            check(_syscall(_NR_REGISTER, self._fd, _REGISTER_WORKERS, workers, ctypes.c_uint(2)))
+            system_call(_NR_REGISTER, self._fd, _REGISTER_WORKERS, workers, ctypes.c_uint(2))
             sq = _OFFSETS.unpack_from(params, _SQ_OFFSETS_AT)
             cq = _OFFSETS.unpack_from(params, _CQ_OFFSETS_AT)
             entries, cq_entries = struct.unpack_from("=II", params)
@@ -111,7 +108,7 @@ class LookupRing:
             self._done_tail_at : self._done_tail_at + 4
         ]
         _U32.pack_into(self._ring, self._tail_at, self._told + self._new & 0xFFFF_FFFF)
-        taken: int = check(_syscall(_NR_ENTER, self._fd, self._new, 0, 0, None, ctypes.c_size_t(0)))
+        taken = system_call(_NR_ENTER, self._fd, self._new, 0, 0, None, ctypes.c_size_t(0))
         self._told = self._told + taken & 0xFFFF_FFFF
         self._new -= taken
         if not self._new:

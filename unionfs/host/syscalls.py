@@ -1,4 +1,7 @@
-"""System calls that the standard library does not offer, with its conventions: OSError, bytes paths."""
+"""System calls that the standard library does not offer, with its conventions: OSError with the path, descriptors.
+
+The C library is loaded here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import errno
 import fcntl
 import os
 import struct
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000
+AT_SYMLINK_NOFOLLOW: Final = 0x100
 
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -41,6 +45,20 @@ _NR_FSMOUNT: Final = 432
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
 
+# sched.h
+CLONE_FS: Final = 0x200
+CLONE_NEWNS: Final = 0x20000
+
+# sys/mount.h
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+_PR_SET_MM: Final = 35
+_PR_SET_MM_MAP: Final = 14
+
 _FICLONE: Final = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID: Final = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), Linux 6.9
 
@@ -51,14 +69,20 @@ _STATX_MNT_ID: Final = 0x1000
 _STATX_MNT_ID_AT: Final = 144  # of stx_mnt_id in struct statx
 _STATX_SIZE: Final = 256
 _STATX_ATTRIBUTES_AT: Final = 8  # of stx_attributes in struct statx
-_AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_STATX_DONT_SYNC: Final = 0x4000
 
 _MAX_HANDLE_BYTES: Final = 128  # linux/fcntl.h: MAX_HANDLE_SZ
 
+# struct statfs begins with f_type, a long on every Linux architecture that has Python; the rest differs.
+_STATFS_BYTES: Final = 256
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+_libc.sbrk.restype = ctypes.c_void_p
+# ctypes finds a function at its first use, under a lock of the dynamic linker's. A forked process of many threads,
+# such as the one that unmounts, may find that lock held for ever.
+_ = (_libc.umount2, _libc.syncfs)
 
 
 def check(result: int, what: bytes = b"") -> int:
@@ -67,6 +91,20 @@ def check(result: int, what: bytes = b"") -> int:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), os.fsdecode(what) or None)
     return result
+
+
+def system_call(number: int, *arguments: Any, about: bytes = b"") -> int:
+    """syscall(2), for what the C library has no function of; ``about`` is the name for the error.
+
+    Args:
+        number: of the call.
+        arguments: what ctypes can pass; a number of more than 32 bits as ``ctypes.c_size_t``.
+        about: what the error names.
+
+    Raises:
+        OSError: what the kernel says.
+    """
+    return check(_libc.syscall(ctypes.c_long(number), *arguments), about)
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
@@ -170,6 +208,78 @@ def renameat2(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: i
     )
 
 
+def mount(source: str, target: str, fs_type: bytes, flags: int, data: bytes) -> None:
+    """mount(2); ``data`` is the text of the file system's own options, and ``flags`` the ``MS_`` of sys/mount.h."""
+    at = os.fsencode(target)
+    check(_libc.mount(os.fsencode(source), at, fs_type, ctypes.c_ulong(flags), data), at)
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2) with ``MNT_DETACH`` and ``UMOUNT_NOFOLLOW``."""
+    at = os.fsencode(target)
+    check(_libc.umount2(at, ctypes.c_int(flags)), at)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): give this thread what it shared with others until now (``CLONE_``)."""
+    check(_libc.unshare(ctypes.c_int(flags)))
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2): move this thread into the namespace of ``fd``, which is one of ``kind`` (``CLONE_NEW``)."""
+    check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)))
+
+
+def end_with_parent(signal_number: int) -> None:
+    """Have this process sent ``signal_number``, 0 for none, when the thread that forked it ends (PR_SET_PDEATHSIG)."""
+    check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal_number), *[ctypes.c_ulong(0)] * 3))
+
+
+def set_thread_name(name: bytes) -> None:
+    """What /proc/PID/comm shows of this thread; the kernel keeps 15 bytes."""
+    check(_libc.prctl(_PR_SET_NAME, name[:15], *[ctypes.c_ulong(0)] * 3))
+
+
+def set_memory_map(prctl_mm_map: bytes) -> None:
+    """Tell the kernel where the parts of this process' memory are (PR_SET_MM_MAP): a struct prctl_mm_map.
+
+    Raises:
+        OSError: a kernel without CONFIG_CHECKPOINT_RESTORE, or numbers that cannot be.
+    """
+    size = ctypes.c_ulong(len(prctl_mm_map))
+    check(_libc.prctl(_PR_SET_MM, ctypes.c_ulong(_PR_SET_MM_MAP), prctl_mm_map, size, ctypes.c_ulong(0)))
+
+
+def program_break() -> int:
+    """Where the heap of this process ends (sbrk(2))."""
+    return int(_libc.sbrk(ctypes.c_long(0)))
+
+
+def fs_type(path: str) -> int:
+    """``f_type`` of statfs(2): the type of the file system that ``path`` is on, see :mod:`unionfs.host.fs_magic`."""
+    raw, buffer = os.fsencode(path), ctypes.create_string_buffer(_STATFS_BYTES)
+    check(_libc.statfs(raw, buffer), raw)
+    return int(ctypes.c_long.from_buffer(buffer).value) & 0xFFFFFFFF
+
+
+def quotactl(command: int, device: str, number: int, data: bytes) -> bytes:
+    """quotactl(2) for the id ``number`` on a block device; returns ``data`` as the kernel left it."""
+    raw, buffer = os.fsencode(device), ctypes.create_string_buffer(data, len(data))
+    check(_libc.quotactl(ctypes.c_int(command), raw, ctypes.c_int(number), buffer), raw)
+    return buffer.raw
+
+
+def directory_entries(fd: int, size: int) -> bytes:
+    """What one getdents64(2) says: structs linux_dirent64, ``size`` bytes at most; empty at the end."""
+    buffer = ctypes.create_string_buffer(size)
+    return buffer.raw[: check(_libc.getdents64(ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))]
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with all its modes; may take long."""
+    check(_libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(offset), ctypes.c_int64(length)))
+
+
 def in_user_namespace() -> bool:
     """Whether this process lives in a user namespace other than the host's first."""
     try:
@@ -237,18 +347,22 @@ def syncfs(fd: int) -> None:
     check(_libc.syncfs(ctypes.c_int(fd)))
 
 
+def statx(dir_fd: int, path: bytes, flags: int, mask: int) -> bytes:
+    """statx(2): the struct statx of ``path``, with what ``mask`` asks for (``STATX_``); ``flags`` are ``AT_``."""
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    check(_libc.statx(ctypes.c_int(dir_fd), path, ctypes.c_int(flags), ctypes.c_uint(mask), buffer), path)
+    return buffer.raw
+
+
 def attributes_of(dir_fd: int, name: bytes) -> int:
     """The ``STATX_ATTR_`` flags of an object (immutable, append-only and others), which is not followed if a link."""
-    buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    flags = _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC
-    check(_libc.statx(ctypes.c_int(dir_fd), name, ctypes.c_int(flags), ctypes.c_uint(0), buffer), name)
-    return int(struct.unpack_from("=Q", buffer, _STATX_ATTRIBUTES_AT)[0])
+    raw = statx(dir_fd, name, AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC, 0)
+    return int(struct.unpack_from("=Q", raw, _STATX_ATTRIBUTES_AT)[0])
 
 
 def mount_id(fd: int) -> int:
     """The id, as in mountinfo, of the mount that ``fd`` was opened through; -1 where the kernel does not say."""
-    buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    check(_libc.statx(ctypes.c_int(fd), b"", ctypes.c_int(AT_EMPTY_PATH), ctypes.c_uint(_STATX_MNT_ID), buffer))
-    (mask,) = struct.unpack_from("=I", buffer)
-    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_AT)
+    raw = statx(fd, b"", AT_EMPTY_PATH, _STATX_MNT_ID)
+    (mask,) = struct.unpack_from("=I", raw)
+    (number,) = struct.unpack_from("=Q", raw, _STATX_MNT_ID_AT)
     return int(number) if mask & _STATX_MNT_ID else -1

@@ -11,7 +11,6 @@ subprocess.Popen keeps Python's lock until it has been.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -19,13 +18,8 @@ import subprocess
 from typing import Final, NamedTuple
 
 from unionfs.host.daemon import inherited_fds
+from unionfs.host.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, syncfs, umount2
 
-# Looked up now, which takes a lock of the dynamic linker's.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc_umount2, _libc_syncfs = _libc.umount2, _libc.syncfs
-
-_MNT_DETACH: Final = 2
-_UMOUNT_NOFOLLOW: Final = 8
 _FUSERMOUNT: Final = "fusermount3"
 _FUSERMOUNT_IS_IN: Final = ("/usr/bin", "/bin", "/usr/local/bin")
 
@@ -34,7 +28,7 @@ def sync_mount(target: str) -> None:
     """Write what the kernel holds for the file system at ``target`` to its server."""
     fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _check(_libc_syncfs(fd))
+        syncfs(fd)
     finally:
         os.close(fd)
 
@@ -177,10 +171,4 @@ def _unmount_or_execute(target: str, lazy: bool, fusermount: int | None) -> None
 
 
 def _umount2(target: str, lazy: bool) -> None:
-    _check(_libc_umount2(os.fsencode(target), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)))
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    umount2(target, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))

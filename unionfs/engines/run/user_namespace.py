@@ -6,7 +6,6 @@ and mounts too: nothing of a container that an ordinary user runs can be left bu
 
 from __future__ import annotations
 
-import ctypes
 import getpass
 import os
 import shutil
@@ -17,11 +16,10 @@ from contextlib import suppress
 
 from unionfs.engines.run.foreground import supervise
 from unionfs.errors import RunError
-from unionfs.host.syscalls import in_user_namespace
+from unionfs.host.syscalls import end_with_parent, in_user_namespace
 
 _INSIDE = "UNIONFS_IN_USER_NAMESPACE"
 _UNSHARE = ("unshare", "--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork", "--kill-child")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_rootless() -> bool:
@@ -44,12 +42,11 @@ def run_inside(argv: Sequence[str]) -> int:
         RunError: this machine does not let the user have a user namespace.
     """
     _check()
-    libc = ctypes.CDLL(None)
     with supervise() as supervisor:
 
         def begin() -> None:
             # Killed with us, it kills what is in the namespace.
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with_parent(signal.SIGKILL)
             supervisor.restore_signals()
 
         def on_signal(number: signal.Signals, from_terminal: bool) -> None:

@@ -33,6 +33,7 @@ from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenDir, OpenFile, as
 from unionfs.fuse_ops.union.changes import Caller
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host.syscalls import fallocate
 
 
 class Observer:
@@ -433,7 +434,7 @@ class UnionRequests:
         fd, space = self.files[handle].fd, self.tree.space
         self.tree.protection.require_allocatable(self.files[handle].inode, mode)
         grown = 0 if space is None else space.allocation(fd, mode, offset, length)
-        return self._growing(fd, grown, lambda: backing_calls.fallocate(fd, mode, offset, length))
+        return self._growing(fd, grown, lambda: fallocate(fd, mode, offset, length))
 
     def copy_range(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int

@@ -6,7 +6,6 @@ of /dev/fuse over the socket that the variable _FUSE_COMMFD names.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -16,10 +15,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from unionfs.errors import MountError
+from unionfs.host import syscalls
 from unionfs.host.mountinfo import OUR_TYPE, SUBTYPE, Mount
 from unionfs.host.unmount import fusermount_path
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _DEVICE: Final = "/dev/fuse"
 
@@ -78,13 +76,11 @@ def _mount(target: str, words: Iterable[str], source: str) -> int:
             flags = flags | bit if on else flags & ~bit
         elif _KERNEL_WORDS.fullmatch(word):
             data.append(word)
-    result = _libc.mount(
-        os.fsencode(source), os.fsencode(target), OUR_TYPE.encode(), ctypes.c_ulong(flags), ",".join(data).encode()
-    )
-    if result < 0:
-        number = ctypes.get_errno()
+    try:
+        syscalls.mount(source, target, OUR_TYPE.encode(), flags, ",".join(data).encode())
+    except OSError:
         os.close(fd)
-        raise OSError(number, os.strerror(number), target)
+        raise
     return fd
 
 
@@ -99,9 +95,12 @@ def remount(mount: Mount, words: Iterable[str]) -> None:
             bit, on = _FLAGS[word]
             flags = flags | bit if on else flags & ~bit
     # What other options say was agreed between the kernel and the server when it began.
-    if _libc.mount(None, os.fsencode(mount.mount_point), None, ctypes.c_ulong(flags), None) < 0:
-        reason = os.strerror(ctypes.get_errno())
-        raise MountError(f"cannot remount {mount.mount_point}: {reason}; unmount it and mount it anew")
+    try:
+        syscalls.mount("", mount.mount_point, b"", flags, b"")
+    except OSError as error:
+        raise MountError(
+            f"cannot remount {mount.mount_point}: {error.strerror}; unmount it and mount it anew"
+        ) from error
 
 
 def _mount_by_fusermount(target: str, words: Iterable[str], source: str) -> int:

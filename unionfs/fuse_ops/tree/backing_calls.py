@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -12,11 +11,9 @@ import sys
 from typing import Final
 
 from unionfs.fuse_ops.tree.attributes import Attributes
-from unionfs.host.syscalls import AT_FDCWD, check
+from unionfs.host import syscalls
+from unionfs.host.syscalls import AT_FDCWD, AT_SYMLINK_NOFOLLOW
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-_AT_SYMLINK_NOFOLLOW: Final = 0x100
 _STATX_BASIC_AND_BTIME: Final = 0xFFF
 
 # linux/fs.h. The kernel translates these on its side of FUSE to its own file attributes.
@@ -55,17 +52,9 @@ def has_writers(path: bytes, *, follow: bool) -> bool:
         os.close(fd)
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2) with all its modes; may take long."""
-    check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
-
-
 def statx(path: bytes, *, follow: bool) -> bytes:
     """The struct statx of ``path``, with the time of birth where the file system has it."""
-    buffer = ctypes.create_string_buffer(256)
-    flags = 0 if follow else _AT_SYMLINK_NOFOLLOW
-    check(_libc.statx(AT_FDCWD, path, flags, ctypes.c_uint(_STATX_BASIC_AND_BTIME), buffer))
-    return buffer.raw
+    return syscalls.statx(AT_FDCWD, path, 0 if follow else AT_SYMLINK_NOFOLLOW, _STATX_BASIC_AND_BTIME)
 
 
 def statx_with(stx: bytes, a: Attributes) -> bytes:

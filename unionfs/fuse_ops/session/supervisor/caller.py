@@ -10,7 +10,6 @@ Nothing of this is believed because the caller says so. The kernel says which pr
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import socket
@@ -26,13 +25,10 @@ from unionfs.host.processes import SHED_LIMITS, has_ended
 
 _SO_PEERPIDFD: Final = 77  # linux/asm-generic/socket.h, Linux 6.5
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
-_CLONE_NEWNS: Final = 0x20000
 
 # Lines of /proc/PID/status that have to be the same for the caller and for us; all of them are in every Linux >= 4.10.
 _EQUAL: Final = ("Uid", "Gid", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
 _LIMITS: Final = range(16)  # RLIM_NLIMITS
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ class Caller:
         if self.groups != frozenset(os.getgroups()):
             os.setgroups(list(self.groups))
         if self.mount_namespace is not None:
-            syscalls.check(_libc.setns(self.mount_namespace, _CLONE_NEWNS))
+            syscalls.setns(self.mount_namespace, syscalls.CLONE_NEWNS)
             os.close(self.mount_namespace)
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if _place(root) != _place(self.root):

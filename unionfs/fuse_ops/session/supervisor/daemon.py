@@ -19,6 +19,7 @@ from typing import Final, NoReturn
 from unionfs.fuse_ops.session.supervisor import worker
 from unionfs.fuse_ops.session.supervisor.wire import LoadedCode
 from unionfs.host.daemon import inherited_fds
+from unionfs.host.syscalls import end_with_parent
 
 # Making the next copy takes a processor from the mount that was just asked for. It can wait, unless somebody else asks.
 _NEXT_COPY_S: Final = 0.02
@@ -98,7 +99,7 @@ def _run_copy(
 ) -> NoReturn:
     status = 1
     try:
-        worker.end_with_parent(signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import socket
@@ -16,6 +15,7 @@ from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
 from unionfs.fuse_ops.session.supervisor.wire import DeclinedError, LoadedCode
 from unionfs.host.daemon import Ready, open_null, release_caller
 from unionfs.host.process_title import set_title
+from unionfs.host.syscalls import end_with_parent
 
 Serve = Callable[[Sequence[str], Ready], int]
 """Mounts as the words of unionfs-mount say, calls its second argument when the mount can be used, and serves it.
@@ -29,14 +29,6 @@ STALE: Final = b"s"
 """What a worker tells the supervisor: it has a request, so another copy is needed; its code is out of date."""
 
 _REQUEST_WITHIN_S: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def end_with_parent(signal_number: int) -> None:
-    """Have this process sent ``signal_number``, 0 for none, when its parent ends (prctl(2), PR_SET_PDEATHSIG)."""
-    _libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal_number), 0, 0, 0)
 
 
 def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) -> int:
