@@ -16,16 +16,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from unionfs.archive.overlay_view import MergedView, Node, OpenMerged, Place, PlainView, View
+from unionfs.archive.overlay_view import Node, Place, PlainView, View
 from unionfs.archive.tar_format import show
 from unionfs.errors import ArchiveError
 from unionfs.host.files import DIRECTORY_FLAGS, RootedDir, join, open_confined, remove_tree, walk_tree
 from unionfs.host.syscalls import has_openat2
-from unionfs.overlay.copying import copy_attributes, copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
-from unionfs.overlay.format import META_MARK, OverlayXattrs, is_whiteout
+from unionfs.overlay.copying import copy_data, copy_mode, copy_owner, copy_times, copy_xattrs
+from unionfs.overlay.format import META_MARK, OverlayXattrs
 from unionfs.overlay.rules import entry_path
 
-_CACHED = 32
+CACHED = 32
 _PARENT_MODE = 0o755
 NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASIDE = META_MARK + b"aside"  # no entry of an archive has such a name
@@ -37,7 +37,7 @@ MAX_LINKS = 40
 MAX_LINK_STEPS = 256
 _PATH_MAX = 4096
 
-_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 class Parent(NamedTuple):
@@ -166,7 +166,7 @@ class Target:
         try:
             fd = open_confined(self.root.fd, path, DIRECTORY_FLAGS)
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if error.errno not in NOT_THERE:
                 raise
             self._link_on_way = error.errno != errno.ENOENT  # ENOTDIR: at the very end of it
             return None
@@ -200,7 +200,7 @@ class Target:
         except FileNotFoundError:
             return self._missing(above, name)
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if error.errno not in NOT_THERE:
                 raise
         info = os.lstat(name, dir_fd=above.fd)
         if stat.S_ISLNK(info.st_mode):
@@ -235,7 +235,7 @@ class Target:
         return self._opened(fd, join(above.path, name))
 
     def _blocked(self, above: Parent, name: bytes, info: os.stat_result) -> Parent:
-        raise _no_directory(join(above.path, name))
+        raise no_directory(join(above.path, name))
 
     def resolve(self, parts: Sequence[bytes]) -> tuple[list[bytes], Node | None]:
         """The names that ``parts`` lead to when links are followed inside the target, and the directory there, if any.
@@ -265,7 +265,7 @@ class Target:
                 nodes.append(node)
                 continue
             if not stat.S_ISLNK(node.stat.st_mode):
-                raise _no_directory(b"/".join((*names, name)))
+                raise no_directory(b"/".join((*names, name)))
             self._links.add(b"/".join((*names, name)))
             inner = _read_link(node).split(b"/")
             links += 1
@@ -303,7 +303,7 @@ class Target:
 
     def _keep(self, path: bytes, parent: Parent) -> Parent:
         self._parents[path] = parent
-        if len(self._parents) > _CACHED:
+        if len(self._parents) > CACHED:
             os.close(self._parents.popitem(last=False)[1].fd)
         return parent
 
@@ -390,7 +390,7 @@ class Target:
         """
         parent = self.find(parts[:-1])
         if parent is None:
-            raise _nothing(parts)
+            raise nothing_at(parts)
         if stat.S_ISDIR(os.lstat(parts[-1], dir_fd=parent.fd).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(b"/".join(parts)))
         return parent
@@ -483,7 +483,7 @@ class Target:
         try:
             return self.find(parts)
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if error.errno not in NOT_THERE:
                 raise
             return None
 
@@ -538,242 +538,6 @@ class Target:
         return False
 
 
-class LayerTarget(Target):
-    """A bare layer directory as the target: it has what the archive changes in the layers below.
-
-    With the layers below known, it is filled so that all together show what unpacking onto a copy of them would.
-
-    Args:
-        root: the directory.
-        parents_owner: (uid, gid) of directories that are nowhere, but that an entry needs.
-        space: the names of the xattrs that mark it.
-        lowers: the layers below, top first; None: not known. Then every whiteout is written, and a directory that an
-            entry needs is made anew.
-    """
-
-    def __init__(
-        self,
-        root: RootedDir,
-        parents_owner: tuple[int, int],
-        space: OverlayXattrs,
-        lowers: Sequence[RootedDir] | None,
-    ) -> None:
-        super().__init__(root, parents_owner)
-        self._space = self._own = space
-        self._has_lowers = lowers is not None
-        self._merged = MergedView([root, *(lowers or ())], spaces=(space,))
-        self._view = self._merged
-        self._nodes: OrderedDict[bytes, Node] = OrderedDict()
-        self._open_below: tuple[tuple[Place, ...], OpenMerged] | None = None  # what was asked last
-        self._root_is_hidden = False
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._nodes.clear()
-        if self._open_below is not None:
-            self._open_below[1].close()
-            self._open_below = None
-
-    def _node(self, parent: Parent) -> Node:
-        """The merged directory of which ``parent`` is the top."""
-        known = self._nodes.get(parent.path)
-        if known is None:
-            above, _, name = parent.path.rpartition(b"/")
-            base = self._nodes.get(above)
-            known = self._look(base, name) if base is not None else None
-            if known is None:
-                _, known = self.resolve(parent.path.split(b"/"))
-            assert known is not None
-            self._nodes[parent.path] = known
-            if len(self._nodes) > _CACHED:
-                self._nodes.popitem(last=False)
-        return known
-
-    def _look_below(self, node: Node, name: bytes) -> Node | None:
-        """What the lower layers alone show as ``name`` in the merged directory ``node``."""
-        stack = self._below(node)
-        if not stack:
-            return None
-        if self._open_below is None or self._open_below[0] != stack:
-            if self._open_below is not None:
-                self._open_below[1].close()
-            self._open_below = stack, OpenMerged(self._merged, stack)
-        return self._open_below[1].lookup(name)
-
-    def _below(self, node: Node) -> tuple[Place, ...]:
-        return tuple(place for place in node.stack if place.layer is not self.root)
-
-    def _missing(self, above: Parent, name: bytes) -> Parent:
-        if not self._has_lowers:
-            return super()._missing(above, name)
-        node = self._look_below(self._node(above), name)
-        if node is None:
-            return super()._missing(above, name)
-        if stat.S_ISLNK(node.stat.st_mode):
-            return self._linked(above, name)
-        if not node.is_dir:
-            raise _no_directory(join(above.path, name))
-        return self._copy_directory(above, name, node)
-
-    def _blocked(self, above: Parent, name: bytes, info: os.stat_result) -> Parent:
-        if not is_whiteout(info):
-            return super()._blocked(above, name, info)
-        # The archive deleted the name first: what it puts there now must not merge with what is below.
-        os.unlink(name, dir_fd=above.fd)
-        made = super()._missing(above, name)
-        self._mark_opaque(made.fd, made.path)
-        return made
-
-    def _copy_directory(self, above: Parent, name: bytes, node: Node) -> Parent:
-        """Make the directory that is in the layers below, as it is there."""
-        self._to_change(above)
-        os.mkdir(name, 0o700, dir_fd=above.fd)
-        self._made.add_copy(above.inode, name)
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=above.fd)
-        try:
-            self._new_directory(fd, new=False)
-            if above.inherits:
-                drop_acls(fd)
-            source = node.place.layer.open_dir(node.place.rel)
-            try:
-                copy_xattrs(source, fd, self._own)
-            finally:
-                os.close(source)
-            copy_attributes(fd, b"", node.stat)
-            path = join(above.path, name)
-            self.set_times(fd, path, node.stat.st_atime_ns, node.stat.st_mtime_ns)
-        except BaseException:
-            os.close(fd)
-            raise
-        return self._opened(fd, path)
-
-    def _replaced(self, fd: int, path: bytes) -> None:
-        self._mark_opaque(fd, path)
-
-    def _mark_opaque(self, fd: int, path: bytes) -> None:
-        try:
-            os.setxattr(fd, self._own.opaque, b"y")
-        except OSError as error:
-            # Unlike other xattrs this one decides what the layer shows, so it is never best effort.
-            raise ArchiveError(
-                f"{show(path)}: cannot mark the directory opaque ({os.fsdecode(self._own.opaque)}): {error.strerror}; "
-                "use a file system with xattrs"
-            ) from error
-        self._nodes.clear()
-
-    def link_source(self, parts: Sequence[bytes]) -> Parent:
-        """See :meth:`Target.link_source`; what is in the layers below is copied up."""
-        name = parts[-1]
-        parent = self.find(parts[:-1])
-        if parent is not None:
-            try:
-                info = os.lstat(name, dir_fd=parent.fd)
-            except FileNotFoundError:
-                pass
-            else:
-                if is_whiteout(info):
-                    raise _nothing(parts)
-                return super().link_source(parts)
-        node = self._merged_at(parts[:-1], parent)
-        found = self._look_below(node, name) if node is not None else None
-        if found is None:
-            raise _nothing(parts)
-        if found.is_dir:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(b"/".join(parts)))
-        parent = self.parent(parts[:-1])
-        self._copy_file(parent, name, found)
-        return parent
-
-    def _merged_at(self, parts: Sequence[bytes], parent: Parent | None) -> Node | None:
-        """The merged directory at ``parts``, of which ``parent`` is the top if the target has it."""
-        return self._node(parent) if parent is not None else self.resolve(parts)[1]
-
-    # Whiteouts
-
-    def white_out(self, parts: Sequence[bytes], name: bytes, owner: Callable[[], tuple[int, int]]) -> None:
-        """See :meth:`Target.white_out`."""
-        parent = self._existing(parts) if self._has_lowers else self.parent(parts)
-        if self._has_lowers:
-            node = self._existing_merged(parts, parent)
-            shown = node is not None and self._look_below(node, name) is not None
-        else:
-            shown = parent is not None and parent.inode not in self._cleaned
-        if parent is None:
-            if not shown:
-                return
-            parent = self.parent(parts)
-        left = self._remove_older(parent, name)
-        if not shown:
-            return
-        if left is None:
-            self._mark_hidden(parent, name, owner())
-        elif stat.S_ISDIR(left.st_mode):
-            self._mark_opaque_at(parent, name)
-
-    def hide_all(self, parts: Sequence[bytes]) -> None:
-        """See :meth:`Target.hide_all`."""
-        parent = self._existing(parts) if self._has_lowers else self.parent(parts)
-        below: tuple[Place, ...] = ()
-        if self._has_lowers:
-            node = self._existing_merged(parts, parent)
-            below = self._below(node) if node is not None else ()
-            if below and parent is None:
-                parent = self.parent(parts)
-        if parent is None:
-            return
-        self._clean(parent.fd)
-        if not self._has_lowers or (below and parent.path):
-            self._mark_opaque(parent.fd, parent.path)
-        elif below:
-            self._hide_root(below)
-
-    def _hide_root(self, below: tuple[Place, ...]) -> None:
-        """Hide what the layers below show in their root, for which the kernel knows no mark."""
-        if self._root_is_hidden:
-            return
-        self._root_is_hidden = True
-        with OpenMerged(self._merged, below) as root:
-            for name in sorted(root.names()):
-                shown = root.lookup(name)
-                if shown is None:
-                    continue
-                try:
-                    info = os.lstat(name, dir_fd=self._top.fd)
-                except FileNotFoundError:
-                    self._mark_hidden(self._top, name, self._parents_owner)
-                else:
-                    if stat.S_ISDIR(info.st_mode) and shown.is_dir:
-                        self._mark_opaque_at(self._top, name)
-
-    def _existing_merged(self, parts: Sequence[bytes], parent: Parent | None) -> Node | None:
-        try:
-            return self._merged_at(parts, parent)
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-            return None
-
-    def _mark_hidden(self, parent: Parent, name: bytes, owner: tuple[int, int]) -> None:
-        try:
-            os.mknod(name, stat.S_IFCHR, 0, dir_fd=parent.fd)
-        except PermissionError as error:
-            raise ArchiveError(
-                f"{show(join(parent.path, name))}: this user may not make a whiteout (a 0:0 device); "
-                "keep the .wh. form instead (WhiteoutMode.KEEP)"
-            ) from error
-        os.chown(name, *owner, dir_fd=parent.fd, follow_symlinks=False)
-
-    def _mark_opaque_at(self, parent: Parent, name: bytes) -> None:
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=parent.fd)
-        try:
-            self._mark_opaque(fd, join(parent.path, name))
-        finally:
-            os.close(fd)
-
-    def _is_whiteout(self, info: os.stat_result) -> bool:
-        return is_whiteout(info)
-
-
 def drop_acls(path: bytes | int) -> None:
     """Remove what a new object inherited from its directory."""
     for name in (ACCESS_ACL, DEFAULT_ACL):
@@ -812,9 +576,9 @@ def _rmdir(dir_fd: int, name: bytes) -> bool:
     return True
 
 
-def _no_directory(path: bytes) -> NotADirectoryError:
+def no_directory(path: bytes) -> NotADirectoryError:
     return NotADirectoryError(errno.ENOTDIR, f"{show(path)} is not a directory")
 
 
-def _nothing(parts: Sequence[bytes]) -> FileNotFoundError:
+def nothing_at(parts: Sequence[bytes]) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(b"/".join(parts)))

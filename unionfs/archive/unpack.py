@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from unionfs.archive.compare import CAPABILITY_XATTR, get_xattr, list_xattrs
 from unionfs.archive.idmapping import MapOwner
+from unionfs.archive.layer_target import LayerTarget
 from unionfs.archive.stash import Stash
 from unionfs.archive.tar_format import (
     BLOCK_DEVICE,
@@ -35,7 +36,7 @@ from unionfs.archive.tar_format import (
     show,
 )
 from unionfs.archive.tar_reader import Readable, TarReader
-from unionfs.archive.target import DEFAULT_ACL, NEW_FILE_FLAGS, LayerTarget, Parent, Target, drop_acls
+from unionfs.archive.target import DEFAULT_ACL, NEW_FILE_FLAGS, Parent, Target, drop_acls
 from unionfs.errors import ArchiveError, BreakoutError
 from unionfs.host.files import RootedDir, join
 from unionfs.host.syscalls import in_user_namespace

@@ -262,6 +262,19 @@ def walk_tree(
         os.close(fd)
 
 
+def walk_paths(dir_fd: int, enter: Callable[[int, bytes], list[bytes]]) -> None:
+    """As :func:`walk_tree`, where ``enter`` is told the path of each directory below ``dir_fd``, too."""
+    path: list[bytes] = []
+
+    def open_below(fd: int, name: bytes) -> int:
+        below = open_directory(fd, name)
+        if below >= 0:
+            path.append(name)
+        return below
+
+    walk_tree(dir_fd, lambda fd: enter(fd, b"/".join(path)), lambda fd, name: path.pop(), open_below)
+
+
 def _back(top_fd: int, fd: int, above: list[_Above]) -> int:
     """A descriptor of the last directory of ``above``; those that are not where they were are taken from it first."""
     try:

@@ -17,7 +17,7 @@ from typing import Final
 from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode
 from unionfs.fuse_ops.tree.merged_view import MergedView
-from unionfs.host.files import open_directory, walk_tree
+from unionfs.host.files import join, walk_paths
 from unionfs.overlay import rules
 
 _NO_PATHS: Final[list[bytes]] = []
@@ -85,30 +85,22 @@ def index_links(lower_fds: Sequence[int], upper_fd: int, spaces: rules.Spaces, k
 
 def _visit(top_fd: int, spaces: rules.Spaces, redirects: set[bytes], see: Callable[[int, bytes], None]) -> None:
     """Call ``see`` with number and path of everything below ``top_fd`` but directories, whose redirects are added."""
-    above: list[bytes] = []
 
-    def enter(fd: int) -> list[bytes]:
+    def enter(fd: int, path: bytes) -> list[bytes]:
         directories = []
         redirect = rules.read_redirect(b"/proc/self/fd/%d/." % fd, spaces)
         if redirect is not None:
             redirects.add(redirect)
-        prefix = b"/".join(above) + b"/" if above else b""
         with os.scandir(fd) as items:
             for item in items:
                 name = os.fsencode(item.name)
                 if item.is_dir(follow_symlinks=False):
                     directories.append(name)
                 else:
-                    see(item.inode(), prefix + name)
+                    see(item.inode(), join(path, name))
         return directories
 
-    def open_below(fd: int, name: bytes) -> int:
-        below = open_directory(fd, name)
-        if below >= 0:
-            above.append(name)
-        return below
-
-    walk_tree(top_fd, enter, lambda fd, name: above.pop(), open_below)
+    walk_paths(top_fd, enter)
 
 
 LinkSearch = Callable[[], LinkIndex]

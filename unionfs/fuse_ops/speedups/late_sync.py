@@ -22,7 +22,7 @@ from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode
 from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host import syscalls
-from unionfs.host.files import open_directory, walk_tree
+from unionfs.host.files import join, walk_paths, walk_tree
 from unionfs.overlay.format import TRUSTED, UNSYNCED, USER
 from unionfs.overlay.rules import entry_path, read_xattr
 
@@ -73,20 +73,13 @@ def _finish(tree: UnionTree, path: bytes) -> None:
 def _marked(top_fd: int, mark: bytes) -> list[bytes]:
     """The paths of all files below ``top_fd`` whose attribute ``mark`` says that they are not synced."""
     found: list[bytes] = []
-    path: list[bytes] = []
 
-    def enter(fd: int) -> list[bytes]:
+    def enter(fd: int, path: bytes) -> list[bytes]:
         directories, marked = _divided(fd, mark)
-        found.extend(b"/".join([*path, name]) for name in marked)
+        found.extend(join(path, name) for name in marked)
         return directories
 
-    def open_below(fd: int, name: bytes) -> int:
-        below = open_directory(fd, name)
-        if below >= 0:
-            path.append(name)
-        return below
-
-    walk_tree(top_fd, enter, lambda fd, name: path.pop(), open_below)
+    walk_paths(top_fd, enter)
     return found
 
 

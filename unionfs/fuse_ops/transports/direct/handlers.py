@@ -12,10 +12,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
-import trio
-
-from unionfs.fuse_ops.options import MountOptions, default_fuse_words
-from unionfs.fuse_ops.requests.job import LOOK_S, Job, completed, done_here
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.requests.job import Job, completed, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.speedups.reading_ahead import EarlyPages, FileReadAhead
@@ -24,13 +22,12 @@ from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.connection import Connection
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes, pack
 from unionfs.fuse_ops.transports.direct.passthrough import Passthrough
-from unionfs.fuse_ops.transports.direct.protocol import Init, Opcode, Open, Request, SetAttr
+from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open, Request, SetAttr
 from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, DEFAULT_ACL
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
-from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
 
 log = logging.getLogger(__name__)
 
@@ -316,8 +313,7 @@ class AttributeHandlers(Handlers):
             change.mtime_ns = now if valid & SetAttr.MTIME_NOW else _time_ns(mtime, mtime_ns)
         change.to_now = bool(valid & (SetAttr.ATIME_NOW | SetAttr.MTIME_NOW))
         inode = self._inode(request)
-        kill = bool(valid & SetAttr.KILL_SUIDGID)
-        outcome = self._requests.set_attributes(inode, change, request, kill=kill)
+        outcome = self._requests.set_attributes(inode, change, request, kill=bool(valid & SetAttr.KILL_SUIDGID))
         return self._when_done(
             request,
             Opcode.SETATTR,
@@ -389,7 +385,7 @@ class FileHandlers(Handlers):
 
     def table(self) -> dict[Opcode, Handler]:
         """What is answered here."""
-        table: dict[Opcode, Handler] = {
+        return {
             Opcode.OPEN: self._open,
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
@@ -402,7 +398,6 @@ class FileHandlers(Handlers):
             Opcode.IOCTL: self._ioctl,
             Opcode.FSYNC: self._fsync,
         }
-        return table
 
     def _opened(self, file: OpenFile, flags: int, mode: int | None = None) -> tuple[int, int, int]:
         """Handle, flags and backing id for the answer to an open with a client's ``flags``.
@@ -434,18 +429,19 @@ class FileHandlers(Handlers):
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, *self._opened(file, flags))
 
     def _create(self, request: Request) -> bytes:
-        flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
-        directory = self._inode(request)
-        mode = self._masked(directory, mode, umask)
-        inode, file = self._tree.create(directory, request.name(p.CREATE_IN.size), mode, flags, request)
-        return self._created(request, inode, file, flags)
+        directory, flags, mode = self._new_file(request)
+        name = request.name(p.CREATE_IN.size)
+        return self._created(request, *self._tree.create(directory, name, mode, flags, request), flags)
 
     def _tmpfile(self, request: Request) -> bytes:
+        directory, flags, mode = self._new_file(request)
+        return self._created(request, *self._tree.create_unnamed(directory, mode, flags, request), flags)
+
+    def _new_file(self, request: Request) -> tuple[Inode, int, int]:
+        """Of a request for a new file: the directory, the client's flags, and the mode."""
         flags, mode, umask, _ = p.CREATE_IN.unpack_from(request.body)
         directory = self._inode(request)
-        mode = self._masked(directory, mode, umask)
-        inode, file = self._tree.create_unnamed(directory, mode, flags, request)
-        return self._created(request, inode, file, flags)
+        return directory, flags, self._masked(directory, mode, umask)
 
     def _created(self, request: Request, inode: Inode, file: OpenFile, flags: int) -> bytes:
         attributes = self._requests.new_entry_attributes(inode)
@@ -466,15 +462,12 @@ class FileHandlers(Handlers):
         data = self._page_buffer[_PAGE : _PAGE + size]
         if self._mount.inline_waits.may_wait():
             start = time.perf_counter()
-            count = self._mount.short_reads.read(fd, data, offset)
+            count: int | None = self._mount.short_reads.read(fd, data, offset)
             self._mount.inline_waits.waited_since(start)
         else:
-            cached = self._requests.read_cached(fd, data, offset)
-            if cached is None:
-                return self._connection.answer_in_thread(
-                    request, Opcode.READ, lambda: _contents(request, fd, offset, size)
-                )
-            count = cached
+            count = self._requests.read_cached(fd, data, offset)
+        if count is None:
+            return self._connection.answer_in_thread(request, Opcode.READ, lambda: _contents(request, fd, offset, size))
         self._connection.reply(self._with_header(p.OUT_HEADER, count, 0, request.unique))
         return NO_REPLY
 
@@ -579,125 +572,14 @@ class DirectoryHandlers(Handlers):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         return p.OPEN_REPLY.pack(p.OPEN_REPLY.size, 0, request.unique, 0, 0, 0)
 
-    def _readdir(self, request: Request) -> bytes:
+    def _readdir(self, request: Request, *, plus: bool = False) -> bytes:
         _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=False)
+        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=plus)
 
     def _readdirplus(self, request: Request) -> bytes:
-        _, offset, size, _, _, _, _ = p.READ_IN.unpack_from(request.body)
-        return self._listing.answer(request.unique, self._inode(request), offset, size, plus=True)
+        return self._readdir(request, plus=True)
 
     def _fsyncdir(self, request: Request) -> Answer:
         _, flags, _ = p.FSYNC_IN.unpack_from(request.body)
         outcome = self._requests.sync_directory(self._inode(request), data_only=bool(flags & p.FSYNC_FDATASYNC))
         return self._empty_when_done(request, Opcode.FSYNCDIR, outcome)
-
-
-MAX_WRITE: Final = 1 << 20
-"""Bytes that a request writes at most; the kernel's limit is 256 pages."""
-
-
-class SessionHandlers(Handlers):
-    """Requests that are about no inode."""
-
-    def table(self) -> dict[Opcode, Handler]:
-        """What is answered here."""
-        return {
-            Opcode.INIT: self._init,
-            Opcode.STATFS: self._statfs,
-            Opcode.INTERRUPT: self._interrupt,
-            Opcode.DESTROY: self.empty,
-        }
-
-    def _init(self, request: Request) -> bytes:
-        major, minor, readahead, flags, flags2 = p.INIT_IN.unpack_from(request.body)
-        if major != p.MAJOR or minor < 36:
-            raise OSError(errno.EPROTO, f"the kernel speaks FUSE {major}.{minor}")
-        offered = flags | flags2 << 32
-        options = self._options
-        wanted = (
-            Init.ASYNC_READ
-            | Init.ATOMIC_O_TRUNC
-            | Init.BIG_WRITES
-            | Init.DONT_MASK
-            | Init.IOCTL_DIR
-            | Init.DO_READDIRPLUS
-            | Init.ASYNC_DIO
-            | Init.PARALLEL_DIROPS
-            | Init.MAX_PAGES
-            | Init.CACHE_SYMLINKS
-            | Init.HANDLE_KILLPRIV_V2  # without, it asks for security.capability before each write
-            | Init.EXPLICIT_INVAL_DATA
-            | Init.SETXATTR_EXT
-            | Init.INIT_EXT
-        )
-        if options.acl and options.xattrs:
-            wanted |= Init.POSIX_ACL
-        if "default_permissions" in (options.fuse_words or default_fuse_words()):
-            wanted |= Init.ALLOW_IDMAP  # the kernel takes it only where it checks permissions by itself
-        # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
-        privileged = has_capability(CAP_SYS_ADMIN)
-        # What is passed through needs its descriptor at once, and without an upper directory everything may be.
-        self._tree.opens_lazily = privileged and not self._tree.read_only
-        if options.passthrough and offered & Init.PASSTHROUGH and privileged:
-            wanted |= Init.PASSTHROUGH
-            self._mount.passthrough = Passthrough(self._connection.fd, read_only=self._tree.read_only)
-        elif options.writeback and not self._tree.read_only:
-            wanted |= Init.WRITEBACK_CACHE
-        self._tree.use_writeback_cache(bool(wanted & Init.WRITEBACK_CACHE))
-        agreed = int(wanted) & offered
-        reply = p.INIT_REPLY.pack(
-            p.INIT_REPLY.size,
-            0,
-            request.unique,
-            p.MAJOR,
-            min(minor, p.MINOR),
-            readahead,
-            agreed & 0xFFFF_FFFF,
-            64,  # requests that the kernel sends ahead, such as readahead
-            48,
-            MAX_WRITE,
-            1,  # ns: granularity of times
-            MAX_WRITE // 4096,
-            0,
-            agreed >> 32,
-            1 if self._mount.passthrough is not None else 0,  # how deep a stack of file systems may be on top of it
-            0,
-            *(0,) * 11,
-        )
-        self._mount.accepted()
-        return reply
-
-    def _interrupt(self, request: Request) -> Answer:
-        waiting = self._connection.waiting.get(p.U64.unpack_from(request.body)[0])
-        return NO_REPLY if waiting is None else self._end_when_killed(waiting)
-
-    async def _end_when_killed(self, waiting: Request) -> bytes:
-        """Answer a request early whose program got a signal, once it is one that ends it.
-
-        Not for any other: the kernel tells of one signal only, and programs do not expect EINTR of a file on a disk.
-        """
-        while waiting.unique in self._connection.waiting:
-            if waiting.may_leave and waiting.is_gone():
-                waiting.has_left = True
-                return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.EINTR, waiting.unique)
-            await trio.sleep(LOOK_S)
-        return NO_REPLY
-
-    def _statfs(self, request: Request) -> bytes:
-        st = self._tree.statfs()
-        return p.STATFS_REPLY.pack(
-            p.STATFS_REPLY.size,
-            0,
-            request.unique,
-            st.f_blocks,
-            st.f_bfree,
-            st.f_bavail,
-            st.f_files,
-            st.f_ffree,
-            st.f_bsize,
-            st.f_namemax,
-            st.f_frsize,
-            0,
-            *(0,) * 6,
-        )
