@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -38,7 +39,7 @@ PARTS: frozenset[Part] = frozenset({"diff", "commit", "save", "restart"})
 
 _START_S = 60.0
 _CONFIG = """\
-version = 2
+version = {version}
 root = "{root}/lib"
 state = "{root}/run"
 disabled_plugins = [{disabled}]
@@ -55,6 +56,15 @@ disabled_plugins = [{disabled}]
 [proxy_plugins.unionfs]
   type = "snapshot"
   address = "{root}/s.sock"
+  capabilities = ["remap-ids"]
+
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "unionfs"
+
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "overlayfs"
 
 {more}
 """
@@ -128,8 +138,12 @@ class ContainerdEngine:
     def start_containerd(self) -> None:
         """Start containerd and wait until it answers."""
         root = self.cell.root
-        disabled = '"io.containerd.internal.v1.opt"' + ("" if self.cri else ', "io.containerd.grpc.v1.cri"')
-        (root / "config.toml").write_text(_CONFIG.format(root=root, disabled=disabled, more=self.config))
+        disabled = ["io.containerd.internal.v1.opt"]
+        if not self.cri:
+            parts = ("cri.v1.images", "cri.v1.runtime") if config_version() == 3 else ()
+            disabled += [f"io.containerd.{name}" for name in ("grpc.v1.cri", *parts)]
+        config = _CONFIG.format(root=root, version=config_version(), disabled=str(disabled)[1:-1], more=self.config)
+        (root / "config.toml").write_text(config)
         daemon = self._containerd = self.cell.start(
             "containerd", "-c", root / "config.toml", log=self._log("containerd")
         )
@@ -335,6 +349,13 @@ def write_archive(archive: Path, tag: str, layers: list[bytes], config: dict[str
             info = tarfile.TarInfo(path)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+
+
+@functools.cache
+def config_version() -> int:
+    """The version of the configuration that this machine's containerd has sections for: 3 from containerd 2 on."""
+    said = subprocess.run(["containerd", "--version"], capture_output=True, text=True, check=True).stdout
+    return 3 if said.split()[2].removeprefix("v").startswith("2.") else 2
 
 
 @contextmanager
