@@ -1,14 +1,17 @@
-"""What all tests share: how long random tests search, and a guard against mounts that are left behind."""
+"""What all tests share: which are slow, how long random tests search, a guard against mounts that are left behind."""
 
 from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.durations import Durations
 
 # A mount's speed is not ours alone, so no example is too slow; pytest-timeout ends a test that hangs.
 _BASE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -22,10 +25,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("unionfs")
+    group.addoption("--limit-unmarked", type=float, help="fail tests without a mark that take more seconds")
+    group.addoption("--note-slow", action="store_true", help="write to tests/slow.txt what takes more than a second")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Those of a process of pytest-xdist reach the one that started it, which alone has them all.
+    note = config.getoption("--note-slow") and not hasattr(config, "workerinput")
+    config.pluginmanager.register(Durations(config.getoption("--limit-unmarked"), note=note))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the source tree."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A new directory on a disk that everybody may enter; ``/tmp``, where pytest's are, may be in memory."""
+    with tempfile.TemporaryDirectory(prefix="unionfs-test-", dir="/var/tmp") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 def mount_points_below(directory: Path) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import unionfs.fuse_ops.union.union_tree
+from tests.support import durations
 from tests.support.compiled import compiled_bases, compiled_sources, miscompiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,3 +308,12 @@ def test_the_rule_of_waiting_is_applied(body: str, bad: bool) -> None:
 
 def test_the_rule_of_waiting_knows_the_end_of_a_nursery() -> None:
     assert miscompiled(ast.parse("async def f():\n    async with nursery():\n        pass")) == ["2: f"]
+
+
+def test_the_list_of_slow_tests_names_tests_that_exist() -> None:
+    for name in sorted(durations.listed()):
+        path, _, function = name.partition("::")
+        function = function.rpartition("::")[2]
+        assert re.search(rf"^ *(async )?def {function}\(", (ROOT / path).read_text(), re.MULTILINE), (
+            f"tests/slow.txt: there is no {name}; scripts/test --note-slow {path} writes it anew"
+        )

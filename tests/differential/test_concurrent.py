@@ -21,6 +21,8 @@ from tests.support.mounts import is_running
 from tests.support.sandbox import Sandbox, needs_root
 from tests.support.users import in_child
 
+pytestmark = [pytest.mark.differential]
+
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
 
@@ -88,7 +90,6 @@ def act(root: str, seed: int) -> list[str]:
     return strange
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("linked", [False, True], ids=["plain", "linked"])
 def test_many_processes_at_once(box: Sandbox, seed: int, linked: bool) -> None:

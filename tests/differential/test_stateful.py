@@ -41,6 +41,8 @@ from tests.support.layers import OLD_NS
 from tests.support.mounts import is_ours, transports
 from tests.support.sandbox import needs_root
 
+pytestmark = [pytest.mark.differential]
+
 needs_root()
 
 EXAMPLES = int(os.environ.get("UNIONFS_DIFFERENTIAL_EXAMPLES", "0"))
@@ -393,7 +395,6 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(7200 if EXAMPLES else 300)
 @pytest.mark.parametrize(("name", "transport", "examples"), [r for r in RUNS if r[1] in transports() or not is_ours()])
 def test_same_operations_give_the_same_tree(name: str, transport: str, examples: int) -> None:

@@ -31,6 +31,8 @@ from unionfs.fuse_ops.tree.inodes import Inode
 from unionfs.fuse_ops.union.union_tree import UnionTree
 from unionfs.host.files import RootedDir
 
+pytestmark = [pytest.mark.differential]
+
 needs_root()
 
 PREFIX = "trusted.overlay."

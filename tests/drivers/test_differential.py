@@ -19,6 +19,8 @@ import pytest
 from tests.drivers.rig import Rig, make_rig
 from tests.support.snapshot import Snapshot, differences, snapshot
 
+pytestmark = [pytest.mark.differential]
+
 SEEDS = {"ci": 30, "long": 1000}.get(os.environ.get("HYPOTHESIS_PROFILE", "dev"), 3)
 STEPS = 28
 START_S = 1_200_000_000

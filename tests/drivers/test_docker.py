@@ -22,7 +22,7 @@ from tests.support.snapshot import Snapshot, assert_same
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import Driver
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.engine]
 
 DOCKERFILE = r"""
 FROM base

@@ -18,7 +18,7 @@ import pytest
 
 from quickstart_steps import deb
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.engine]
 
 APPLETS = ("sh", "cat", "cp", "echo", "ls", "mkdir", "mv", "rm", "sed", "tail", "test", "touch", "true")
 
@@ -203,7 +203,6 @@ def test_ordinary_user(repository: Path, public_directory: Path) -> None:
     assert (run / "upper/root/new-file").stat().st_uid == 64001
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_default(quickstart: Quickstart) -> None:
     """The main job, twice: the second time with the root file system from the cache."""

@@ -23,7 +23,7 @@ from tests.support.sandbox import needs_root, new_root
 from tests.support.snapshot import Snapshot, checksum_layer, differences, snapshot
 
 needs_root()
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"

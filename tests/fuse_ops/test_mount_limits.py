@@ -76,7 +76,6 @@ def test_a_single_lower_without_upper(box: Sandbox) -> None:
         assert sorted(snapshot(box.target)) == [".", "d", "d/f", "l"]
 
 
-@pytest.mark.slow
 def test_five_hundred_layers(box: Sandbox) -> None:
     for n in range(500):
         box.lower().file("common", f"{n}").file(f"d/{n:03}", f"{n}")
@@ -234,7 +233,6 @@ def test_unclean_volatile_upper_is_refused(box: Sandbox) -> None:
         pass
 
 
-@pytest.mark.slow
 def test_a_long_copy_up_holds_nobody_up(box: Sandbox) -> None:
     """fuse-overlayfs copies under one lock: every other request waits."""
     low = box.lower()
@@ -294,7 +292,6 @@ def test_a_long_copy_up_holds_nobody_up(box: Sandbox) -> None:
     assert waits[-1] < max(2.0, copy_s / 2), f"longest {waits[-1]:.2f} s of {copy_s:.1f} s"
 
 
-@pytest.mark.slow
 def test_ten_thousand_open_files(box: Sandbox) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     count = 10_000
@@ -338,7 +335,6 @@ def counters(server: subprocess.Popen[str]) -> dict[str, int]:
     return {name: int(value) for name, _, value in (word.partition("=") for word in said.split())}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_memory_is_bounded_by_what_the_kernel_remembers(box: Sandbox) -> None:
     count, dirs = 100_000, 100
@@ -615,7 +611,6 @@ def test_copy_up_shares_blocks_where_the_file_system_can(box: Sandbox, fstype: s
         box.upper = box.work = None
 
 
-@pytest.mark.slow
 def test_a_killed_server_leaves_no_half_copy(box: Sandbox) -> None:
     """A copy-up that a crash interrupts is not visible at the next mount, and what it left is removed."""
     import signal

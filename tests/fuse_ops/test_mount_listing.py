@@ -146,7 +146,6 @@ def test_removing_everything_while_reading_empties_the_directory(box: Sandbox) -
     box.assert_kernel_agrees()
 
 
-@pytest.mark.slow
 def test_a_hundred_thousand_entries(box: Sandbox) -> None:
     count = 100_000
     low = box.lower(huge=True)

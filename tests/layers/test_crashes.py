@@ -16,6 +16,8 @@ import pytest
 
 from tests.layers.crash_rig import OPERATIONS
 
+pytestmark = [pytest.mark.crash]
+
 EVERY_STEP = os.environ.get("UNIONFS_TEST_EVERY_STEP", "") not in ("", "0")
 STRIDES = {"vfs": 1, "overlay2": 1, "unionfs": 1 if EVERY_STEP else 8}
 CASES = [(driver, operation, stride) for driver, stride in STRIDES.items() for operation in OPERATIONS]

@@ -30,7 +30,7 @@ from tests.support.mounts import take_down
 from tests.support.snapshot import Snapshot, assert_same, snapshot, without_root_time
 from unionfs.layers import LayerStore, fsck, open_store
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # the Debian may have to be built first
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]  # the Debian may have to be built first
 
 _PIECE_BYTES = 1 << 20
 

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.engines.private import USER, private_cell
 from tests.layers.archives import archive, member
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 NAMESPACE = "unshare --map-root-user --map-auto --mount --propagation private"
 # The default root is in the user's home, and the same store is found again by the next namespace.

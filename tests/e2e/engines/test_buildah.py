@@ -14,7 +14,7 @@ from tests.e2e.engines.podman import Podman, podman
 from tests.e2e.engines.scenario import assert_holds, assert_linked, census, saved_layers
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 needs_root()
 
 

@@ -9,7 +9,7 @@ from tests.e2e.engines.docker_engine import FAULTS, docker_engine
 from tests.e2e.engines.scenario import Record, differences, play
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 needs_root()
 
 

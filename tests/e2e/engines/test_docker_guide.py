@@ -16,7 +16,7 @@ from tests.e2e.engines.awkward_image import TAG
 from tests.e2e.engines.private import REPOSITORY, Cell, private_cell
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.engine]
 needs_root()
 
 GUIDE = (REPOSITORY / "docs/docker.md").read_text()

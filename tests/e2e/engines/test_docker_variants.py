@@ -24,7 +24,7 @@ from tests.e2e.engines.scenario import (
 from tests.support.mounts import mount_program
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 needs_root()
 
 

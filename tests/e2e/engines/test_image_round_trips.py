@@ -22,7 +22,7 @@ from tests.layers.archives import files
 from unionfs.archive.compression import open_archive
 from unionfs.engines.images import ImageStore
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 pytest_plugins = ["tests.e2e.engines.registry_fixtures"]
 
 

@@ -13,7 +13,7 @@ from tests.e2e.engines.private import REPOSITORY, private_cell
 from tests.engines.image_archives import Made, to_tar
 from tests.layers.archives import files
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
 GUIDE = REPOSITORY / "docs/images.md"
 

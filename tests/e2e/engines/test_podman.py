@@ -32,7 +32,7 @@ from tests.e2e.engines.scenario import (
 from tests.support.sandbox import needs_root
 from tests.support.snapshot import snapshot
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 needs_root()
 
 User = Literal["root", "rootless"]

@@ -14,7 +14,7 @@ from tests.e2e.engines.private import REPOSITORY, USER, USER_ID, private_cell
 from tests.e2e.engines.scenario import Tree, census, without_times
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 needs_root()
 
 GUIDE = (REPOSITORY / "docs/podman.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.engines.private import SUB_IDS, USER, USER_ID, CommandFailedError, private_cell
 from tests.support.sandbox import needs_root
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.engine]
 needs_root()
 
 

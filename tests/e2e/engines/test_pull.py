@@ -23,7 +23,7 @@ from unionfs.engines.images import ImageStore, import_images
 from unionfs.errors import ArchiveError, DigestMismatchError, ImageFormatError, ImageNotFoundError, RegistryError
 from unionfs.layers import open_store
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 pytest_plugins = ["tests.e2e.engines.registry_fixtures"]
 
 

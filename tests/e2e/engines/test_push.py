@@ -15,7 +15,7 @@ from tests.layers.archives import files
 from unionfs.engines.images import ImageStore, import_images
 from unionfs.errors import ImageNotFoundError, UnionfsError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 pytest_plugins = ["tests.e2e.engines.registry_fixtures"]
 
 

@@ -29,7 +29,7 @@ from unionfs.engines.images import ImageStore, import_images
 from unionfs.engines.images.registry import Credentials
 from unionfs.errors import RegistryError
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 pytest_plugins = ["tests.e2e.engines.registry_fixtures"]
 
 

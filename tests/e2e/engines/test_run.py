@@ -22,7 +22,7 @@ from unionfs.engines.images.store import ImageStore
 from unionfs.layers import open_store
 
 pytestmark = [
-    pytest.mark.e2e,
+    pytest.mark.engine,
     pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"),
 ]
 

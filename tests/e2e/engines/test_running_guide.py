@@ -13,7 +13,7 @@ from tests.e2e.engines.terminal import terminal
 from tests.e2e.engines.test_run import add_images, image_tar
 
 pytestmark = [
-    pytest.mark.e2e,
+    pytest.mark.engine,
     pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"),
 ]
 
