@@ -114,10 +114,10 @@ def test_from_archives_to_a_container_and_back(shell: Shell) -> None:
     assert shell.out("layer", "diff", committed) == "A /hello\n"
     if shell.driver != "vfs":
         assert shell.json("container", "ls")[0]["mounted_at"] == str(path)
-        assert "mount still active: c1 is mounted" in shell.fails("container", "rm", "c1")
+        assert "container c1 is mounted" in shell.fails("container", "rm", "c1")
     assert shell.out("container", "umount", "c1") == ""
     if shell.driver != "vfs":
-        assert "c1: is not mounted" in shell.fails("container", "umount", "c1")
+        assert "container c1 is not mounted" in shell.fails("container", "umount", "c1")
     with tarfile.open(fileobj=io.BytesIO(shell.run("container", "export", "c1").stdout)) as tar:
         assert sorted(tar.getnames()) == ["etc", "etc/conf", "hello"]
     with tarfile.open(fileobj=io.BytesIO(shell.run("container", "export", "--changes", "c1").stdout)) as tar:
@@ -207,7 +207,7 @@ def test_garbage(shell: Shell) -> None:
         (("layer", "inspect", ""), "layer does not exist"),
         (("layer", "rm", "nope"), "layer does not exist: nope"),
         (("container", "create", "nope"), "layer does not exist: nope"),
-        (("container", "mount", "nope"), "mount does not exist: nope; unionfs container ls"),
+        (("container", "mount", "nope"), "there is no container nope; unionfs container ls"),
         (("container", "create", "--name", "a/b"), "cannot be named 'a/b'"),
         (("layer", "ls", "--driver", "nosuch"), "nosuch"),
         (("layer", "ls", "--root", "notes.txt"), "cannot use "),

@@ -73,7 +73,7 @@ def test_store_restore(shop: Workshop) -> None:
     store = shop.reopen()
     assert {chain: (layer.diff_id, layer.size, layer.cache_id) for chain, layer in store.map().items()} == before
     again = store.get(three.chain_id)
-    with pytest.raises(MountNameConflictError, match="mount already exists with name"):
+    with pytest.raises(MountNameConflictError, match="there is a container"):
         store.create_rw_layer("some-mount_name", three.chain_id)
     rw = store.get_rw_layer("some-mount_name")
     first = rw.mount()
@@ -368,11 +368,11 @@ def test_mount_migration(shop: Workshop) -> None:
         (b"/root/.bashrc", ChangeKind.MODIFY),
         (b"/root/testfile1.txt", ChangeKind.ADD),
     ]
-    with pytest.raises(MountNameConflictError, match="mount already exists with name migration-mount"):
+    with pytest.raises(MountNameConflictError, match="there is a container migration-mount already"):
         shop.store.create_rw_layer("migration-mount", base.chain_id)
-    with pytest.raises(MountNameConflictError, match="name conflict, mismatched parent"):
+    with pytest.raises(MountNameConflictError, match="container migration-mount stands on sha256:"):
         shop.store.adopt_rw_layer("migration-mount", tree)
-    with pytest.raises(MountNameConflictError, match="mount already exists: migration-mount"):
+    with pytest.raises(MountNameConflictError, match="there is a container migration-mount already"):
         other = identity.new_id()
         driver.create_read_write(other)
         shop.store.adopt_rw_layer("migration-mount", other)

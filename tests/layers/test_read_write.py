@@ -51,7 +51,7 @@ def test_a_removal_that_fails_can_be_repeated(vfs_shop: Workshop) -> None:
         assert os.listdir(path) == []
     assert store.get_mount_id("c") == rw.mount_id
     assert rw.release() == []
-    with pytest.raises(MountDoesNotExistError, match="mount does not exist"):
+    with pytest.raises(MountDoesNotExistError, match="there is no container"):
         store.get_rw_layer("c")
     with pytest.raises(MountDoesNotExistError):
         store.get_mount_id("c")
@@ -77,11 +77,11 @@ def test_unmounting(shop: Workshop) -> None:
     """Row 99."""
     base = shop.store.register(stream(BASE))
     rw = shop.store.create_rw_layer("c", base.chain_id)
-    with pytest.raises(NotMountedError, match="c: is not mounted; mount it first"):
+    with pytest.raises(NotMountedError, match="container c is not mounted; mount it first"):
         rw.unmount()
     path = rw.mount()
     assert rw.is_mounted()
-    with pytest.raises(ActiveMountError, match="mount still active: c is mounted"):
+    with pytest.raises(ActiveMountError, match="container c is mounted"):
         shop.store.release_rw_layer(rw, force=False)
     rw = shop.reopen().get_rw_layer("c")
     assert rw.is_mounted()

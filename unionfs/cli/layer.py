@@ -240,14 +240,10 @@ def verify(root: str | None, driver: str, as_json: bool, layers: Sequence[str]) 
         with progress_bar("verifying", len(chosen), unit_is_bytes=False) as show:
             for number, one in enumerate(chosen):
                 show(number)
-                try:
-                    one.verify()
-                except (UnionfsError, OSError) as error:
-                    results.append((one.chain_id, str(error)))
-                    if not as_json:
-                        click.echo(f"unionfs: {one.chain_id}: {error}", err=True)
-                else:
-                    results.append((one.chain_id, ""))
+                damages = one.damages()
+                results.append((one.chain_id, "; ".join(damages)))
+                for damage in damages if not as_json else ():
+                    click.echo(printable(f"unionfs: {one.chain_id}: {damage}"), err=True)
         bad = sum(1 for _, problem in results if problem)
         if as_json:
             print_json([{"chain_id": chain_id, "ok": not problem, "problem": problem} for chain_id, problem in results])

@@ -12,9 +12,11 @@ from unionfs.errors import UnionfsError
 from unionfs.host import mountinfo, unmount
 from unionfs.host.mounts import Answer, probe
 from unionfs.layers.gc import remove_trees
-from unionfs.layers.identity import ChainID
+from unionfs.layers.identity import ChainID, digits_of
 from unionfs.layers.metadata import Unreadable
 from unionfs.layers.store import LayerStore
+
+_SHORT_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,13 @@ class Problem:
     """Something that is not as it should be.
 
     Attributes:
-        kind: ``layer``, ``mount``, ``stray``, ``leftover``, ``tree``, ``dead-mount``,
+        kind: ``layer``, ``container``, ``image``, ``stray``, ``leftover``, ``tree``, ``dead-mount``,
             ``stuck-mount``, ``record`` or ``damage``.
         name: what it is about: a chain id, a name, a path.
         what: what is wrong, one line.
         advice: what to do when it was not repaired.
         repaired: it is all right now.
+        repairable: it would be repaired, if that were asked for.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Problem:
     what: str
     advice: str
     repaired: bool = False
+    repairable: bool = False
 
 
 Progress = Callable[[ChainID, int, int], None]
@@ -82,7 +86,8 @@ def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
             yield Problem("stuck-mount", point, "its file system server does not answer", advice)
         if answer is not Answer.DEAD:
             continue
-        problem = Problem("dead-mount", point, "its file system server is gone", f"umount -l {point}")
+        advice = f"unionfs umount --lazy {point}"
+        problem = Problem("dead-mount", point, "its file system server is gone", advice, repairable=True)
         if repair:
             with suppress(OSError):
                 unmount.unmount(point, lazy=True)
@@ -101,16 +106,25 @@ def _unreadable(store: LayerStore, repair: bool) -> Iterator[Problem]:
                 repaired[one.kind, one.name] = _remove_record(store, one)
         if len(repaired) == before:
             break
+    causes = {digits_of(ChainID(one.name)): one for one in found if one.kind == "layer"}
     for one in found:
         failure = repaired.get((one.kind, one.name))
-        yield Problem(one.kind, one.name, one.reason, failure or _advice(store, one), failure == "")
+        what, advice = one.reason.partition("; run unionfs fsck")[0], _advice(store, one)
+        # A layer takes all down that stands on it, each with its reason: that is told once.
+        cause = next((layer for digits, layer in causes.items() if digits in one.path.split("/")), one)
+        if cause is not one:
+            what = f"stands on layer {digits_of(ChainID(cause.name))[:_SHORT_DIGITS]}, which cannot be read"
+            advice = "comes back with it" if one.kind == "layer" else f"comes back with it; {advice}"
+        useless = not _why_record_stays(store, one)
+        kind = "container" if one.kind == "mount" else one.kind
+        yield Problem(kind, one.name, what, failure or advice, failure == "", repairable=useless)
 
 
 def _advice(store: LayerStore, one: Unreadable) -> str:
     if one.kind == "stray":
         return "its tree is not removed"
     if one.kind == "layer":
-        return "register the layer again"
+        return "pull the image again that has it, or register the layer again"
     if one.parent and one.trees and store.driver.exists(one.trees[0]) and not one.shared:
         return "register the layers below it again, or put the file right; its tree is not removed"
     return f"put the file right, or remove it: unionfs container rm --force {one.name}; its tree is not removed"
@@ -143,7 +157,7 @@ def _why_record_stays(store: LayerStore, one: Unreadable) -> str:
 def _leftovers(store: LayerStore, repair: bool) -> Iterator[Problem]:
     for leftover in store.incomplete():
         repaired = repair and store.finish(leftover)
-        yield Problem("leftover", leftover.path, leftover.what, "run unionfs gc", repaired)
+        yield Problem("leftover", leftover.path, leftover.what, "run unionfs gc", repaired, repairable=True)
 
 
 def _orphans(store: LayerStore, repair: bool) -> Iterator[Problem]:
@@ -155,7 +169,7 @@ def _orphans(store: LayerStore, repair: bool) -> Iterator[Problem]:
         left = {tree: failed.get(tree, advice) for tree, advice in left.items() if tree in failed or trees[tree]}
     for tree in trees:
         what = f"the {store.driver_name} driver has it, but no layer"
-        yield Problem("tree", tree, what, left.get(tree, ""), tree not in left)
+        yield Problem("tree", tree, what, left.get(tree, ""), tree not in left, repairable=not trees[tree])
 
 
 def _records(store: LayerStore) -> Iterator[Problem]:
@@ -164,7 +178,7 @@ def _records(store: LayerStore) -> Iterator[Problem]:
     for chain_id in store.map():
         path = store.records.tar_split_path(chain_id)
         if not os.path.exists(path):
-            advice = "remove the layer and register it again"
+            advice = "remove the layer, and pull or register it again"
             yield Problem("record", chain_id, f"{path}: is missing, so the layer cannot be exported", advice)
 
 
@@ -173,12 +187,14 @@ def _damage(store: LayerStore, repair: bool, skip: set[str], progress: Progress 
     for number, (chain_id, layer) in enumerate(layers.items()):
         if progress is not None:
             progress(chain_id, number, len(layers))
-        try:
-            layer.verify()
-        except (UnionfsError, OSError) as error:
-            advice = "remove what stands on it and the layer itself, then register it again"
-            repaired = False
-            if repair and store.reference_count(chain_id) == 0:
-                with suppress(UnionfsError, OSError):
-                    repaired = bool(store.release(store.get(chain_id), keep_parents=True))
-            yield Problem("damage", chain_id, str(error), advice, repaired)
+        damages = layer.damages()
+        if not damages:
+            continue
+        useless = store.reference_count(chain_id) == 0
+        repaired = False
+        if repair and useless:
+            with suppress(UnionfsError, OSError):
+                repaired = bool(store.release(store.get(chain_id), keep_parents=True))
+        advice = "remove what stands on it and the layer itself, then pull or register it again"
+        for what in damages:
+            yield Problem("damage", chain_id, what.rpartition("; ")[0] or what, advice, repaired, repairable=useless)

@@ -117,8 +117,11 @@ def disk_usage(store: LayerStore, tree: str) -> int:
     except UnionfsError:
         return 0
     root = next((facts[key] for key in _OWN_FILES_KEYS if facts.get(key)), None)
-    if root is None:
-        return 0
+    return 0 if root is None else size_on_disk(root)
+
+
+def size_on_disk(root: str) -> int:
+    """Bytes on disk of all files below a directory, as far as they can be looked at."""
     total = 0
     seen: set[int] = set()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from types import TracebackType
 from typing import BinaryIO, cast
 
@@ -11,8 +13,8 @@ from unionfs.archive.stream import PieceStream
 from unionfs.archive.tar_format import END_OF_ARCHIVE
 from unionfs.drivers.contract import Driver, capabilities_of
 from unionfs.drivers.files import file_getter
-from unionfs.errors import LayerDamagedError, LayerStoreError
-from unionfs.layers.identity import ChainID, DiffID, diff_id_of
+from unionfs.errors import LayerDamagedError, LayerStoreError, UnionfsError
+from unionfs.layers.identity import ALGORITHM, ChainID, DiffID, diff_id_of
 from unionfs.layers.metadata import Descriptor, MetadataStore
 from unionfs.layers.state import LayerMetadata, StoredLayer
 from unionfs.layers.tar_split import assemble, read_entries, verified
@@ -149,6 +151,34 @@ class Layer:
             while piece := stream.read(_PIECE_BYTES):
                 length += len(piece)
         return length
+
+    def damages(self) -> list[str]:
+        """What is wrong with each of its files that is not what was registered, one line each; none if all is well.
+
+        Reads the whole layer, as :meth:`verify` does, which stops at the first.
+        """
+        record = self._records.tar_split(self.chain_id)
+        if record is None:
+            try:
+                self.verify()
+            except (UnionfsError, OSError) as error:
+                return [str(error)]
+            return []
+        found: list[str] = []
+        digest = hashlib.sha256()
+        try:
+            with record, closing(file_getter(self._driver, self.cache_id)) as files:
+                for entry in read_entries(record, self._records.tar_split_path(self.chain_id)):
+                    try:
+                        for piece in assemble([entry], files):
+                            digest.update(piece)
+                    except (LayerDamagedError, OSError) as error:
+                        found.append(str(error))
+        except (UnionfsError, OSError) as error:
+            return [*found, str(error)]  # without the rest of the record nobody knows which files there are
+        if not found and f"{ALGORITHM}:{digest.hexdigest()}" != self.diff_id:
+            found.append(f"its contents are not {self.diff_id}, as they were; pull or register the layer again")
+        return found
 
 
 def _gives_exact_diffs(driver: Driver) -> bool:

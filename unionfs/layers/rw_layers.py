@@ -86,7 +86,7 @@ class RWLayer:
             if known:
                 self.stored.mounts -= 1
         if not known and not self.is_mounted():
-            raise NotMountedError(f"{self.name}: is not mounted; mount it first")
+            raise NotMountedError(f"container {self.name} is not mounted; mount it first")
         self._table.driver.put(self.stored.record.mount_id)
 
     def is_mounted(self) -> bool:
@@ -200,12 +200,12 @@ class RWTable:
         with self._lock:
             if name in self._mounts:
                 raise MountNameConflictError(
-                    f"mount already exists with name {name}; choose another name, or remove that one first"
+                    f"there is a container {name} already; choose another name, or remove that one first"
                 )
         if damaged := self._claims.find("mount", name):
             # Its files would be nobody's then.
             raise MountNameConflictError(
-                f"mount already exists with name {name}, but cannot be read: {damaged.reason}; put that right, or "
+                f"there is a container {name} already, but it cannot be read: {damaged.reason}; put that right, or "
                 f"remove it with its files: unionfs container rm --force {name}"
             )
 
@@ -246,7 +246,7 @@ class RWTable:
                 one not in (tree, init) and self.driver.exists(one) for one in damaged.trees
             ):
                 raise MountNameConflictError(
-                    f"mount already exists: {name} is of the tree {damaged.trees[0]}, but cannot be read: "
+                    f"there is a container {name} already, of the tree {damaged.trees[0]}, but it cannot be read: "
                     f"{damaged.reason}; choose another name"
                 )
             with self.layers.pinned(parent) as pin, self._keeper.reserved(tree, init, by=damaged):
@@ -294,7 +294,7 @@ class RWTable:
             stored = self._mounts.get(name)
         if stored is None:
             raise MountDoesNotExistError(
-                f"mount does not exist: {name[:100]}; unionfs container ls shows those that do"
+                f"there is no container {name[:100]}; unionfs container ls shows those that are there"
             )
         return stored
 
@@ -324,7 +324,7 @@ class RWTable:
                 stored.references.discard(layer)
                 return []
             if not force and layer.is_mounted():
-                raise ActiveMountError(f"mount still active: {name} is mounted; unmount it first, or use force")
+                raise ActiveMountError(f"container {name} is mounted; unmount it first, or use force")
             with self._keeper.busy(stored.record.mount_id, stored.record.init_id):
                 self._remove_trees(name, stored.record.mount_id, stored.record.init_id)
                 stored.references.discard(layer)
@@ -340,7 +340,9 @@ class RWTable:
         with self._names.hold(name):
             damaged = self._claims.find("mount", name)
             if damaged is None:
-                raise MountDoesNotExistError(f"mount does not exist: {name[:100]}; unionfs fsck tells what is damaged")
+                raise MountDoesNotExistError(
+                    f"there is no damaged container {name[:100]}; unionfs fsck tells what is damaged"
+                )
             needed = self._keeper.needed() | self._claims.trees(but=damaged)
             trees = [tree for tree in damaged.trees if tree not in needed and not damaged.shared]
             with self._keeper.busy(*trees):
@@ -361,9 +363,7 @@ class RWTable:
 def _check_same_mount(known: StoredMount, record: MountRecord) -> None:
     if known.record.mount_id != record.mount_id:
         raise MountNameConflictError(
-            f"mount already exists: {known.name} is of the tree {known.record.mount_id}; choose another name"
+            f"there is a container {known.name} already, of the tree {known.record.mount_id}; choose another name"
         )
     if known.record.parent != record.parent:
-        raise MountNameConflictError(
-            f"name conflict, mismatched parent: {known.name} stands on {known.record.parent or 'nothing'}; name that"
-        )
+        raise MountNameConflictError(f"container {known.name} stands on {known.record.parent or 'nothing'}; name that")

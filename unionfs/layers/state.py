@@ -122,7 +122,7 @@ def load(records: MetadataStore, driver: Driver) -> Loaded:
             if name in records.list_mounts():
                 loader.cannot_use("mount", name, error)
     for stray in records.strays():
-        _log.warning("%s", stray.reason)
+        _log.info("%s", stray.reason)
         loader.loaded.unreadable.append(stray)
     return loader.loaded
 
@@ -149,7 +149,7 @@ class _Loader:
         self._shared = {tree for tree, count in named.items() if count > 1}
 
     def cannot_use(self, kind: str, name: str, error: Exception) -> None:
-        _log.warning("%s", error)
+        _log.info("%s", error)  # who opens the store shows the list
         found = self._records.unreadable(kind, name, str(error))
         self.loaded.unreadable.append(replace(found, shared=not self._shared.isdisjoint(found.trees)))
 
@@ -192,15 +192,17 @@ class _Loader:
             raise record
         for tree in (record.mount_id, record.init_id):
             if tree:
-                self._check_tree(name, tree, "run unionfs fsck")
+                self._check_tree(f"container {name}", tree, "run unionfs fsck")
         if not record.init_id and self._driver.exists(record.mount_id + INIT_SUFFIX):
-            raise MetadataError(f"{name}: has a tree {record.mount_id}{INIT_SUFFIX}, but no file init-id that names it")
+            raise MetadataError(
+                f"container {name}: has a tree {record.mount_id}{INIT_SUFFIX}, but no file init-id that names it"
+            )
         parent = None
         if record.parent:
             parent = self.layer(record.parent)
             parent.reference_count += 1
         elif self._stands_on_something(record.init_id or record.mount_id):
-            raise MetadataError(f"{name}: its tree stands on another one, but no file parent names that")
+            raise MetadataError(f"container {name}: its tree stands on another one, but no file parent names that")
         self.loaded.mounts[name] = StoredMount(name, record, parent)
 
     def _check_tree(self, where: str, tree: str, advice: str) -> None:

@@ -69,12 +69,13 @@ class ImageNames:
     Args:
         path: of the file; it need not be there.
 
-    Raises:
-        MetadataError: the file is damaged.
+    Attributes:
+        damage: what is wrong with the file; empty if nothing is. Then there are no names, and none can be given.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self.damage = ""
         self._ids: dict[Reference, str] = {}
         try:
             with open(path, "rb") as file:
@@ -84,9 +85,8 @@ class ImageNames:
         try:
             found = _File.model_validate_json(contents or b"{}")
         except ValidationError as error:
-            raise MetadataError(
-                f"{path}: is damaged ({first_problem(error)}); move it away, the images can then be named again by id"
-            ) from error
+            self.damage = f"{path}: is damaged ({first_problem(error)})"
+            return
         for group in found.repositories.values():
             for text, image_id in group.items():
                 try:
@@ -127,6 +127,8 @@ class ImageNames:
     def _write(self, ids: dict[Reference, str]) -> None:
         if ids == self._ids:
             return
+        if self.damage:
+            raise MetadataError(f"{self.damage}; move it away, the images can then be named again by id")
         groups: dict[str, dict[str, str]] = {}
         for reference, image_id in ids.items():
             groups.setdefault(reference.familiar_name, {})[reference.familiar] = image_id
@@ -146,8 +148,7 @@ class ImageStore:
         root: the directory for the files; None for ``image/DRIVER`` beside the layer store's own.
 
     Raises:
-        MetadataError: the file of names is damaged. An image that cannot be read is no error: see :attr:`unreadable`.
-        OSError: the directory cannot be used.
+        OSError: the directory cannot be used. An image that cannot be read is no error: see :attr:`unreadable`.
     """
 
     def __init__(self, layers: LayerStore, root: str | os.PathLike[str] | None = None) -> None:
@@ -178,6 +179,11 @@ class ImageStore:
         for image_id in sorted(set(self._names.all().values()) - self._images.keys() - self.unreadable.keys()):
             self._cannot_read(image_id, "its configuration is gone")
 
+    @property
+    def names_damage(self) -> str:
+        """What is wrong with the file of names; empty if nothing is."""
+        return self._names.damage
+
     def _load(self, image_id: str) -> None:
         path = os.path.join(self._content, digits_of(image_id))
         try:
@@ -193,12 +199,12 @@ class ImageStore:
             self._hold(image)
         except LayerDoesNotExistError as error:
             # The image stays on the list, so that it can be seen, removed, or pulled again.
-            _log.warning("image %s lacks layers: %s", image_id, error)
+            _log.info("image %s lacks layers: %s", image_id, error)
             chain = (create_chain_id(image.diff_ids[: number + 1]) for number in range(len(image.diff_ids)))
             self.layers.claims.add_user(_user(image_id), chain)
 
     def _cannot_read(self, image_id: str, why: str) -> None:
-        _log.warning("image %s cannot be read: %s; pull or import it again", image_id, why)
+        _log.info("image %s cannot be read: %s; pull or import it again", image_id, why)
         self.unreadable[image_id] = why
         self.layers.claims.add_user(_user(image_id), None)  # nobody knows which layers are its
 
@@ -216,7 +222,13 @@ class ImageStore:
                 if not self.is_complete(image):
                     found.append((image_id, "layers of it are missing"))
         advice = "pull or import it again, or remove it: unionfs image rm"
-        return [Problem("image", image_id, what, f"{advice} {digits_of(image_id)[:12]}") for image_id, what in found]
+        problems = [
+            Problem("image", image_id, what, f"{advice} {digits_of(image_id)[:12]}") for image_id, what in found
+        ]
+        if self._names.damage:
+            advice = "put it right, or move it away and name the images again: unionfs image tag ID NAME"
+            problems.append(Problem("image", "names", self._names.damage, advice))
+        return problems
 
     def _forget(self, image_id: str) -> None:
         """Remove an image's names and files.
@@ -281,6 +293,12 @@ class ImageStore:
         """The name with a tag by which ``text`` found the image; none for an id or a digest."""
         reference = self._reference_meant(text, image)
         return [reference] if reference is not None and reference.tag else []
+
+    def is_called(self, text: str, image: Image) -> bool:
+        """Whether ``text`` stands for the image now."""
+        with self._lock, suppress(ImageError):
+            return self._find(text) == image.image_id
+        return False
 
     def layers_of(self, image: Image) -> Sequence[Layer]:
         """The image's layers, the lowest first. They are views, which pin nothing.
