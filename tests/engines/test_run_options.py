@@ -46,6 +46,7 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert parse_volume(f"{here}:/x:{words}") == Volume(source=here, destination="/x")
     for words in ("ro,z", "Z,ro", "ro,cached"):
         assert parse_volume(f"{here}:/x:{words}") == Volume(source=here, destination="/x", read_only=True)
+    assert parse_volume("data:/x:ro,Z") == Volume(source="", destination="/x", read_only=True, name="data")
     assert parse_volume(".:/y:rw") == Volume(source=str(tmp_path), destination="/y")
 
 
@@ -61,7 +62,7 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/tmp:/x:ro,", "there is no option ''"),
         ("/tmp:/x:rshared", "there is no option 'rshared'"),
         ("/tmp:/x:ro,rw", "choose one of ro and rw"),
-        ("data:/x", r"there are no named volumes; for a directory here write \./data"),
+        ("-data:/x", "a name has letters"),
         ("/nothere:/x", "there is no /nothere; make it first"),
         ("/tmp:x", "must be an absolute path"),
         ("/tmp:/", "not its root"),

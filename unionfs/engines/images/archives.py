@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,6 +52,7 @@ CONTAINERD_NAME = "io.containerd.image.name"
 _MANIFEST = "manifest.json"
 _COSIGN_NAME = "dev.cosignproject.cosign/imageRef"
 _BLOBS = f"blobs/{ALGORITHM}"
+_NO_REGISTRY = "localhost"  # as Podman calls what came from no registry
 _MAX_IMAGES = 1000
 _MAX_NESTING = 4  # an index in an index is rare, more is nonsense
 
@@ -81,7 +83,8 @@ def import_images(
         ArchiveError: an archive is damaged.
         OSError: it cannot be read.
     """
-    with _found(images, source, platform, only) as found:
+    where = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+    with _found(images, source, platform, only, _repository_of(where)) as found:
         if names and len(found) > 1:
             raise ImageError(f"there are {len(found)} images in it, and one name; say which one is meant")
         return [install(images, one, names or None, report) for one in found]
@@ -89,7 +92,11 @@ def import_images(
 
 @contextmanager
 def _found(
-    images: ImageStore, source: str | os.PathLike[str] | BinaryIO, platform: Platform | None, only: str
+    images: ImageStore,
+    source: str | os.PathLike[str] | BinaryIO,
+    platform: Platform | None,
+    only: str,
+    repository: str,
 ) -> Iterator[list[FoundImage]]:
     with ExitStack() as stack:
         if isinstance(source, str | os.PathLike):
@@ -97,7 +104,7 @@ def _found(
             if os.path.isdir(path):
                 if not os.path.exists(os.path.join(path, INDEX)):
                     raise ImageFormatError(f"{path}: has no {INDEX}, so it is no OCI layout; name one, or an archive")
-                yield _read_layout(_DirectoryFiles(path), platform, only)
+                yield _read_layout(_DirectoryFiles(path), platform, only, repository)
                 return
             source = stack.enter_context(open(path, "rb"))
         plain = plain_file(source, images.spool)
@@ -107,10 +114,18 @@ def _found(
             files = TarFiles(plain)
         except ArchiveError as error:
             raise ImageFormatError(f"not an archive of images: {error}") from error
-        yield _in_archive(files, platform, only)
+        yield _in_archive(files, platform, only, repository)
 
 
-def _in_archive(files: TarFiles, platform: Platform | None, only: str) -> list[FoundImage]:
+def _repository_of(path: str) -> str:
+    """What to call an image of a layout that gives it a tag only: the file or directory, on no registry."""
+    name = os.path.basename(os.path.abspath(path)) if path else ""
+    name = re.sub(r"\.(tar|tgz|tbz2?|txz|tzst)(\.\w+)?$", "", name.lower())
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return f"{_NO_REGISTRY}/{name}" if name else ""
+
+
+def _in_archive(files: TarFiles, platform: Platform | None, only: str, repository: str) -> list[FoundImage]:
     if _MANIFEST in files:
         try:
             return _wanted(_read_docker_archive(files), platform, only)
@@ -119,7 +134,7 @@ def _in_archive(files: TarFiles, platform: Platform | None, only: str) -> list[F
             if INDEX not in files:
                 raise
     if INDEX in files:
-        return _read_layout(files, platform, only)
+        return _read_layout(files, platform, only, repository)
     raise ImageFormatError(f"the archive has no {_MANIFEST} and no {INDEX}, so it is none of images")
 
 
@@ -267,13 +282,16 @@ class _DirectoryFiles:
         return read_limited(self.open, self.size(name), name, limit)
 
 
-def _read_layout(files: _Files, platform: Platform | None = None, only: str = "") -> list[FoundImage]:
+def _read_layout(
+    files: _Files, platform: Platform | None = None, only: str = "", repository: str = ""
+) -> list[FoundImage]:
     """The images in the layout, one for each entry of its index that is none for another machine only.
 
     Args:
         files: of the layout.
         platform: which one of an entry for several; None: this machine's.
         only: the entry of this name or tag, or of this digest.
+        repository: what an entry belongs to that has a tag only; empty: it has no name then.
 
     Raises:
         ImageFormatError: something is missing, too large, or another thing than its name says; or there is no such
@@ -300,7 +318,7 @@ def _read_layout(files: _Files, platform: Platform | None = None, only: str = ""
             entries = [choose(Index(tuple(entries)), platform, label or only or "the layout")]  # noqa: PLW2901
         for one in entries:
             try:
-                found.append(_layout_image(files, one, platform))
+                found.append(_layout_image(files, one, platform, repository))
             except NotAnImageError as error:
                 other = error  # such as the signatures that cosign save puts beside an image
     if other is not None and not found:
@@ -308,14 +326,14 @@ def _read_layout(files: _Files, platform: Platform | None = None, only: str = ""
     return found
 
 
-def _layout_image(files: _Files, entry: BlobDescriptor, platform: Platform | None) -> FoundImage:
+def _layout_image(files: _Files, entry: BlobDescriptor, platform: Platform | None, repository: str) -> FoundImage:
     manifest = _manifest(files, entry, platform)
     config = _blob(files, manifest.config, MAX_CONFIG_BYTES)
     layers = []
     for layer in manifest.layers:
         _check_size(files, layer)
         layers.append(LayerBlob(partial(files.open, _path(layer)), layer.digest, layer.size))
-    return FoundImage(config, layers, _names(entry))
+    return FoundImage(config, layers, _names(entry, repository))
 
 
 def _manifest(files: _Files, descriptor: BlobDescriptor, platform: Platform | None) -> Manifest:
@@ -369,10 +387,13 @@ def _is_meant(descriptor: BlobDescriptor, text: str) -> bool:
     return False
 
 
-def _names(descriptor: BlobDescriptor) -> tuple[Reference, ...]:
-    """What the entry's annotations call it; a tag alone is no name."""
+def _names(descriptor: BlobDescriptor, repository: str = "") -> tuple[Reference, ...]:
+    """What the entry's annotations call it; a tag alone is one of ``repository``, if that is given."""
     for text in _labels(descriptor):
         if "/" in text or ":" in text:
             with suppress(ImageError):
                 return (parse_reference(text).with_default_tag(),)
+    for text in _labels(descriptor) if repository else ():
+        with suppress(ImageError):
+            return (parse_reference(f"{repository}:{text}"),)
     return ()
