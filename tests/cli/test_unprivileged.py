@@ -75,14 +75,38 @@ def test_user(layers: Sandbox) -> None:
     assert os.listdir(f"{layers.root}/run/unionfs") == []
 
 
-def test_user_without_a_place_for_records(layers: Sandbox) -> None:
+@pytest.mark.parametrize("namespace", ["", "unshare --user --map-root-user --mount"])
+def test_user_without_a_session(layers: Sandbox, namespace: str) -> None:
+    """As after su: the mount is known all the same, also to a shell of a session, and its end is waited for."""
+    done = as_user(
+        layers,
+        f"unset XDG_RUNTIME_DIR; unionfs-mount -o {layer_options(layers)} {layers.target}; ls {layers.target}; "
+        f"unionfs mounts --json > {layers.root}/run/json; "
+        f"XDG_RUNTIME_DIR={layers.root}/run unionfs mounts | grep -c {layers.target}; "
+        f"touch {layers.target}/new; unionfs umount {layers.target}",
+        namespace,
+        before="mount -t tmpfs -o mode=1777 none /tmp" if not layers.root.startswith("/tmp/") else ":",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["name", "secret", "1"]
+    with open(f"{layers.root}/run/json", encoding="utf-8") as file:
+        (found,) = [mount for mount in json.load(file) if mount["target"] == layers.target]
+    assert (found["state"], found["upperdir"]) == ("serving", layers.upper)
+    assert servers_of(layers.target) == ()
+
+
+def test_a_directory_of_somebody_else_is_not_used(layers: Sandbox) -> None:
+    """Anybody may make one in /tmp: what lies there is not believed, and nothing is written to it."""
+    place = f"/tmp/unionfs-{USER}"
     done = as_user(
         layers,
         f"unset XDG_RUNTIME_DIR; unionfs-mount -o {layer_options(layers)} {layers.target}; "
-        f"ls {layers.target}; fusermount3 -u {layers.target}",
+        f"unionfs mounts --json; ls {place}; unionfs umount {layers.target}",
+        before=f"mkdir -p {layers.root}/theirs {place} && mount --bind {layers.root}/theirs {place} && "
+        f"chmod 777 {place}",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["name", "secret"]
+    assert json.loads(done.stdout)[0]["state"] == "unknown"
     assert wait_until(lambda: servers_of(layers.target) == (), 10)
 
 

@@ -6,6 +6,7 @@ a convenience: a mount works without it, and whatever the record says is checked
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -67,6 +68,34 @@ def run_directories() -> list[str]:
     return directories
 
 
+def _last_directories() -> list[str]:
+    """Where the records of a user are for whom no session set XDG_RUNTIME_DIR, as with su, cron and some containers."""
+    uid = _uid_outside()
+    return [f"/run/user/{uid}/unionfs", f"/tmp/unionfs-{uid}"]
+
+
+def _uid_outside() -> int:
+    """Our user id as the user namespace around sees it: in one of his own, each user is 0."""
+    uid = os.geteuid()
+    with suppress(OSError, ValueError), open("/proc/self/uid_map", encoding="ascii") as lines:
+        for line in lines:
+            inside, outside, count = map(int, line.split())
+            if inside <= uid < inside + count:
+                return outside + uid - inside
+    return uid
+
+
+def _open_directory(path: str, *, make: bool = False) -> int:
+    """A descriptor of a directory for records; raises OSError, also for one in /tmp that is somebody else's."""
+    if make:
+        os.makedirs(path, mode=0o700 if path.startswith("/tmp/") else 0o755, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if path.startswith("/tmp/") and os.fstat(fd).st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+    return fd
+
+
 def is_alive(record: MountRecord) -> bool:
     """Whether the server that wrote ``record`` still runs."""
     return process_start(record.pid) == record.started
@@ -80,8 +109,12 @@ class RecordPlace:
         self._written: tuple[int, str] | None = None
         for directory in run_directories():
             with suppress(OSError):
-                os.makedirs(directory, mode=0o755, exist_ok=True)
-                self._directories.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+                self._directories.append(_open_directory(directory, make=True))
+        for directory in _last_directories():
+            if not any(os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True) for fd in self._directories):
+                with suppress(OSError):
+                    # /run/user/UID is made by whoever looks after the user's session, or not at all.
+                    self._directories.append(_open_directory(directory, make=os.path.isdir(os.path.dirname(directory))))
 
     def write(self, record: MountRecord) -> None:
         """Write ``record`` to the first of them that takes it; nowhere when none does."""
@@ -113,7 +146,7 @@ class RecordPlace:
 
 def find(minor: int) -> MountRecord | None:
     """The record of the mount with this device minor, if its server lives."""
-    records = (_read(f"{directory}/{minor}.json") for directory in _all_directories())
+    records = (_read(path) for path in _files() if os.path.basename(path) == f"{minor}.json")
     return next((record for record in records if record is not None and is_alive(record)), None)
 
 
@@ -145,18 +178,19 @@ def read_all() -> list[MountStatus]:
 
 
 def _all_directories() -> list[str]:
-    directories = run_directories()
     # Root's mounts are everybody's to see.
-    return directories if _ROOTS_DIRECTORY in directories else [*directories, _ROOTS_DIRECTORY]
+    return list(dict.fromkeys([*run_directories(), *_last_directories(), _ROOTS_DIRECTORY]))
 
 
 def _files() -> list[str]:
     files = []
     for directory in _all_directories():
         try:
-            names = os.listdir(directory)
+            fd = _open_directory(directory)
         except OSError:
             continue
+        names = os.listdir(fd)
+        os.close(fd)
         files += [os.path.join(directory, name) for name in names if name.endswith(".json")]
     return files
 
