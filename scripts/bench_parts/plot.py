@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench_parts.errors import BenchError
-from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
+from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
 from bench_parts.results import Results
 from bench_parts.samples import Unit
 
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee")
+# Distinct also for those who do not see red and green apart (Okabe and Ito); a peer has the same in each picture.
+_COLOURS = {
+    KERNEL: "#000000",
+    DIRECT: "#0072b2",
+    PYFUSE3: "#56b4e9",
+    UNIONFS_FUSE: "#e69f00",
+}
+_OTHER_COLOURS = ("#d55e00", "#cc79a7", "#009e73", "#f0e442", "#999999")
+_MACHINE = ("date", "processor", "memory", "kernel", "scale")
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+def colours_of(peers: Sequence[str]) -> dict[str, str]:
+    """A colour for each, none twice.
+
+    Raises:
+        BenchError: there are more than can be told apart.
+    """
+    more = [peer for peer in peers if peer not in _COLOURS]
+    if len(more) > len(_OTHER_COLOURS):
+        raise BenchError(f"{len(peers)} peers are too many for one plot; choose some with --only")
+    return {peer: _COLOURS[peer] for peer in peers if peer in _COLOURS} | dict(zip(more, _OTHER_COLOURS, strict=False))
 
 
 def draw(results: Results, path: str) -> None:
@@ -16,16 +38,18 @@ def draw(results: Results, path: str) -> None:
     reference = next((name for name in (FUSE_OVERLAYFS, KERNEL) if name in results.peers), None)
     if reference is None:
         raise BenchError("there is nothing to compare with, so there is no plot")
-    peers = [peer for peer in results.peers if peer != reference]
+    others = [peer for peer in results.peers if peer != reference]
     rows = [
         row
         for row in results.rows.values()
-        if row.unit is Unit.TIME and any(results.ratio(row.name, peer, reference) for peer in peers)
+        if row.unit is Unit.TIME and any(results.ratio(row.name, peer, reference) for peer in others)
     ]
-    ratios = {peer: [results.ratio(row.name, peer, reference) for row in rows] for peer in peers}
-    known = [ratio for values in ratios.values() for ratio in values if ratio]
+    ratios = {peer: [results.ratio(row.name, peer, reference) for row in rows] for peer in others}
+    peers = [peer for peer in others if any(ratios[peer])]
+    known = [ratio for peer in peers for ratio in ratios[peer] if ratio]
     if not known:
         raise BenchError("no workload was measured with two peers, so there is no plot")
+    colours = colours_of(peers)
     try:
         import matplotlib as mpl
 
@@ -39,7 +63,7 @@ def draw(results: Results, path: str) -> None:
         places = [index + (number - (len(peers) - 1) / 2) * height for index in range(len(rows))]
         lengths = [ratio or float("nan") for ratio in ratios[peer]]
         # From 1 to the ratio: what is faster goes to the left.
-        axes.barh(places, [length - 1 for length in lengths], height, 1.0, label=peer, color=_COLOURS[number % 5])
+        axes.barh(places, [length - 1 for length in lengths], height, 1.0, label=peer, color=colours[peer])
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(min(*known, 0.5) / 1.2, max(*known, 2.0) * 1.2)
@@ -51,7 +75,10 @@ def draw(results: Results, path: str) -> None:
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"time relative to {reference} (left of 1 is faster)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+    machine = [results.machine[key] for key in _MACHINE if key in results.machine]
+    figure.suptitle(f"Union file systems: time relative to {reference}\n", fontsize="large")
+    axes.set_title(", ".join(machine), fontsize="small")
+    figure.legend(loc="outside lower center", ncols=len(peers), fontsize="small")
     try:
         figure.savefig(path, dpi=110, format="png")
     except OSError as error:

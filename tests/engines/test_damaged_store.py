@@ -254,7 +254,7 @@ def test_a_container_whose_record_is_gone_is_removed_on_demand(
     assert "its read-write layer is gone" in said
     assert run(sample, capfd, "container", "rm", "--force", "box")[0] == 0
     assert "2 things removed" in run(sample, capfd, "gc")[1]
-    assert "does not exist" in run(sample, capfd, "container", "rm", "--force", "box")[2]
+    assert "there is no container" in run(sample, capfd, "container", "rm", "--force", "box")[2]
     assert sorted(os.listdir(sample.root / "vfs" / "dir")) == sorted([sample.base, sample.top])
 
 

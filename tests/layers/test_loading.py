@@ -71,7 +71,7 @@ def test_a_damaged_mount(vfs_shop: Workshop) -> None:
     assert unreadable.path.endswith("mounts/c/mount-id")
     assert unreadable.reason.endswith("is empty; run unionfs fsck")
     kinds = [(problem.kind, problem.repaired) for problem in fsck(store, repair=True)]
-    assert kinds == [("mount", False), ("tree", False)]
+    assert kinds == [("container", False), ("tree", False)]
     (kept,) = collect(store)
     assert kept.problem == "it may be that of container c, which cannot be read; run unionfs fsck"
     with pytest.raises(MountNameConflictError, match="container rm --force c"):
@@ -89,7 +89,9 @@ def test_a_damaged_mount_goes_with_the_trees_it_names(vfs_shop: Workshop) -> Non
     rw = vfs_shop.store.create_rw_layer("c", init=lambda path: None)
     (vfs_shop.layerdb / "mounts" / "c" / "mount-id").write_text("")
     store = vfs_shop.reopen()
-    assert [problem.kind for problem in fsck(store, repair=True)] == ["mount"], "the init layer's id tells the other"
+    assert [problem.kind for problem in fsck(store, repair=True)] == ["container"], (
+        "the init layer's id tells the other"
+    )
     assert rw.mount_id in vfs_shop.trees()
     assert store.remove_unreadable_rw_layer("c") is True
     vfs_shop.assert_nothing_leaked()
@@ -103,7 +105,7 @@ def test_a_damaged_mount_is_adopted_again(vfs_shop: Workshop) -> None:
     (vfs_shop.layerdb / "mounts" / "c" / "parent").write_text("sha256:" + "9" * 64)
     (vfs_shop.layerdb / "mounts" / "other" / "parent").write_text("?")
     store = vfs_shop.reopen()
-    with pytest.raises(MountNameConflictError, match=f"c is of the tree {rw.mount_id}"):
+    with pytest.raises(MountNameConflictError, match=f"c already, of the tree {rw.mount_id}"):
         store.adopt_rw_layer("c", other.mount_id)
     with pytest.raises(LayerStoreError, match="belongs to a layer already"):
         store.adopt_rw_layer("third", rw.mount_id)
@@ -155,7 +157,7 @@ def test_a_driver_without_its_file_system(vfs_shop: Workshop) -> None:
     store = vfs_shop.reopen()
     assert {(problem.kind, problem.repaired) for problem in fsck(store, repair=True)} == {
         ("layer", False),
-        ("mount", False),
+        ("container", False),
     }
     assert collect(store, layers=True) == []
     trees.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 
 import click
@@ -113,7 +114,7 @@ def umount(root: str | None, driver: str, names: Sequence[str]) -> None:
             if "MergedDir" not in store.driver.get_metadata(rw.mount_id):
                 continue  # the driver mounts nothing: the files are always there
             if not rw.is_mounted():
-                raise NotMountedError(f"{name}: is not mounted; unionfs container ls shows what is")
+                raise NotMountedError(f"container {name} is not mounted; unionfs container ls shows what is")
             rw.unmount()
 
 
@@ -128,15 +129,53 @@ def diff(root: str | None, driver: str, as_json: bool, name: str) -> None:
 
 
 @container.command()
+@click.option("--image", metavar="NAME", default="", help="Make an image, and print its id.")
+@click.option("--author", metavar="TEXT", default="", help="Of the image.")
+@click.option("--message", "-m", metavar="TEXT", default="", help="For the image's history.")
 @store_options
 @click.argument("name")
-def commit(root: str | None, driver: str, name: str) -> None:
-    """Make a container's changes a layer on the one it stands on, and print its chain id."""
+def commit(root: str | None, driver: str, image: str, author: str, message: str, name: str) -> None:
+    """Make a container's changes a layer on those it stands on, and print its chain id.
+
+    With --image that becomes an image, which is started as the container was, and can be exported and pushed.
+    """
+    if (author or message) and not image:
+        raise click.UsageError("--author and --message are for --image", click.get_current_context())
+    if image:
+        _commit_image(root, driver, name, image, author, message)
+        return
     with opened(root, driver) as store:
         rw = store.get_rw_layer(name)
         with rw.tar_stream() as stream:
             made = store.register(stream, rw.parent.chain_id if rw.parent is not None else "")
         click.echo(made.chain_id)
+
+
+def _commit_image(root: str | None, driver: str, name: str, image: str, author: str, message: str) -> None:
+    from unionfs.engines.images import ImageStore, parse_reference
+    from unionfs.engines.images.commit import commit as make_image
+    from unionfs.engines.run.containers import Containers
+
+    reference = parse_reference(image)
+    with opened(root, driver, hold_images=False) as store:
+        images = ImageStore(store)
+        rw = store.get_rw_layer(name)
+        place = Containers(store).place_of(name)
+        record = place.record() if place is not None else None
+        below = rw.parent.chain_id if rw.parent is not None else ""
+        bases = [one for one in images.all() if one.chain_id == below]
+        named = [one for one in bases if record is not None and images.is_called(record.image, one)]
+        made = make_image(
+            images,
+            rw,
+            reference,
+            base=next(iter(named or bases), None),
+            config=record.config if record is not None else None,
+            author=author,
+            message=message,
+            command=shlex.join(record.options.command) if record is not None else "",
+        )
+        click.echo(made.image_id)
 
 
 @container.command()

@@ -35,6 +35,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _FORMATS = ("docker-archive", "oci-tar", "oci-dir")
 _COMPRESSIONS = ("none", "gzip", "zstd")
+_SHORT_COMMAND = 60  # characters of a step of a history
 
 platform_option = click.option(
     "--platform", metavar="OS/ARCH", default="", help="Such as linux/arm64. [default: this machine's]"
@@ -70,6 +71,8 @@ def opened_images(root: str | None, driver: str, mode: OpenMode = OpenMode.WRITE
 
     with opened(root, driver, mode, hold_images=False) as store:
         images = ImageStore(store)
+        if images.names_damage:
+            click.echo(printable(f"unionfs: no image has a name: {images.names_damage}; run unionfs fsck"), err=True)
         for image_id, why in images.unreadable.items():
             click.echo(f"unionfs: image {short(image_id)} cannot be used: {why}; pull or import it again", err=True)
         yield images
@@ -205,7 +208,13 @@ def pull(root: str | None, driver: str, platform: str, as_json: bool, name: str,
 
 
 @image.command()
-@click.option("--compress", type=click.Choice(_COMPRESSIONS[1:]), default="gzip", show_default=True)
+@click.option(
+    "--compress",
+    type=click.Choice(_COMPRESSIONS[1:]),
+    default="gzip",
+    show_default=True,
+    help="How layers are compressed that are not there yet.",
+)
 @_access_options
 @store_options
 @click.argument("name", metavar="IMAGE")
@@ -232,7 +241,9 @@ def push(root: str | None, driver: str, compress: str, name: str, target: str, *
 @json_option
 @store_options
 def list_images(root: str | None, driver: str, as_json: bool) -> None:
-    """List the images."""
+    """List the images. The platform is shown when one of them is for another machine."""
+    from unionfs.engines.run.process import foreign_machine
+
     with opened_images(root, driver, OpenMode.LOOK) as images:
         found = images.all()
         if as_json:
@@ -242,6 +253,8 @@ def list_images(root: str | None, driver: str, as_json: bool) -> None:
             click.echo("There are no images.")
             return
         rows = []
+        # Most images are for this machine: then the platform would only take room away from the names.
+        foreign = any(foreign_machine(one.platform) for one in found)
         for one in found:
             complete = images.is_complete(one)
             size = sum(layer.diff_size for layer in images.layers_of(one)) if complete else 0
@@ -251,13 +264,13 @@ def list_images(root: str | None, driver: str, as_json: bool) -> None:
                     (
                         name,
                         short(one.image_id),
-                        str(one.platform),
-                        printable(one.created[:10]) or "-",
-                        str(len(one.diff_ids)),
+                        *([str(one.platform)] if foreign else []),
+                        one.created[:10] or "-",
                         human_size(size) if complete else "incomplete",
                     )
                 )
-        print_table(("NAME", "ID", "PLATFORM", "CREATED", "LAYERS", "SIZE"), rows, right=("LAYERS", "SIZE"))
+        titles = ["NAME", "ID", *(["PLATFORM"] if foreign else []), "CREATED", "SIZE"]
+        print_table(titles, rows, right=("SIZE",), whole=("NAME", "ID"))
 
 
 @image.command()
@@ -323,6 +336,59 @@ def _show(images: ImageStore, one: Image) -> None:
 
 
 @image.command()
+@click.option("--full", is_flag=True, help="Do not shorten the commands.")
+@json_option
+@store_options
+@click.argument("name", metavar="IMAGE")
+def history(root: str | None, driver: str, full: bool, as_json: bool, name: str) -> None:
+    """Show the steps in which an image was made, the last one first, and what each of them takes."""
+    with opened_images(root, driver, OpenMode.LOOK) as images:
+        one = images.get(name)
+        steps = _steps(images, one)
+    if as_json:
+        print_json(steps)
+        return
+    if not steps:
+        click.echo("The image has no history.")
+        return
+    rows = [
+        (
+            str(step["created"])[:10] or "-",
+            human_size(step["size"]) if isinstance(step["size"], int) else "-",
+            _shortened(str(step["created_by"]), full),
+            _shortened(str(step["comment"]), full),
+        )
+        for step in steps
+    ]
+    print_table(("CREATED", "SIZE", "MADE BY", "COMMENT"), rows, right=("SIZE",))
+
+
+def _shortened(text: str, full: bool) -> str:
+    shown = text if full or len(text) <= _SHORT_COMMAND else text[: _SHORT_COMMAND - 3] + "..."
+    return shown or "-"
+
+
+def _steps(images: ImageStore, one: Image) -> list[dict[str, object]]:
+    """The history, the last step first, each with its layer where the two fit together."""
+    told = sum(1 for step in one.history if not step.empty_layer)
+    fits = told == len(one.diff_ids)
+    known = list(images.layers_of(one)) if fits and images.is_complete(one) else []
+    found: list[dict[str, object]] = []
+    number = 0
+    for step in one.history:
+        layer = known[number] if known and not step.empty_layer else None
+        found.append(
+            {
+                **step.model_dump(mode="json"),
+                "diff_id": one.diff_ids[number] if fits and not step.empty_layer else None,
+                "size": layer.diff_size if layer is not None else 0 if step.empty_layer else None,
+            }
+        )
+        number += not step.empty_layer
+    return found[::-1]
+
+
+@image.command()
 @click.option("--force", "-f", is_flag=True, help="Also with several names, or with containers; their layers stay.")
 @store_options
 @click.argument("names", nargs=-1, required=True, metavar="IMAGE...")
@@ -356,7 +422,15 @@ def tag(root: str | None, driver: str, name: str, new: str) -> None:
 @click.option(
     "--output", "-o", metavar="PATH", default="-", help="A file, or the directory for oci-dir. [default: stdout]"
 )
-@click.option("--format", "-f", "kind", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)
+@click.option(
+    "--format",
+    "-f",
+    "kind",
+    type=click.Choice(_FORMATS),
+    default=_FORMATS[0],
+    show_default=True,
+    help="An archive for docker load, or an OCI layout.",
+)
 @click.option(
     "--compress",
     type=click.Choice(_COMPRESSIONS),

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 
 _ROOT_VARIABLE = "UNIONFS_ROOT"
 _SHORT_DIGITS = 12
+_WAIT_KEY = "unionfs.wait_s"
 _PIECE_BYTES = 1 << 20
 _SILENT_WAIT_S = 1.0
+_WAIT_S = 60.0
+_GAP = 2  # between two columns
+_FOLDED_WIDTH = 16  # of a column that is folded, at least
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -53,7 +57,7 @@ class Group(click.Group):
 
 
 def store_options(command: _Command) -> _Command:
-    """Add ``--root`` and ``--driver``, as the arguments ``root`` and ``driver``."""
+    """Add ``--root`` and ``--driver``, as the arguments ``root`` and ``driver``; and ``--wait``."""
     root = click.option(
         "--root",
         metavar="DIR",
@@ -63,7 +67,20 @@ def store_options(command: _Command) -> _Command:
     driver = click.option(
         "--driver", metavar="NAME", default="", help="unionfs, overlay2 or vfs. [default: the one used there before]"
     )
-    return root(driver(command))
+    wait = click.option(
+        "--wait",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        default=_WAIT_S,
+        help=f"How long to wait for another command that uses it; 0: not at all. [default: {_WAIT_S:.0f}]",
+        expose_value=False,
+        callback=_note_wait,
+    )
+    return root(driver(wait(command)))
+
+
+def _note_wait(ctx: click.Context, _: click.Parameter, value: float) -> None:
+    ctx.meta[_WAIT_KEY] = value
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -128,12 +145,22 @@ def wait_for_store(error: StoreLockedError) -> None:
     """Wait until the process that has the store open closes it; says so when that takes longer than a moment.
 
     A command that reads its standard input does so before it opens the store: what writes there may want it too.
+
+    Raises:
+        StoreLockedError: that takes longer than the option ``--wait`` says.
     """
     from unionfs.host.locks import wait_until_free
 
-    if not wait_until_free(error.lock, _SILENT_WAIT_S):
-        click.echo(f"unionfs: waiting: {str(error).partition(';')[0]}", err=True)
-        wait_until_free(error.lock)
+    context = click.get_current_context(silent=True)
+    limit_s = float(context.meta.get(_WAIT_KEY, _WAIT_S)) if context is not None else _WAIT_S
+    if wait_until_free(error.lock, min(limit_s, _SILENT_WAIT_S)):
+        return
+    what = str(error).partition(";")[0]
+    if limit_s > _SILENT_WAIT_S:
+        click.echo(f"unionfs: waiting: {what}", err=True)
+        if wait_until_free(error.lock, limit_s - _SILENT_WAIT_S):
+            return
+    raise StoreLockedError(f"{what}; try again later, or wait longer: --wait SECONDS", error.lock)
 
 
 @contextmanager
@@ -209,20 +236,49 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table; the columns in ``right`` are numbers."""
+def print_table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str | Sequence[str]]],
+    right: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> None:
+    """A table, which folds what is too wide for the terminal.
+
+    Args:
+        titles: of the columns.
+        rows: a text for each column, or several, which go below each other. Control characters are escaped.
+        right: the columns that are numbers.
+        whole: those that are not folded, since somebody may copy what is in them. A line may become too long for it.
+    """
     # Here and not at the top: a command that draws nothing starts faster without.
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    cells = [[[cell] if isinstance(cell, str) else list(cell) for cell in row] for row in rows]
+    shown = [[Text("\n".join(map(printable, lines))) for lines in row] for row in cells]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, overflow="fold", justify="right" if title in right else "left")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    # A pipe has no width: lines for grep are not folded.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)
+    least = _GAP * (len(titles) - 1)
+    for number, title in enumerate(titles):
+        width = max(
+            cell_len(line) for text in (title, *(row[number].plain for row in shown)) for line in text.split("\n")
+        )
+        fixed = title in whole
+        table.add_column(
+            title,
+            overflow="fold",
+            justify="right" if title in right else "left",
+            no_wrap=fixed,
+            min_width=width if fixed else None,
+        )
+        least += width if fixed else min(width, max(cell_len(title), _FOLDED_WIDTH))
+    for row in shown:
+        table.add_row(*row)
+    size = shutil.get_terminal_size()
+    # A pipe has no width: lines for grep are not folded. Without a height, rich takes 80 x 25 for a dumb terminal.
+    width = max(size.columns, least) if sys.stdout.isatty() else 10_000
+    Console(highlight=False, width=width, height=size.lines).print(table)
 
 
 def printable(text: str) -> str:

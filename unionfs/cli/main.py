@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -10,13 +11,17 @@ import click
 
 from unionfs import __version__
 from unionfs.cli.container import container
+from unionfs.cli.df import df
 from unionfs.cli.image import image
+from unionfs.cli.info import info
 from unionfs.cli.layer import layer
-from unionfs.cli.layer_output import Group, NoCommandError
+from unionfs.cli.layer_output import Group, NoCommandError, printable
 from unionfs.cli.mount_commands import mount, mounts, umount
 from unionfs.cli.run import run, start
+from unionfs.cli.running import exec_, inspect, logs, ps, stop
 from unionfs.cli.serve import serve
 from unionfs.cli.store import fsck, gc
+from unionfs.cli.volume import volume
 from unionfs.errors import UnionfsError
 
 _DEBUG = "UNIONFS_DEBUG"  # also tells the mount program
@@ -31,13 +36,23 @@ def unionfs(debug: bool) -> None:
         os.environ[_DEBUG] = "1"
 
 
-for command in (mount, umount, mounts, layer, image, container, run, fsck, gc, serve):
+for command in (mount, umount, mounts, layer, image, container, volume, run, df, info, fsck, gc, serve):
     unionfs.add_command(command)
-container.add_command(start)
+for command in (start, stop, ps, logs, exec_, inspect):
+    container.add_command(command)
+
+
+class _Line(logging.Formatter):
+    """What the library warns of, as our own lines are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(f"unionfs: {record.getMessage()}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Line())
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result: Any = unionfs.main(words, prog_name="unionfs", standalone_mode=False)
@@ -72,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    click.echo(f"unionfs: {text}".replace("\n", "\\n"), err=True)
+    click.echo(printable(f"unionfs: {text}"), err=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 
 import click
 
+from unionfs.cli.layer_output import print_table, printable
 from unionfs.errors import MountError, OptionError
 from unionfs.fuse_ops.options import escape_value, parse_options
 from unionfs.fuse_ops.session import mount_registry
@@ -129,7 +130,7 @@ def umount(lazy: bool, targets: Sequence[str]) -> int:
             unmount_target(target, lazy=lazy)
         except MountError as error:
             # The others are unmounted all the same.
-            click.echo(f"unionfs: {error}".replace("\n", "\\n"), err=True)
+            click.echo(printable(f"unionfs: {error}"), err=True)
             status = 1
     return status
 
@@ -247,23 +248,14 @@ def _as_json(status: mount_registry.MountStatus) -> dict[str, object]:
 
 
 def _print_table(found: Sequence[mount_registry.MountStatus]) -> None:
-    # Here and not at the top: only this command draws.
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("TARGET", "LAYERS", "UPPER", "PID", "STATE"):
-        table.add_column(title, overflow="fold", justify="right" if title == "PID" else "left")
+    rows: list[list[str | list[str]]] = []
     for status in found:
         record = status.record
         if record is None:
-            layers, upper, pid = "?", "?", "?"
+            layers, upper, pid = ["?"], "?", "?"
         else:
             names = [*record.lowerdirs, *record.datadirs]
-            layers = "\n".join(names[:3]) + (f"\nand {len(names) - 3} more" if len(names) > 3 else "")
+            layers = [*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])]
             upper, pid = record.upperdir or "none (read-only)", str(record.pid)
-        # Text, because a path may look like rich's markup.
-        table.add_row(*(Text(cell) for cell in (status.target, layers, upper, pid, status.state)))
-    # A pipe has no width: lines for grep are not folded.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 10_000).print(table)
+        rows.append([status.target, layers, upper, pid, status.state])
+    print_table(("TARGET", "LAYERS", "UPPER", "PID", "STATE"), rows, right=("PID",))

@@ -39,10 +39,12 @@ def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool)
     mode = OpenMode.WRITE if repair else OpenMode.READ
     with opened(root, driver, mode, recover=False, hold_images=False) as store:
         images = images_in(store)
-        Containers(store).claim_trees()
+        containers_of_run = Containers(store)
+        containers_of_run.claim_trees()
         with progress_bar("checking", None, unit_is_bytes=False) as show:
             found = check(store, deep=deep, repair=repair, progress=lambda _, number, __: show(number))
         found += images.check() if images is not None else []
+        found += containers_of_run.check()
         left = sum(1 for problem in found if not problem.repaired)
         if as_json:
             print_json([asdict(problem) for problem in found])
@@ -55,7 +57,7 @@ def fsck(root: str | None, driver: str, deep: bool, repair: bool, as_json: bool)
             f"{layers} {plural(layers, 'layer')}, {containers} {plural(containers, 'container')}, "
             f"{len(found)} {plural(len(found), 'problem')}, {left} left."
         )
-        if left and not repair:
+        if not repair and any(problem.repairable for problem in found):
             click.echo("Run unionfs fsck --repair to remove what is useless.", err=True)
         return 1 if left else 0
 

@@ -215,7 +215,11 @@ def test_a_terminal_is_needed_for_one(cell: Cell) -> None:
     [
         (["plain", "nothere"], 127, "command not found: nothere: it is not in PATH (/bin) in this image"),
         (["plain", "/etc/plain"], 126, "cannot execute /etc/plain: /etc/plain has no x permission in this image"),
-        (["nosuch"], 125, "no such image: nosuch; unionfs image ls shows those that are here, unionfs image pull"),
+        (
+            ["--pull", "never", "nosuch"],
+            125,
+            "no such image: nosuch; unionfs image ls shows those that are here, unionfs image pull",
+        ),
         (["-u", "nobody", "plain", "id"], 125, "user nobody: the container's /etc/passwd does not have it"),
         (["-v", "/nothere:/x", "plain"], 125, "volume /nothere:/x: there is no /nothere; make it first"),
         (["-v", "/tmp:/etc/passwd/x", "plain"], 125, "nothing can be mounted on /etc/passwd"),

@@ -20,6 +20,7 @@ pytestmark = [
 GUIDE = REPOSITORY / "docs/running.md"
 # Needs a network. The image is there already; tests/e2e/engines/test_pull.py pulls.
 PULL = "unionfs image pull busybox"
+AS_ROOT = ("At work", "In the background", "Limits", "Volumes", "Containers that stay")
 
 
 def commands(heading: str | None) -> list[str]:
@@ -43,14 +44,14 @@ def cell() -> Iterator[Cell]:
 
 
 def test_every_block_is_tried() -> None:
-    tried = ("", "At work", "Containers that stay", "As an ordinary user")
+    tried = ("", *AS_ROOT, "As an ordinary user")
     assert sum(len(commands(heading)) for heading in tried) == len(commands(None))
 
 
 def test_as_root(cell: Cell) -> None:
     first, *others = commands("")
     assert first == PULL
-    for line in (*others, *commands("At work"), *commands("Containers that stay")):
+    for line in (*others, *(line for heading in AS_ROOT for line in commands(heading))):
         if "-it" in line.split():
             with terminal(cell._argv(["bash", "-c", line], None, None, None)) as screen:
                 screen.wait_for("# ")
@@ -59,6 +60,10 @@ def test_as_root(cell: Cell) -> None:
             continue
         done = cell.run("bash", "-c", line)
         assert done.stderr == b"", line
+        if "image history" in line:
+            assert b"a file more" in done.stdout
+        if "cat /" in line:
+            assert done.stdout in (b"text\n", b"kept\n")
         if line.startswith("echo some text"):
             assert done.stdout == b"some text\n"
         if "container diff" in line:

@@ -19,12 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from unionfs.engines.run import spec
+from unionfs.engines.run.cgroups import limits_here
+from unionfs.engines.run.options import RunOptions
 from unionfs.engines.run.process import check_command, make_process, resolve_user
 from unionfs.engines.run.records import Place, Record, Running, boot_id
 from unionfs.engines.run.rootfs import RootFs
+from unionfs.engines.run.runner import kill_runner
 from unionfs.engines.run.runtime import Runtime, find_runtime
+from unionfs.engines.run.volumes import Volumes, fill, root_of
 from unionfs.errors import MountNameConflictError, RunError, StoreLockedError, UnionfsError
-from unionfs.layers import LayerStore, RWLayer, open_store
+from unionfs.layers import LayerStore, Problem, RWLayer, open_store
 from unionfs.layers.identity import INIT_SUFFIX
 from unionfs.layers.metadata import Unreadable
 
@@ -66,6 +70,7 @@ class Containers:
         # Only a store in files can say where it is.
         image_root = os.path.dirname(store.records.root)  # type: ignore[attr-defined]
         self._directory = os.path.join(image_root, "containers")
+        self._volumes = Volumes(root_of(store))
         # One handle for each: the last one that is released removes the layer.
         self._handles: dict[str, RWLayer] = {}
 
@@ -91,11 +96,20 @@ class Containers:
             raise
 
     def _create(self, record: Record, chain_id: str) -> tuple[Place, RWLayer]:
-        record = record.model_copy(update={"name": record.name or secrets.token_hex(6)})
-        directories, files = spec.mount_points(record.options)
+        volumes = tuple(
+            volume.model_copy(update={"source": self._volumes.path_of(volume.name)}) if volume.name else volume
+            for volume in record.options.volumes
+        )
+        options = record.options.model_copy(update={"volumes": volumes})
+        name = record.name or secrets.token_hex(6)
+        record = record.model_copy(update={"name": name, "options": options, "created": time.time()})
+        directories, files = spec.mount_points(options)
 
         def init(path: str) -> None:
             with RootFs(path) as rootfs:
+                for volume in volumes:
+                    if volume.name and self._volumes.make(volume.name):
+                        fill(volume.source, rootfs, volume.destination)
                 for name in directories:
                     rootfs.make_dir(name)
                 for name in files:
@@ -124,6 +138,25 @@ class Containers:
             raise
         return place, rw
 
+    def place_of(self, name: str) -> Place | None:
+        """The place of a container; None for one that was made by something else than :meth:`prepare_new`.
+
+        Raises:
+            MountDoesNotExistError: there is no container of this name.
+        """
+        place = Place(self._directory, self._store.get_mount_id(name))
+        return place if place.exists() else None
+
+    def users_of(self, volume: str) -> list[str]:
+        """The containers that have a named volume."""
+        found = []
+        for place in self._places():
+            with suppress(RunError):
+                record = place.record()
+                if any(one.name == volume for one in record.options.volumes):
+                    found.append(record.name)
+        return sorted(found)
+
     def find(self, name: str) -> Place:
         """The place of a container that can be started again.
 
@@ -131,8 +164,8 @@ class Containers:
             MountDoesNotExistError: there is no container of this name.
             RunError: it was made by something else than :meth:`prepare_new`.
         """
-        place = Place(self._directory, self._store.get_mount_id(name))
-        if not place.exists():
+        place = self.place_of(name)
+        if place is None:
             raise RunError(
                 f"container {name} was not made by unionfs run, so there is nothing to start in it; mount it (unionfs "
                 "container mount), or commit it and run the layer (unionfs run --layer)"
@@ -151,6 +184,7 @@ class Containers:
             MountError: the mount failed.
         """
         record = place.record()
+        _check_limits(record.options, rootless=self._rootless)
         if record.options.terminal and not os.isatty(0):
             raise RunError("-t needs a terminal as standard input; leave it out")
         found = find_runtime(runtime, place.state, rootless=self._rootless)
@@ -164,7 +198,14 @@ class Containers:
             raise RunError(f"container {record.name} is mounted; run: unionfs container umount {record.name}")
         try:
             place.mark_running(
-                Running(pid=os.getpid(), boot=boot_id(), runtime=found.name, path=found.path, rootless=self._rootless)
+                Running(
+                    pid=os.getpid(),
+                    boot=boot_id(),
+                    runtime=found.name,
+                    path=found.path,
+                    rootless=self._rootless,
+                    started=time.time(),
+                )
             )
             self._configure(place, record, found, rw.mount())
         except BaseException:
@@ -176,10 +217,13 @@ class Containers:
 
     def _configure(self, place: Place, record: Record, runtime: Runtime, path: str) -> None:
         options = record.options
-        for source in (volume.source for volume in options.volumes):
+        for volume in options.volumes:
+            if volume.name:
+                self._volumes.make(volume.name)  # it may have been removed since
+            source = volume.source
             if not os.path.exists(source):
                 raise RunError(f"volume {source}: it is not there any more; make it, or remove the container")
-        hostname = options.hostname or place.mount_id[:_SHORT_DIGITS]
+        hostname = options.hostname or short_id(place)
         with RootFs(path) as rootfs:
             user = resolve_user(rootfs, options.user or record.config.user)
             process = make_process(record.config, options, user, hostname)
@@ -241,6 +285,8 @@ class Containers:
             return
         place = Place(self._directory, self._store.get_mount_id(name))
         rw = self._rw_layer(name, place.mount_id)
+        if not force and place.is_running():
+            raise RunError(f"container {name} is running; stop it (unionfs container stop {name}), or use --force")
         if force:
             with suppress(RunError):  # damaged: then nobody knows how
                 _end_processes(place)
@@ -276,6 +322,20 @@ class Containers:
         with suppress(RunError):
             return place.record().name == name
         return False
+
+    def check(self) -> list[Problem]:
+        """What is wrong with what is known of containers beside their files; for ``unionfs fsck``."""
+        found = []
+        for name, mount in self._store.rw_layers().items():
+            place = Place(self._directory, mount.record.mount_id)
+            if place.exists():
+                try:
+                    place.record()
+                except RunError as error:
+                    what = str(error).partition("; ")[0]
+                    advice = f"its files are there: unionfs container export {name}; then remove it"
+                    found.append(Problem("container", name, what, advice))
+        return found
 
     def claim_trees(self) -> None:
         """Say to the store which trees the containers here need, should its own records of them be lost."""
@@ -329,10 +389,27 @@ class Containers:
         place.mark_ended()
 
 
+def _check_limits(options: RunOptions, *, rootless: bool) -> None:
+    wanted = {"memory": options.memory_bytes, "cpus": options.cpus, "pids-limit": options.pids_limit}
+    if any(wanted.values()):
+        for limit, why in limits_here(rootless=rootless).items():
+            if wanted[limit] and why:
+                raise RunError(f"--{limit}: {why}")
+
+
+def short_id(place: Place) -> str:
+    """The start of a container's id: its host name, unless it was given another."""
+    return place.mount_id[:_SHORT_DIGITS]
+
+
 def _end_processes(place: Place) -> None:
     running = place.running()
-    if running is not None and running.boot == boot_id() and os.path.isdir(place.state):
+    if running is None or not os.path.isdir(place.state):
+        return
+    if running.boot == boot_id():
         Runtime(running.runtime, running.path, place.state, running.rootless).delete(place.mount_id)
+    elif place.is_running():
+        kill_runner(place)
 
 
 def _init_program() -> str:

@@ -38,12 +38,16 @@ class Guard:
     def __enter__(self) -> Guard:
         return self
 
+    def dismiss(self) -> None:
+        """There is nothing to clean up, however the block is left."""
+        with suppress(BrokenPipeError):  # somebody killed it
+            os.write(self._writer, _DISMISSED)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or isinstance(error, Exception):
-            with suppress(BrokenPipeError):  # somebody killed it
-                os.write(self._writer, _DISMISSED)
+            self.dismiss()
         os.close(self._writer)
         os.waitpid(self._pid, 0)
 

@@ -11,8 +11,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from unionfs.errors import RunError
+from unionfs.fuse_ops.options import parse_size
 
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?\Z")  # 64 is the kernel's limit
+_LEAST_MEMORY_BYTES = 6 << 20  # Docker's; a runtime itself needs some
+_LEAST_CPUS = 0.01  # the kernel's least quota is 1 ms of a period of 100 ms
+VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,254}\Z")
+"""Docker's rule (daemon/names, ``RestrictedNamePattern``), and the length of a file's name."""
 # nosuid and nodev are always in force.
 _TMPFS_OPTION = re.compile(
     r"((size|nr_inodes|nr_blocks|mode|uid|gid)=[0-9]+[kmg%]?|ro|rw|noexec|exec|nosuid|nodev|noatime|nodiratime|relatime)\Z",
@@ -27,8 +32,9 @@ class Volume(BaseModel):
     """A directory or file of the host shown in the container.
 
     Attributes:
-        source: its absolute path on the host.
+        source: its absolute path on the host; of a named volume it is known once there is a container.
         destination: its absolute path in the container.
+        name: of a named volume.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +42,7 @@ class Volume(BaseModel):
     source: str
     destination: str
     read_only: bool = False
+    name: str = ""
 
 
 class Tmpfs(BaseModel):
@@ -65,7 +72,9 @@ class RunOptions(BaseModel):
         init: run the command under a small process 1 that reaps children and passes signals on.
         capabilities: names without ``CAP_``, such as ``NET_RAW``; None for the default ones.
         new_privileges: whether setuid programs and file capabilities give any.
-        seccomp: refuse the system calls of :mod:`unionfs.engines.run.seccomp`.
+        seccomp: refuse the system calls of :mod:`unionfs.engines.run.privileges`.
+        memory_bytes, pids_limit: what all processes together may have; 0 for no limit.
+        cpus: how many processors' time they may use; 0 for no limit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -86,6 +95,9 @@ class RunOptions(BaseModel):
     capabilities: tuple[str, ...] | None = None
     new_privileges: bool = True
     seccomp: bool = True
+    memory_bytes: int = 0
+    cpus: float = 0.0
+    pids_limit: int = 0
 
     @property
     def destinations(self) -> tuple[str, ...]:
@@ -95,6 +107,8 @@ class RunOptions(BaseModel):
 
 def parse_volume(text: str) -> Volume:
     """The volume that ``SOURCE:DESTINATION[:OPTION,...]`` means; a relative source counts from the working directory.
+
+    A source without a slash is the name of a volume.
 
     Raises:
         RunError: it is written differently, or there is no such source.
@@ -108,12 +122,37 @@ def parse_volume(text: str) -> Volume:
         raise RunError(f"volume {text[:200]}: there is no option {min(unknown)!r}; use ro, rw or z")
     if {"ro", "rw"} <= options:
         raise RunError(f"volume {text[:200]}: choose one of ro and rw")
+    shown = _destination(destination, f"volume {text[:200]}")
     if "/" not in source and source not in (".", ".."):
-        raise RunError(f"volume {text[:200]}: there are no named volumes; for a directory here write ./{source}")
+        check_volume_name(source)
+        return Volume(source="", destination=shown, read_only="ro" in options, name=source)
     path = os.path.abspath(source)
     if not os.path.exists(path):
         raise RunError(f"volume {text[:200]}: there is no {path}; make it first")
-    return Volume(source=path, destination=_destination(destination, f"volume {text[:200]}"), read_only="ro" in options)
+    return Volume(source=path, destination=shown, read_only="ro" in options)
+
+
+def check_volume_name(name: str) -> None:
+    """Raises :class:`RunError` for what cannot be the name of a volume."""
+    if VOLUME_NAME.match(name) is None:
+        raise RunError(
+            f"volume {name[:100]!r}: a name has letters, digits, '_', '.' and '-'; of a directory write its path"
+        )
+
+
+def check_limits(memory: str, cpus: float, pids: int) -> tuple[int, float, int]:
+    """(bytes, processors, processes) that a person wants a container to be held to; 0 each for no limit.
+
+    Raises:
+        RunError: it is written differently.
+        OptionError: ``memory`` is no size.
+    """
+    memory_bytes = parse_size(memory) if memory else 0
+    if memory and memory_bytes < _LEAST_MEMORY_BYTES:
+        raise RunError(f"--memory {memory}: no container can be started with less than 6m")
+    if cpus and not _LEAST_CPUS <= cpus <= (os.cpu_count() or 1):
+        raise RunError(f"--cpus {cpus:g}: this machine has {os.cpu_count()}, and {_LEAST_CPUS:g} is the least")
+    return memory_bytes, cpus, max(pids, 0)
 
 
 def parse_tmpfs(text: str) -> Tmpfs:

@@ -7,6 +7,8 @@ One directory for each, named after the read-write layer's mount id, beside the 
         running.json      a Running; only while it runs, or after whoever ran it died
         lock              held (flock(2)) by whoever runs it: the kernel lets go of it with the process
         config.json ...   what the runtime is given, and its log and state
+        output            what a container in the background has written
+        ended.json        an Ended; of the last time
 
 A directory whose read-write layer is gone is useless, and removed by the next one who looks.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from contextlib import suppress
 from typing import TypeVar
 
@@ -36,6 +39,7 @@ class Record(BaseModel):
         name: of the read-write layer.
         image: what a person called it.
         remove: the container goes when it ends.
+        created: seconds since 1970.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +49,7 @@ class Record(BaseModel):
     config: ImageConfig
     options: RunOptions
     remove: bool = False
+    created: float = 0.0
 
 
 class Running(BaseModel):
@@ -54,6 +59,7 @@ class Running(BaseModel):
         pid: whose child it is.
         boot: where process ids mean what they meant then; see :func:`boot_id`.
         runtime, path: the runtime's name and program.
+        started: seconds since 1970.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +69,22 @@ class Running(BaseModel):
     runtime: str
     path: str
     rootless: bool = False
+    started: float = 0.0
+
+
+class Ended(BaseModel):
+    """How a container ended the last time.
+
+    Attributes:
+        status: its exit status, 128 + N after signal N.
+        started, ended: seconds since 1970.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    status: int
+    started: float
+    ended: float
 
 
 class Place:
@@ -92,6 +114,16 @@ class Place:
     def pid_file(self) -> str:
         """The file for the number of the container's process 1."""
         return os.path.join(self.path, "pid")
+
+    @property
+    def output(self) -> str:
+        """The file for what a container in the background writes; both streams, as they come."""
+        return os.path.join(self.path, "output")
+
+    @property
+    def lock(self) -> str:
+        """The file that whoever runs the container holds a lock on."""
+        return self._file("lock")
 
     @property
     def spec(self) -> str:
@@ -141,9 +173,34 @@ class Place:
             with suppress(FileNotFoundError):
                 os.unlink(self._file(name))
 
+    def ended(self) -> Ended | None:
+        """How it ended the last time; None if it never did, or nobody was there to see it."""
+        return _read(self._file("ended.json"), Ended)
+
+    def note_end(self, status: int) -> None:
+        """Keep the exit status; while it is still marked as running."""
+        running = self.running()
+        found = Ended(status=status, started=running.started if running is not None else 0.0, ended=time.time())
+        replace_file(self._file("ended.json"), found.model_dump_json().encode())
+
+    def is_running(self) -> bool:
+        """Whether somebody runs it now."""
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            # A shared lock: two who ask do not see each other.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self.is_marked_running()
+        finally:
+            os.close(fd)
+        return False
+
     def take(self) -> bool:
         """Take the lock; False if somebody runs the container."""
-        fd = os.open(self._file("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -97,6 +97,13 @@ class RootFs:
         finally:
             os.close(handle)
 
+    def open_dir(self, path: str) -> int | None:
+        """A readable descriptor of a directory, links followed; None if there is none."""
+        try:
+            return self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return None
+
     def exists(self, path: str) -> bool:
         """Whether ``path`` leads to something."""
         try:

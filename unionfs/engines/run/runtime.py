@@ -26,12 +26,14 @@ class Runtime:
         path: of the program.
         state: the directory in which it notes the container, for this container alone.
         rootless: we are root of a user namespace only, where cgroups are not ours.
+        enter: the beginning of a command that runs the rest of it where the container was started.
     """
 
     name: str
     path: str
     state: str
     rootless: bool = False
+    enter: tuple[str, ...] = ()
 
     def run_command(self, container_id: str, bundle: str, log: str, pid_file: str) -> list[str]:
         """The command that makes, runs and removes a container in the foreground.
@@ -45,6 +47,17 @@ class Runtime:
         options = [f"--log={log}", "--log-format=json", "run", f"--bundle={bundle}", f"--pid-file={pid_file}"]
         return [*self._command(), *options, container_id]
 
+    def exec_command(self, container_id: str, process: str, log: str) -> list[str]:
+        """The command that runs one more process in a container, in the foreground.
+
+        Args:
+            container_id: its id.
+            process: the file that describes it, as ``process`` of a configuration.
+            log: see :meth:`run_command`.
+        """
+        options = [f"--log={log}", "--log-format=json", "exec", f"--process={process}"]
+        return [*self._command(), *options, container_id]
+
     def kill(self, container_id: str, signal_name: str) -> None:
         """Send a signal to a container's process 1; nothing is said about one that has ended."""
         self._quietly("kill", container_id, signal_name)
@@ -55,7 +68,7 @@ class Runtime:
 
     def _command(self) -> list[str]:
         disabled = ["--cgroup-manager=disabled"] if self.rootless and self.name == "crun" else []
-        return [self.path, f"--root={self.state}", *disabled]
+        return [*self.enter, self.path, f"--root={self.state}", *disabled]
 
     def _quietly(self, *arguments: str) -> None:
         subprocess.run(

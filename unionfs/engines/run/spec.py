@@ -38,6 +38,7 @@ _MASKED_PATHS = (
 _READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 _SAFE = ("nosuid", "noexec", "nodev")
+_PERIOD_US = 100_000  # cgroups' own default (cpu.cfs_period_us)
 _TTY_GROUP = 5  # of devpts(5); the same in every distribution
 
 
@@ -70,7 +71,7 @@ def build_spec(
         "maskedPaths": list(_MASKED_PATHS),
         "readonlyPaths": list(_READ_ONLY_PATHS),
         # The runtime itself adds the devices that every container has: null, zero, full, random, urandom, tty, ptmx.
-        "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        "resources": {"devices": [{"allow": False, "access": "rwm"}], **_limits(options)},
         "rootfsPropagation": "rslave",
     }
     if options.seccomp:
@@ -79,13 +80,33 @@ def build_spec(
         "ociVersion": "1.0.0",
         "hostname": hostname,
         "root": {"path": rootfs, "readonly": options.read_only},
-        "process": _process(process, options, init, window),
+        "process": build_process(process, options, init, window),
         "mounts": _mounts(options, files, init, rootless),
         "linux": linux,
     }
 
 
-def _process(process: Process, options: RunOptions, init: str, window: os.terminal_size | None) -> dict[str, Any]:
+def _limits(options: RunOptions) -> dict[str, Any]:
+    limits: dict[str, Any] = {}
+    if options.memory_bytes:
+        limits["memory"] = {"limit": options.memory_bytes}
+    if options.cpus:
+        limits["cpu"] = {"period": _PERIOD_US, "quota": int(options.cpus * _PERIOD_US)}
+    if options.pids_limit:
+        limits["pids"] = {"limit": options.pids_limit}
+    return limits
+
+
+def build_process(
+    process: Process, options: RunOptions, init: str = "", window: os.terminal_size | None = None
+) -> dict[str, Any]:
+    """The description of one process.
+
+    Args:
+        process: what is started.
+        options: what a person asked for.
+        init, window: see :func:`build_spec`.
+    """
     wanted = DEFAULT_CAPABILITIES if options.capabilities is None else options.capabilities
     possible = held_capabilities()
     names = [f"CAP_{name}" for name in wanted if name in possible]
@@ -152,7 +173,7 @@ def mount_points(options: RunOptions) -> tuple[list[str], list[str]]:
     directories = ["/proc", "/dev", "/sys", "/etc", *(one.destination for one in options.tmpfs)]
     files = [f"/etc/{name}" for name in HOST_FILES]
     for volume in options.volumes:
-        (directories if os.path.isdir(volume.source) else files).append(volume.destination)
+        (directories if volume.name or os.path.isdir(volume.source) else files).append(volume.destination)
     return directories, files
 
 

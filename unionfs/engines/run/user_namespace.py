@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 
+from unionfs.engines.run.detached import pipe_to_pass
 from unionfs.engines.run.foreground import supervise
 from unionfs.errors import RunError
 from unionfs.host.syscalls import end_with_parent, in_user_namespace
@@ -58,6 +59,7 @@ def run_inside(argv: Sequence[str]) -> int:
         process = subprocess.Popen(
             [*_UNSHARE, "--mount-proc", *argv],
             env=os.environ | {_INSIDE: "1"},
+            pass_fds=pipe_to_pass(),
             # Safe: no thread of ours is running.
             preexec_fn=begin,  # noqa: PLW1509
         )
@@ -65,22 +67,31 @@ def run_inside(argv: Sequence[str]) -> int:
 
 
 def _check() -> None:
-    user = getpass.getuser()
     if os.environ.get(_INSIDE):
-        raise RunError(f"the user namespace of {user} has no root; run as root: sudo unionfs run")
+        raise RunError(f"the user namespace of {getpass.getuser()} has no root; run as root: sudo unionfs run")
+    if why := why_not_inside():
+        raise RunError(why)
+
+
+def why_not_inside() -> str:
+    """Why this user cannot be root of a user namespace; empty if that works. For root, only programs are looked for."""
     for program, package in (("unshare", "util-linux"), ("newuidmap", "uidmap")):
         if shutil.which(program) is None:
-            raise RunError(f"the program {program} is missing; install it: apt install {package}")
+            return f"the program {program} is missing; install it: apt install {package}"
+    if os.geteuid() == 0:
+        return ""
+    user = getpass.getuser()
     for path in ("/etc/subuid", "/etc/subgid"):
         if not _has_range(path, user):
-            raise RunError(
+            return (
                 f"user {user} has no id range in {path}; run: sudo usermod --add-subuids 200000-265535 --add-subgids "
                 f"200000-265535 {user}"
             )
     trial = subprocess.run([*_UNSHARE, "true"], capture_output=True, text=True, check=False)
     if trial.returncode != 0:
         reason = trial.stderr.strip().replace("\n", "; ")
-        raise RunError(f"this machine does not let user {user} make a user namespace ({reason}); run as root")
+        return f"this machine does not let user {user} make a user namespace ({reason}); run as root"
+    return ""
 
 
 def _has_range(path: str, user: str) -> bool:

@@ -36,9 +36,7 @@ class Transport(Protocol):
 
 def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
     """The transport that ``options`` ask for, or the fastest that this kernel can do."""
-    wanted = options.transport
-    if wanted == "auto":
-        wanted = os.environ.get("UNIONFS_TRANSPORT", "direct" if _kernel_version() >= _DIRECT_SINCE else "pyfuse3")
+    wanted, _ = transport_for(options.transport)
     # Imported when chosen: pyfuse3 takes a good part of the time that a mount takes.
     if wanted == "direct":
         from unionfs.fuse_ops.transports.direct.transport import DirectTransport
@@ -49,6 +47,18 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
 
     operations = UnionOperations(tree, options)
     return Pyfuse3Transport(operations, options, LateSync(operations.requests))
+
+
+def transport_for(wanted: str) -> tuple[str, str]:
+    """The transport that the option ``transport`` of this value gets, and why."""
+    if wanted != "auto":
+        return wanted, "asked for"
+    if chosen := os.environ.get("UNIONFS_TRANSPORT"):
+        return chosen, "UNIONFS_TRANSPORT says so"
+    major, minor = _DIRECT_SINCE
+    if _kernel_version() >= _DIRECT_SINCE:
+        return "direct", f"the kernel is Linux {major}.{minor} or newer"
+    return "pyfuse3", f"the kernel is older than Linux {major}.{minor}"
 
 
 def _kernel_version() -> tuple[int, int]:

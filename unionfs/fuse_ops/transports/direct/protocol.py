@@ -84,6 +84,7 @@ class Init(IntFlag):
     INIT_EXT = 1 << 30
     PASSTHROUGH = 1 << 37
     ALLOW_IDMAP = 1 << 40
+    OVER_IO_URING = 1 << 41
 
 
 class Open(IntFlag):
