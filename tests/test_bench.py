@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -415,6 +416,37 @@ def test_documents_get_their_section(tmp_path: Path) -> None:
 def test_a_plot_needs_something_to_compare(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="nothing to compare with"):
         plot.draw(Results(peers={DIRECT: "1"}), str(tmp_path / "plot.png"))
+
+
+def test_a_plot_can_be_read() -> None:
+    """A legend of those who have bars, a colour for each, and where the figures are from."""
+    pytest.importorskip("matplotlib", reason="the plot needs scripts/setup --bench")
+    results = made_up()
+    results.machine = {"date": "2026-01-02", "processor": "2 x Fast", "kernel": "9.9", "rounds": "3"}
+    others = [f"other {number}" for number in range(4)]
+    results.peers |= dict.fromkeys(["absent", *others], "1")
+    for number, peer in enumerate(others):
+        results.cells["find-cold", peer] = Cell([Sample(10.0 + number)])
+    results.cells["find-cold", "absent"] = Cell(reason="skipped")
+    figure = plot.figure_of(results)
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert [text.get_text() for text in legend.get_texts()] == [KERNEL, DIRECT, *others]
+    drawn = {bar.get_facecolor() for bar in axes.patches}
+    assert len(drawn) == len({*legend_colours(legend)}) == 6
+    assert figure.get_suptitle() == f"Union file systems: time relative to {FUSE_OVERLAYFS}"
+    assert axes.get_title() == "2026-01-02, 2 x Fast, Linux 9.9"
+    assert next(label.get_text() for label in axes.get_yticklabels()) == "title of find-cold"
+    assert "title of idle" not in {label.get_text() for label in axes.get_yticklabels()}
+    results.peers |= {f"more {number}": "1" for number in range(9)}
+    for number in range(9):
+        results.cells["find-cold", f"more {number}"] = Cell([Sample(1.0)])
+    with pytest.raises(BenchError, match="too many for one plot"):
+        plot.figure_of(results)
+
+
+def legend_colours(legend: Any) -> list[Any]:
+    """The colour of each entry."""
+    return [handle.get_facecolor() for handle in legend.get_patches()]
 
 
 def test_our_document_has_the_marks() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bench_parts.errors import BenchError
 from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
 from bench_parts.results import Results
 from bench_parts.samples import Unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinct also for those who do not see red and green apart (Okabe and Ito); a peer has the same in each picture.
 _COLOURS = {
@@ -17,7 +21,7 @@ _COLOURS = {
     UNIONFS_FUSE: "#e69f00",
 }
 _OTHER_COLOURS = ("#d55e00", "#cc79a7", "#009e73", "#f0e442", "#999999")
-_MACHINE = ("date", "processor", "memory", "kernel", "scale")
+_MACHINE = {"date": "{}", "processor": "{}", "memory": "{}", "kernel": "Linux {}", "scale": "scale: {}"}
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
@@ -34,7 +38,16 @@ def colours_of(peers: Sequence[str]) -> dict[str, str]:
 
 
 def draw(results: Results, path: str) -> None:
-    """Write a PNG with a bar for every time and peer; fuse-overlayfs, or else the kernel, is 1."""
+    """Write :func:`figure_of` the results as a PNG."""
+    figure = figure_of(results)
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise BenchError(f"cannot write the plot to {path}: {error.strerror}; name another file") from error
+
+
+def figure_of(results: Results) -> Figure:
+    """A bar for every time and peer; fuse-overlayfs, or else the kernel, is 1."""
     reference = next((name for name in (FUSE_OVERLAYFS, KERNEL) if name in results.peers), None)
     if reference is None:
         raise BenchError("there is nothing to compare with, so there is no plot")
@@ -51,13 +64,11 @@ def draw(results: Results, path: str) -> None:
         raise BenchError("no workload was measured with two peers, so there is no plot")
     colours = colours_of(peers)
     try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import figure as mpl_figure
     except ImportError as error:
         raise BenchError(f"the plot needs matplotlib ({error}); run scripts/setup --bench") from error
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.36 * len(rows)), layout="constrained")
+    figure = mpl_figure.Figure(figsize=(9, 1.2 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     height = 0.8 / len(peers)
     for number, peer in enumerate(peers):
         places = [index + (number - (len(peers) - 1) / 2) * height for index in range(len(rows))]
@@ -75,13 +86,8 @@ def draw(results: Results, path: str) -> None:
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"time relative to {reference} (left of 1 is faster)")
-    machine = [results.machine[key] for key in _MACHINE if key in results.machine]
-    figure.suptitle(f"Union file systems: time relative to {reference}\n", fontsize="large")
+    machine = [form.format(results.machine[key]) for key, form in _MACHINE.items() if key in results.machine]
+    figure.suptitle(f"Union file systems: time relative to {reference}", fontsize="large")
     axes.set_title(", ".join(machine), fontsize="small")
     figure.legend(loc="outside lower center", ncols=len(peers), fontsize="small")
-    try:
-        figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        raise BenchError(f"cannot write the plot to {path}: {error.strerror}; name another file") from error
-    finally:
-        pyplot.close(figure)
+    return figure
