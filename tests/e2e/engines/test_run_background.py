@@ -17,7 +17,7 @@ from tests.e2e.engines.test_run import add_images, image_tar
 from tests.support.mounts import wait_until
 
 pytestmark = [
-    pytest.mark.e2e,
+    pytest.mark.engine,
     pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"),
 ]
 
