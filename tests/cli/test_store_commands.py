@@ -343,6 +343,24 @@ def test_control_characters_in_mounts(desk: Desk, tmp_path: Path) -> None:
         assert main(["umount", str(target)]) == 0
 
 
+def test_a_damaged_record_of_a_container_is_told(desk: Desk) -> None:
+    """fsck names it, and its files can be made an image all the same."""
+    add(desk, "app", files(a="1"))
+    with desk.store() as store:
+        box = store.create_rw_layer("box", ImageStore(store).get("app").chain_id)
+        record = Record(name="box", image="app", config=ImageConfig.model_validate({}), options=RunOptions())
+        place = Place(str(desk.root / "image/vfs/containers"), box.mount_id)
+        place.make(record)
+    damaged = Path(place.path, "container.json")
+    damaged.write_text("{")
+    status, out, _ = desk.run("fsck")
+    assert status == 1
+    assert out.startswith(f"container box: {damaged} is damaged [")
+    desk.out("container", "commit", "--image", "saved", "box")
+    desk.out("container", "rm", "--force", "box")
+    assert desk.json("fsck") == []
+
+
 def test_damaged_names_do_not_stop_everything(desk: Desk) -> None:
     image_id = add(desk, "app", files(a="1"))
     names = desk.root / "image/vfs/repositories.json"

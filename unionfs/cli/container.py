@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -22,7 +23,7 @@ from unionfs.cli.layer_output import (
     store_options,
     write_stream,
 )
-from unionfs.errors import NotMountedError
+from unionfs.errors import NotMountedError, RunError
 
 
 @click.group(cls=Group)
@@ -161,7 +162,10 @@ def _commit_image(root: str | None, driver: str, name: str, image: str, author: 
         images = ImageStore(store)
         rw = store.get_rw_layer(name)
         place = Containers(store).place_of(name)
-        record = place.record() if place is not None else None
+        record = None
+        if place is not None:
+            with suppress(RunError):  # damaged: its files are there all the same
+                record = place.record()
         below = rw.parent.chain_id if rw.parent is not None else ""
         bases = [one for one in images.all() if one.chain_id == below]
         named = [one for one in bases if record is not None and images.is_called(record.image, one)]

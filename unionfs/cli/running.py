@@ -22,7 +22,7 @@ from unionfs.cli.layer_output import (
     store_options,
 )
 from unionfs.cli.run import exit_statuses
-from unionfs.errors import RunError
+from unionfs.errors import RunError, UnionfsError
 
 if TYPE_CHECKING:
     from unionfs.engines.run.containers import Containers
@@ -128,14 +128,21 @@ def _start_of_last_lines(file: BinaryIO, count: int) -> int:
 @click.option("--signal", "-s", "signal_name", metavar="NAME", default="", help="[default: the image's, else TERM]")
 @store_options
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def stop(root: str | None, driver: str, timeout_s: float, signal_name: str, names: Sequence[str]) -> None:
+def stop(root: str | None, driver: str, timeout_s: float, signal_name: str, names: Sequence[str]) -> int:
     """End containers, and wait until they have been cleaned up."""
     from unionfs.engines.run.runner import stop as end
 
+    status = 0
     for name in names:
-        place = _place(root, driver, name)
-        asked = signal_name or place.record().config.stop_signal or "TERM"
-        end(place, asked.upper().removeprefix("SIG"), timeout_s)
+        try:
+            place = _place(root, driver, name)
+            asked = signal_name or place.record().config.stop_signal or "TERM"
+            end(place, asked.upper().removeprefix("SIG"), timeout_s)
+        except UnionfsError as error:
+            # The others are ended all the same.
+            click.echo(printable(f"unionfs: {error}"), err=True)
+            status = 1
+    return status
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})

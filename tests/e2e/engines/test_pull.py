@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engines.registry import Answer, FaultyProxy, Registry, Seen
-from tests.e2e.engines.registry_tools import UNIONFS, fetch, give, nothing_is_left, skopeo
+from tests.e2e.engines.registry_tools import UNIONFS, fetch, give, nothing_is_left, skopeo, unionfs
 from tests.e2e.engines.terminal import terminal
 from tests.engines.image_archives import Made, sha256, to_json, to_tar
 from tests.layers.archives import files
@@ -326,3 +326,45 @@ def test_who_cannot_be_reached(images: ImageStore) -> None:
         fetch(images, "127.0.0.1:1/app")
     with pytest.raises(RegistryError):
         fetch(images, "no-such-host.invalid/app")
+
+
+def test_when_run_pulls(proxy: FaultyProxy, app: Made, tmp_path: Path) -> None:
+    """What is missing is fetched, unless told otherwise; the command, which the image lacks, is looked for then."""
+    root, name = tmp_path / "store", f"{proxy.address}/app:v1"
+
+    own = {"UNIONFS_ROOT": f"{root}"}  # what stands behind the image is for the container
+
+    def run(when: str, status: int) -> tuple[str, int]:
+        """(what it says, how often the registry was asked)."""
+        before = len(proxy.requests("GET", "/"))
+        words = ["--rm", *(["--pull", when] if when else []), "--driver=vfs", name, "x"]
+        said = unionfs(root, "run", *words, status=status, environ=own)
+        return said, len(proxy.requests("GET", "/")) - before
+
+    said, asked = run("never", 125)
+    assert said.startswith(f"unionfs: no such image: {name}")
+    assert asked == 0
+    said, asked = run("", 127)
+    assert said.startswith("unionfs: command not found: x")
+    assert asked > 1
+    assert run("missing", 127)[1] == 0
+    assert run("always", 127)[1] > 0
+    said = unionfs(root, "run", "--driver=vfs", f"{proxy.address}/nothere", "x", status=125, environ=own)
+    assert "nothere" in said
+    assert said.count("\n") == 1, "one line says why"
+
+
+def test_a_containers_image_is_pushed(registry: Registry, app: Made, tmp_path: Path) -> None:
+    root, name = tmp_path / "store", f"{registry.address}/app:v1"
+    unionfs(root, "image", "pull", "--driver=vfs", name)
+    with open_store(root) as store:
+        image = ImageStore(store).get(name)
+        with store.create_rw_layer("box", image.chain_id).mounted() as path:
+            Path(path, "new").write_text("made in a container")
+    target = f"{registry.address}/made:v1"
+    image_id = unionfs(root, "container", "commit", "--image", target, "-m", "a file more", "box").strip()
+    unionfs(root, "image", "push", target)
+    config = json.loads(skopeo("inspect", "--config", f"docker://{target}"))
+    assert config["history"][-1]["comment"] == "a file more"
+    assert len(config["rootfs"]["diff_ids"]) == len(app.diff_ids) + 1
+    assert unionfs(tmp_path / "other", "image", "pull", "--driver=vfs", target).strip() == image_id

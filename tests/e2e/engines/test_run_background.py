@@ -93,6 +93,11 @@ def test_from_its_start_to_its_end(cell: Cell) -> None:
     assert said(cell, "container", "logs", "web") == "begun\nwrong\nasked\n"
     cell.assert_quiet()
     assert "container web is not running" in refused(cell, "container", "stop", "web")
+    done = cell.run("unionfs", "container", "stop", "nosuch", "web", check=False)
+    assert [line.partition(b";")[0] for line in done.stderr.splitlines()] == [
+        b"unionfs: there is no container nosuch",
+        b"unionfs: container web is not running",
+    ]
     assert "container web is not running" in refused(cell, "container", "exec", "web", "true", status=125)
 
     assert said(cell, "container", "start", "-d", "web") == "web\n"
