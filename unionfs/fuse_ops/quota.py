@@ -434,8 +434,7 @@ class LimitedAccounts(Accounts):
         wanted = st.st_size if size is None else min(size, st.st_size)
         if wanted <= _WHOLE_BYTES:
             return round_up(wanted, block)
-        layer, path = self._view.data_source(as_file(inode))
-        fd = layer.open(path, os.O_RDONLY)
+        fd = self._view.open_data(as_file(inode))
         try:
             return data_bytes(fd, wanted, block)
         finally:

@@ -186,9 +186,9 @@ def read_marks(path: bytes, spaces: Spaces) -> DirMarks:
     return DirMarks(opaque, xwhiteouts, redirect, impure, nested)
 
 
-def is_metacopy(path: bytes, spaces: Spaces) -> bool:
-    """Whether the regular file at ``path`` has metadata only."""
-    return any(has_xattr(path, space.metacopy) for space in spaces)
+def is_metacopy(what: bytes | int, spaces: Spaces) -> bool:
+    """Whether the regular file ``what``, given by its path or a descriptor, has metadata only."""
+    return any(has_xattr(what, space.metacopy) for space in spaces)
 
 
 def read_redirect(path: bytes, spaces: Spaces) -> bytes | None:
@@ -215,9 +215,9 @@ def check_redirect(value: bytes) -> bytes:
     return value
 
 
-def has_xattr(path: bytes, name: bytes) -> bool:
-    """Whether the object at ``path``, which is not followed at its end, has the attribute ``name``."""
-    return read_xattr(path, name) is not None
+def has_xattr(what: bytes | int, name: bytes) -> bool:
+    """Whether an object has the attribute ``name``; raises as :func:`read_xattr`."""
+    return read_xattr(what, name) is not None
 
 
 def read_xattr(what: int | bytes, name: bytes, *, follow: bool = False) -> bytes | None:

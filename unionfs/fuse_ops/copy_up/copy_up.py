@@ -312,8 +312,7 @@ class CopyUp:
         if not scope.data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
             return None
-        source = self._view.data_source(inode)
-        source_fd = source[0].open(source[1], os.O_RDONLY)
+        source_fd = self._view.open_data(inode)
         later = scope.later and not scope.data and self.may_sync_later(inode, st)
         try:
             new = self._marked_file(upper, st.st_size) if later else upper.new_file()
@@ -499,7 +498,6 @@ class CopyUp:
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
     def _begin_data(self, inode: FileInode, scope: CopyUpScope) -> CopyUpJob:
-        layer, path = self._view.data_source(inode)
         st = self._view.real_stat(inode)
         wanted = scope.bytes_of(st.st_size)
         proc_path, _ = self._view.proc_path(inode)
@@ -507,7 +505,7 @@ class CopyUp:
         job = CopyUpJob(inode, st, -1, -1, None, wanted, self._sync and wanted > 0, data_is_below=names)
         try:
             job.overwrites = st.st_blocks > 0
-            job.source_fd = layer.open(path, os.O_RDONLY)
+            job.source_fd = self._view.open_data(inode)
             job.target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
             job.capability = rules.read_xattr(job.target_fd, CAPABILITY)
         except BaseException:

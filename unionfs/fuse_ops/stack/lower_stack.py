@@ -128,6 +128,10 @@ class LowerStack:
         """The top directories of the layers below ``layer``: where its absolute redirects start."""
         return tuple(entry for entry in self.root if entry.layer.index > layer.index)
 
+    def is_last(self, layer: LayerDir) -> bool:
+        """Whether no data can lie below ``layer``."""
+        return layer.index == len(self.layers) - 1 and not self.data_layers
+
     def below(self, stack: Sequence[LowerDir], position: int) -> Sequence[LowerDir]:
         """What of ``stack`` comes after ``position`` and is not hidden by a mark in the directory there."""
         rest = stack[position + 1 :]
@@ -296,9 +300,9 @@ class LowerStack:
 
     # -- data -------------------------------------------------------------------------------------------------
 
-    def is_metacopy(self, path: bytes) -> bool:
-        """Whether the file at ``path`` (a /proc path) carries only metadata."""
-        return rules.is_metacopy(path, self.spaces)
+    def is_metacopy(self, what: bytes | int) -> bool:
+        """Whether a file, given by a /proc path or a descriptor, carries only metadata."""
+        return rules.is_metacopy(what, self.spaces)
 
     def data_below(
         self, path: bytes, rest: Sequence[LowerDir], name: bytes, root: Sequence[LowerDir]

@@ -168,6 +168,7 @@ class FileInode(Inode):
         "aliases",
         "capability",
         "data",
+        "data_unproven",
         "handles",
         "is_nested_whiteout",
         "key",
@@ -185,6 +186,7 @@ class FileInode(Inode):
         self.lower: tuple[LayerDir, bytes] | None = None  # the lower file, until it is copied up
         self.metacopy = False  # the object has metadata only
         self.data: tuple[LayerDir, bytes] | None = None  # the lower file with its data; None if that is missing
+        self.data_unproven = False  # it may be a metacopy in the lowest layer, which nobody has asked the disk yet
         self.unsynced = False  # the upper file is marked, since its data may not be on the disk; see Unsynced
         # File capabilities that were given to it while somebody may write: our own writes take them away, which is for
         # the kernel to do, since data can come from its cache long after it was written.

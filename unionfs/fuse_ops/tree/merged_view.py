@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from typing import Final
 
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir
@@ -21,6 +22,7 @@ from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE, OverlayXattr
 from unionfs.overlay.rules import WHITEOUT, DirMarks
 
 _DIR_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_DATA: Final = "the data of this metacopy is missing"
 
 
 def enoent(name: bytes) -> FileNotFoundError:
@@ -254,7 +256,12 @@ class MergedView:
                 return known
         inode = self.inodes.new_file(stat.S_IFMT(st.st_mode), self.inodes.numbers.of(real))
         inode.lower = (hit.layer, hit.path)
-        if self._may_be_metacopy(st):
+        if not self._may_be_metacopy(st):
+            pass
+        elif self.lower.is_last(hit.layer):
+            # Data of a metacopy would be missing here, which is told to whoever opens it: most files are just listed.
+            inode.data_unproven = True
+        else:
             path = hit.layer.proc_path(hit.path)
             if self.lower.is_metacopy(path):
                 inode.metacopy = True
@@ -479,8 +486,25 @@ class MergedView:
         """The lower file that has the contents of ``inode``; EIO if they are missing, rather than zeros."""
         source = inode.data if inode.metacopy else inode.lower
         if source is None:
-            raise OSError(errno.EIO, "the data of this metacopy is missing", os.fsdecode(inode.path()))
+            raise OSError(errno.EIO, _NO_DATA, os.fsdecode(inode.path()))
         return source
+
+    def open_data(self, inode: FileInode, flags: int = os.O_RDONLY) -> int:
+        """Open the lower file that has the contents of ``inode``; raises as :meth:`data_source`."""
+        layer, path = self.data_source(inode)
+        fd = layer.open(path, flags)
+        if inode.data_unproven:
+            try:
+                self._prove_data(inode, fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
+
+    def _prove_data(self, inode: FileInode, fd: int) -> None:
+        if self.lower.is_metacopy(fd):
+            raise OSError(errno.EIO, _NO_DATA, os.fsdecode(inode.path()))
+        inode.data_unproven = False
 
     def readlink(self, inode: Inode) -> bytes:
         """The target of a symbolic link."""

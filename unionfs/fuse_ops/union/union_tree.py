@@ -243,8 +243,7 @@ class UnionTree:
 
     def _open_real(self, inode: FileInode, flags: int) -> int:
         if not inode.upper or inode.metacopy:
-            layer, data_path = self.view.data_source(inode)
-            return layer.open(data_path, flags)
+            return self.view.open_data(inode, flags)
         path, follow = self.view.proc_path(inode)
         if follow:
             flags &= ~os.O_NOFOLLOW
