@@ -268,17 +268,25 @@ def _read_command_line(arguments: Sequence[str]) -> _CommandLine:
 
 def _versions() -> str:
     import ctypes
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
     spec = find_spec("unionfs.fuse_ops.union.union_tree")
     compiled = "" if spec is None or (spec.origin or "").endswith(".py") else " (compiled)"
-    lines = [f"unionfs-mount: version {__version__}{compiled}", f"pyfuse3 version: {version('pyfuse3')}"]
+    lines = [f"unionfs-mount: version {__version__}{compiled}"]
     try:
-        package_version = ctypes.CDLL("libfuse3.so.3").fuse_pkgversion
+        lines.append(f"pyfuse3 version: {version('pyfuse3')}")
+    except PackageNotFoundError:
+        lines.append("pyfuse3 version: not installed; transport=direct only")
+    for name in ("libfuse3.so.4", "libfuse3.so.3"):
+        try:
+            package_version = ctypes.CDLL(name).fuse_pkgversion
+        except (OSError, AttributeError):
+            continue
         package_version.restype = ctypes.c_char_p
         lines.append(f"FUSE library version: {package_version().decode()}")
-    except (OSError, AttributeError):
+        break
+    else:
         lines.append("FUSE library version: unknown")
     lines.append(f"kernel version: {os.uname().release}")
     return "\n".join(lines)

@@ -71,7 +71,11 @@ _SCALARS = {"string": _Field.TYPE_STRING, "int64": _Field.TYPE_INT64}
 
 def message_class(name: str) -> Any:
     """The class of a message, such as ``MountsRequest``."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+    descriptor = _POOL.FindMessageTypeByName(f"{PACKAGE}.{name}")
+    if hasattr(message_factory, "GetMessageClass"):
+        return message_factory.GetMessageClass(descriptor)
+    old: Any = message_factory.MessageFactory(_POOL)  # before protobuf 4.22, which is what Debian has
+    return old.GetPrototype(descriptor)
 
 
 def _add_message(file: descriptor_pb2.FileDescriptorProto, name: str, fields: dict[str, tuple[int, str]]) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from unionfs.errors import MountError
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
@@ -35,7 +36,11 @@ class Transport(Protocol):
 
 
 def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
-    """The transport that ``options`` ask for, or the fastest that this kernel can do."""
+    """The transport that ``options`` ask for, or the fastest that this kernel can do.
+
+    Raises:
+        MountError: it is pyfuse3, which is not installed or cannot be loaded.
+    """
     wanted, _ = transport_for(options.transport)
     # Imported when chosen: pyfuse3 takes a good part of the time that a mount takes.
     if wanted == "direct":
@@ -43,7 +48,11 @@ def choose_transport(tree: UnionTree, options: MountOptions) -> Transport:
 
         return DirectTransport(tree, options)
     from unionfs.fuse_ops.speedups.late_sync import LateSync
-    from unionfs.fuse_ops.transports.pyfuse3 import Pyfuse3Transport, UnionOperations
+
+    try:
+        from unionfs.fuse_ops.transports.pyfuse3 import Pyfuse3Transport, UnionOperations
+    except ImportError as error:
+        raise MountError(_without_pyfuse3(error)) from error
 
     operations = UnionOperations(tree, options)
     return Pyfuse3Transport(operations, options, LateSync(operations.requests))
@@ -59,6 +68,15 @@ def transport_for(wanted: str) -> tuple[str, str]:
     if _kernel_version() >= _DIRECT_SINCE:
         return "direct", f"the kernel is Linux {major}.{minor} or newer"
     return "pyfuse3", f"the kernel is older than Linux {major}.{minor}"
+
+
+def _without_pyfuse3(error: ImportError) -> str:
+    is_missing = isinstance(error, ModuleNotFoundError) and error.name == "pyfuse3"
+    reason = "which is not installed" if is_missing else f"which cannot be loaded ({error})"
+    text = f"the transport pyfuse3 needs the Python package pyfuse3, {reason}; install unionfs[pyfuse3]"
+    if _kernel_version() >= _DIRECT_SINCE:
+        return f"{text}, or mount with transport=direct"
+    return f"{text}: before Linux 5.17 there is no other transport"
 
 
 def _kernel_version() -> tuple[int, int]:
