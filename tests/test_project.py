@@ -176,7 +176,7 @@ def test_every_module_says_what_it_is() -> None:
         assert len(first) > 10, f"{path}: '{first}' says too little"
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/test", "scripts/quickstart", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/setup", "scripts/test", "scripts/quickstart", "scripts/build", ".ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     path = ROOT / script
     assert os.access(path, os.X_OK)

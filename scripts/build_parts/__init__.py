@@ -1,0 +1,1 @@
+"""What is published: how source, wheels and Debian packages are made."""
