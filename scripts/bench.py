@@ -9,6 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -18,7 +19,8 @@ from bench_parts.driver_calls import DriverCalls, driver_peers
 from bench_parts.errors import BenchError
 from bench_parts.isolation import run_isolated
 from bench_parts.machine import describe
-from bench_parts.peers import Peer, find_peers
+from bench_parts.peers import ALL_SPEEDUPS, Peer, find_peers
+from bench_parts.processes import computing
 from bench_parts.registering import Registering
 from bench_parts.registrars import Registrar, find_registrars
 from bench_parts.requests import request_counter
@@ -30,6 +32,7 @@ from bench_parts.scale import FULL, QUICK, SCALES, Scale
 from quickstart_steps.progress import step
 from quickstart_steps.storage import Storage, default_directory
 from unionfs.errors import UnionfsError
+from unionfs.fuse_ops.options import SPEEDUPS
 
 _DOCUMENT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "performance.md")
 
@@ -45,7 +48,20 @@ _GROUPS = {
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--quick", is_flag=True, help="Smaller workloads and two rounds: to see whether it works, not how fast.")
 @click.option("--only", metavar="WORKLOAD,...", default="", help="Only these, or groups of them; --list names them.")
-@click.option("--peer", metavar="PATH", help="A mount program to measure in the place of Debian's fuse-overlayfs.")
+@click.option(
+    "--peer",
+    "programs",
+    metavar="[NAME=]PATH",
+    multiple=True,
+    help="A mount program to measure in the place of Debian's fuse-overlayfs; with NAME, as one more.",
+)
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice([*sorted(SPEEDUPS), ALL_SPEEDUPS]),
+    help="Measure ours once more without this speed-up.",
+)
+@click.option("--beside", metavar="N", type=click.IntRange(0), default=0, help="Beside N processes that compute.")
 @click.option("--rounds", metavar="N", type=click.IntRange(1), help="How often each is measured. Default: 5.")
 @click.option(
     "--transport", type=click.Choice(["direct", "pyfuse3", "both"]), default="both", show_default=True, help="Of ours."
@@ -64,7 +80,9 @@ def main(
     *,
     quick: bool,
     only: str,
-    peer: str | None,
+    programs: tuple[str, ...],
+    without: tuple[str, ...],
+    beside: int,
     rounds: int | None,
     transport: str,
     json_path: str | None,
@@ -94,11 +112,13 @@ def main(
             status, results = measure(
                 size,
                 [name for name in only.split(",") if name],
-                peer,
+                programs,
+                without,
                 rounds,
                 transport,
                 rootfs,
                 cache,
+                beside=beside,
                 count_requests=not no_requests,
                 debug=debug,
             )
@@ -131,12 +151,14 @@ def check_writable(path: str) -> None:
 def measure(
     scale: Scale,
     only: list[str],
-    peer: str | None,
+    programs: Sequence[str],
+    without: Sequence[str],
     rounds: int | None,
     transport: str,
     rootfs: str | None,
     cache: str | None,
     *,
+    beside: int,
     count_requests: bool,
     debug: bool,
 ) -> tuple[int, Results]:
@@ -147,7 +169,7 @@ def measure(
         raise BenchError(f"{rootfs} is not a directory; give an unpacked root file system after --rootfs")
     os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
     chosen = chosen_workloads(scale, only)
-    peers, missing = find_peers(peer, transport) if chosen.mounts else ([], [])
+    peers, missing = find_peers(programs, transport, without) if chosen.mounts else ([], [])
     registrars, more_missing = find_registrars() if chosen.images else ([], [])
     for line in missing + more_missing:
         print(f"bench: {line}", file=sys.stderr)
@@ -166,6 +188,7 @@ def measure(
                 registrars,
                 count,
                 rootfs,
+                beside=beside,
                 count_requests=count_requests,
             ),
             debug=debug,
@@ -188,18 +211,19 @@ def inner(
     rounds: int,
     rootfs: str | None,
     *,
+    beside: int,
     count_requests: bool,
 ) -> int:
     """What runs in the namespaces: writes what it found to the file ``found``."""
     results = Results()
     try:
         layers = stacks.prepare(storage, scale, rootfs, directory)
-        results.machine = describe(scale.name, rounds, layers.title)
+        results.machine = describe(scale.name, rounds, layers.title, beside)
         mounts = os.path.join(directory, "m")
         os.mkdir(mounts)
         rig = Rig(mounts, layers, scale)
         runner = Runner(rig, chosen.mounts, peers, results)
-        with request_counter() as counter:
+        with request_counter() as counter, computing(beside):
             try:
                 if chosen.mounts:
                     runner.run(rounds)

@@ -18,7 +18,16 @@ import pytest
 from bench_parts import documents, driver_calls, figures, image, plot, targets
 from bench_parts.catalog import all_workloads, chosen_workloads
 from bench_parts.errors import BenchError, SkippedError
-from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
+from bench_parts.peers import (
+    ALL_SPEEDUPS,
+    DIRECT,
+    FUSE_OVERLAYFS,
+    KERNEL,
+    PYFUSE3,
+    UNIONFS_FUSE,
+    MountProgram,
+    find_peers,
+)
 from bench_parts.registering import REGISTER, ROWS
 from bench_parts.registrars import OURS
 from bench_parts.results import Cell, Results, from_json, geometric_mean
@@ -28,6 +37,7 @@ from bench_parts.scale import TINY
 from bench_parts.splitting import deep_split, entries, image_split, write_layers
 from bench_parts.stacks import Stack
 from bench_parts.user_namespace import is_rootless, run_rootless
+from unionfs.fuse_ops.options import SPEEDUPS
 from unionfs.layers import open_store
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -204,9 +214,50 @@ def test_rootless_figures_have_a_table_of_their_own() -> None:
     assert before == [targets.mean_against_fuse(results, DIRECT), targets.verdicts(results), figures.medians(results)]
     table = figures.medians(results, Group.ROOTLESS)
     assert [row[0] for row in table.rows] == ["untar, rootless"]
-    assert table.rows[0][-3:] == ("1.25", "5.00", "FAIL 1.25 (≤ 1 x fuse-overlayfs)")
+    assert table.rows[0][-3:] == ("5.00", "-", "FAIL 1.25 (≤ 1 x fuse-overlayfs)")
     assert table in figures.tables(results)
     assert f"Geometric mean of {DIRECT} / {FUSE_OVERLAYFS}, rootless: 1.25" in figures.summary(results)
+
+
+def test_what_a_speedup_brings_is_told_in_wall_time_and_cpu_time() -> None:
+    results = made_up()
+    results.peers["without all"] = "3"
+    for row in ("find-cold", "copy-up"):
+        ours = results.cell(row, DIRECT)
+        results.cells[row, "without all"] = Cell([Sample(2 * s.value, 10, 3 * s.server_cpu_ms) for s in ours.samples])
+    assert figures.variants(results).rows[0] == ("title of find-cold", "2.00 / -")  # 1 ms says nothing
+    for cell in results.cells.values():
+        cell.samples = [Sample(s.value, s.operations, 10 * s.server_cpu_ms) for s in cell.samples]
+    table = figures.variants(results)
+    assert table.rows[:2] == (("title of find-cold", "2.00 / 3.00"), ("title of copy-up", "2.00 / 3.00"))
+    assert table.rows[-1] == ("geometric mean", "2.00 / 3.00")
+    assert table in figures.tables(results)
+    assert not figures.variants(made_up()).rows
+
+
+def test_programs_and_speedups_that_are_compared() -> None:
+    peers, _ = find_peers(["/bin/true", "old=/bin/false"], "direct", ["placement", ALL_SPEEDUPS])
+    found = {peer.name: peer for peer in peers if isinstance(peer, MountProgram)}
+    assert found[FUSE_OVERLAYFS].program == "/bin/true"
+    assert found["old"].program == "/bin/false"
+    assert found["without all"].options == ("transport=direct", "speedups=off")
+    kept = found["without placement"].options[1].removeprefix("speedups=").split("+")
+    assert set(kept) == SPEEDUPS - {"placement"}
+    for wrong in (["/bin/true", "/bin/true"], ["/no/such"], ["=/bin/true"], [f"{DIRECT}=/bin/true"]):
+        with pytest.raises(BenchError, match="--peer"):
+            find_peers(wrong, "direct")
+
+
+@needs_root
+def test_ours_is_measured_without_a_speedup_and_beside_what_computes(rootfs: Path, tmp_path: Path) -> None:
+    found = tmp_path / "results.json"
+    argv = [*BENCH, "--scale", "tiny", "--only", "stat-warm", "--transport", "direct", "--rounds", "1", "--no-requests"]
+    argv += ["--rootfs", str(rootfs), "--cache", str(tmp_path / "cache"), "--json", str(found)]
+    done = subprocess.run([*argv, "--without", "all", "--beside", "1"], capture_output=True, text=True, check=True)
+    results = from_json(found.read_text())
+    assert len(results.cell("stat-warm", "without all").samples) == 1
+    assert results.machine["beside"] == "1 computing"
+    assert "In terms of ours direct" in done.stdout
 
 
 def test_a_group_of_workloads_can_be_chosen() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench_parts import driver_calls
-from bench_parts.peers import FUSE_OVERLAYFS, KERNEL
+from bench_parts.peers import DIRECT, FUSE_OVERLAYFS, KERNEL, PYFUSE3, UNIONFS_FUSE
 from bench_parts.registering import REGISTER
 from bench_parts.registrars import OURS
-from bench_parts.results import Results
+from bench_parts.results import Results, geometric_mean
 from bench_parts.samples import Group, Unit
-from bench_parts.targets import GEOMETRIC_MEAN_LIMIT, mean_against_fuse, verdicts
+from bench_parts.targets import GEOMETRIC_MEAN_LIMIT, against_fuse, mean_against_fuse, verdicts
 
 _NONE = "-"
+_USUAL = (KERNEL, FUSE_OVERLAYFS, UNIONFS_FUSE, DIRECT, PYFUSE3)
 _OF_GROUP = {Group.MOUNTS: "", Group.ROOTLESS: " of rootless mounts"}
 
 
@@ -32,6 +33,8 @@ def medians(results: Results, group: Group = Group.MOUNTS) -> Table:
     heads = ["workload", *(peer for peer in results.peers)]
     compared = [reference for reference in (FUSE_OVERLAYFS, KERNEL) if ours and reference in results.peers]
     heads += [f"{ours} / {reference}" for reference in compared]
+    if FUSE_OVERLAYFS in compared:
+        heads.append("server CPU")
     found = verdicts(results, group)
     rows = []
     for row in results.rows.values():
@@ -40,7 +43,9 @@ def medians(results: Results, group: Group = Group.MOUNTS) -> Table:
             cells.append(_figure(results, row.name, peer))
         for reference in compared:
             ratio = results.ratio(row.name, ours or "", reference)
-            cells.append(_NONE if ratio is None else f"{ratio:.2f}")
+            cells.append(_ratio(ratio))
+        if FUSE_OVERLAYFS in compared:
+            cells.append(_ratio(results.cpu_ratio(row.name, ours or "", FUSE_OVERLAYFS)))
         said = [verdict.text for verdict in found.get(row.name, []) if not verdict.passed]
         cells.append("; ".join(said) or ("PASS" if row.name in found else _NONE))
         rows.append(tuple(cells))
@@ -71,6 +76,33 @@ def server_costs(results: Results, group: Group = Group.MOUNTS) -> Table:
     return Table(f"For one operation{_OF_GROUP[group]}: {what}", ("workload", *servers), tuple(rows))
 
 
+def variants(results: Results) -> Table:
+    """Our mounts without a speed-up, and further programs: wall time and server CPU time in terms of our mount's."""
+    results = results.only(Group.MOUNTS)
+    ours = results.ours
+    names = [peer for peer in results.peers if peer not in _USUAL] if ours else []
+    rows = []
+    for row in results.rows.values() if names else ():
+        if row.unit is Unit.TIME:
+            cells = [
+                f"{_ratio(results.ratio(row.name, peer, ours or ''))} / "
+                f"{_ratio(results.cpu_ratio(row.name, peer, ours or ''))}"
+                for peer in names
+            ]
+            rows.append((row.title, *cells))
+    if rows:
+        timed = [row.name for row in results.rows.values() if row.unit is Unit.TIME]
+        means = [
+            " / ".join(
+                _ratio(geometric_mean(value for name in timed if (value := of(name, peer, ours or "")) is not None))
+                for of in (results.ratio, results.cpu_ratio)
+            )
+            for peer in names
+        ]
+        rows.append(("geometric mean", *means))
+    return Table(f"In terms of {ours}: wall time / server CPU time", ("workload", *names), tuple(rows))
+
+
 def images(results: Results) -> Table:
     """The medians of taking an image in, and our ratio to the fastest of the others."""
     results = results.only(Group.IMAGES)
@@ -94,7 +126,7 @@ def drivers(results: Results) -> Table:
     for row in results.rows.values():
         ratio = results.ratio(row.name, driver_calls.OURS, driver_calls.OVERLAY2)
         cells = [row.title, *(_figure(results, row.name, peer) for peer in results.peers)]
-        rows.append((*cells, _NONE if ratio is None else f"{ratio:.2f}"))
+        rows.append((*cells, _ratio(ratio)))
     heads = ("graph driver, many layers", *results.peers, "unionfs / overlay2")
     return Table("Medians of the calls of graph drivers, in ms", heads, tuple(rows))
 
@@ -102,7 +134,7 @@ def drivers(results: Results) -> Table:
 def tables(results: Results) -> list[Table]:
     """Those that have something in them."""
     of_mounts = [of_group(results, group) for group in _OF_GROUP for of_group in (medians, server_costs)]
-    made = (*of_mounts, images(results), drivers(results))
+    made = (*of_mounts, variants(results), images(results), drivers(results))
     return [table for table in made if table.rows]
 
 
@@ -125,6 +157,9 @@ def summary(results: Results) -> list[str]:
         mean = mean_against_fuse(results, peer, group=Group.ROOTLESS)
         if peer != FUSE_OVERLAYFS and mean is not None:
             lines.append(f"Geometric mean of {peer} / {FUSE_OVERLAYFS}, rootless: {mean:.2f}")
+    cpu = [results.cpu_ratio(row, results.ours or "", FUSE_OVERLAYFS) for row in against_fuse(results)]
+    if (mean := geometric_mean(ratio for ratio in cpu if ratio is not None)) is not None:
+        lines.append(f"Geometric mean of the servers' CPU time, {results.ours} / {FUSE_OVERLAYFS}: {mean:.2f}")
     reasons: dict[str, dict[str, list[str]]] = {}
     for (row, peer), cell in results.cells.items():
         if cell.reason:
@@ -140,6 +175,10 @@ def _figure(results: Results, row: str, peer: str) -> str:
     if cell is None or cell.median is None:
         return (cell.reason.partition(":")[0] if cell is not None else "") or _NONE
     return _short(cell.median)
+
+
+def _ratio(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2f}"
 
 
 def _short(value: float) -> str:

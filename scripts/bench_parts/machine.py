@@ -7,9 +7,9 @@ import os
 import platform
 
 
-def describe(scale: str, rounds: int, rootfs: str) -> dict[str, str]:
-    """What to say beside the figures."""
-    return {
+def describe(scale: str, rounds: int, rootfs: str, beside: int = 0) -> dict[str, str]:
+    """What to say beside the figures; ``beside`` is the number of processes that compute meanwhile."""
+    said = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "kernel": os.uname().release,
         "processor": f"{os.cpu_count()} x {_processor()}",
@@ -20,6 +20,7 @@ def describe(scale: str, rounds: int, rootfs: str) -> dict[str, str]:
         "rounds": str(rounds),
         "load before": f"{os.getloadavg()[0]:.1f}",
     }
+    return said | ({"beside": f"{beside} computing"} if beside else {})
 
 
 def _processor() -> str:

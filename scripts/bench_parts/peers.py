@@ -14,13 +14,14 @@ from bench_parts.errors import BenchError
 from bench_parts.stacks import Stack
 from bench_parts.syscalls import mount
 from bench_parts.user_namespace import is_rootless
-from unionfs.fuse_ops.options import escape_value, format_layers
+from unionfs.fuse_ops.options import SPEEDUPS, escape_value, format_layers
 
 KERNEL: Final = "kernel"
 FUSE_OVERLAYFS: Final = "fuse-overlayfs"
 UNIONFS_FUSE: Final = "unionfs-fuse"
 DIRECT: Final = "ours direct"
 PYFUSE3: Final = "ours pyfuse3"
+ALL_SPEEDUPS: Final = "all"
 
 _MOUNT_TIMEOUT_S = 60
 _PAGE_BYTES = 4096
@@ -141,20 +142,21 @@ def _run(argv: Sequence[str]) -> None:
         raise BenchError(f"{argv[0]} cannot mount (status {done.returncode}): {said or 'it said nothing'}")
 
 
-def find_peers(peer: str | None, transport: str) -> tuple[list[Peer], list[str]]:
+def find_peers(programs: Sequence[str], transport: str, without: Sequence[str] = ()) -> tuple[list[Peer], list[str]]:
     """The file systems to compare, and a line for each that is left out.
 
     Args:
-        peer: a program to use in place of Debian's fuse-overlayfs.
+        programs: the path of one to use in the place of Debian's fuse-overlayfs, and ``NAME=PATH`` of further ones.
         transport: ``direct``, ``pyfuse3`` or ``both``: which of ours.
+        without: speed-ups, each of which ours is measured without once more; :data:`ALL_SPEEDUPS` means all at once.
     """
     peers: list[Peer] = [KernelOverlay()]
     missing: list[str] = []
-    if peer is not None:
-        found = shutil.which(peer)
-        if found is None:
-            raise BenchError(f"there is no program {peer}; give the path of one after --peer")
-        peers.append(MountProgram(FUSE_OVERLAYFS, os.path.abspath(found)))
+    named = dict(_named_program(text) for text in programs)
+    if len(named) < len(programs):
+        raise BenchError("two programs after --peer have the same name; write --peer NAME=PATH for each further one")
+    if FUSE_OVERLAYFS in named:
+        peers.append(MountProgram(FUSE_OVERLAYFS, named.pop(FUSE_OVERLAYFS)))
     elif (found := shutil.which(FUSE_OVERLAYFS)) is not None:
         peers.append(MountProgram(FUSE_OVERLAYFS, found))
     else:
@@ -170,4 +172,21 @@ def find_peers(peer: str | None, transport: str) -> tuple[list[Peer], list[str]]
     for name, word in ((DIRECT, "direct"), (PYFUSE3, "pyfuse3")):
         if transport in (word, "both"):
             peers.append(MountProgram(name, ours, (f"transport={word}",), is_ours=True))
+    word = "pyfuse3" if transport == "pyfuse3" else "direct"
+    for name in dict.fromkeys(without):
+        rest = SPEEDUPS - (SPEEDUPS if name == ALL_SPEEDUPS else {name})
+        options = (f"transport={word}", f"speedups={'+'.join(sorted(rest)) or 'off'}")
+        peers.append(MountProgram(f"without {name}", ours, options, is_ours=True))
+    peers += [MountProgram(name, program) for name, program in named.items()]
     return peers, missing
+
+
+def _named_program(text: str) -> tuple[str, str]:
+    """What ``--peer`` says: a name, and the whole path of a program."""
+    name, equals, path = text.rpartition("=")
+    found = shutil.which(path)
+    if found is None:
+        raise BenchError(f"there is no program {path}; give the path of one after --peer")
+    if equals and name in ("", KERNEL, UNIONFS_FUSE, DIRECT, PYFUSE3):
+        raise BenchError(f"--peer {text}: choose another name than {name or 'none'}")
+    return name or FUSE_OVERLAYFS, os.path.abspath(found)

@@ -15,6 +15,7 @@ from bench_parts.peers import DIRECT, PYFUSE3
 from bench_parts.samples import Group, Row, Sample, Unit
 
 _FORMAT = 1
+_COMPARABLE_US = 5000  # of a whole sample: what a scheduler's tick is to it does not matter
 
 
 @dataclass(slots=True)
@@ -73,6 +74,15 @@ class Results:
         if value is None or not other:
             return None
         return value / other
+
+    def cpu_ratio(self, row: str, peer: str, reference: str) -> float | None:
+        """As :meth:`ratio`, of the servers' CPU time; None also where it is too little to be compared."""
+        cell, other = self.cells.get((row, peer)), self.cells.get((row, reference))
+        if cell is None or other is None or not cell.server_cpu_us or not other.server_cpu_us:
+            return None
+        if other.server_cpu_us * other.operations < _COMPARABLE_US:
+            return None
+        return cell.server_cpu_us / other.server_cpu_us
 
     def only(self, group: Group) -> Results:
         """What is about this group: its rows, and who took part in them."""
