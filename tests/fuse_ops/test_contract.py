@@ -6,7 +6,9 @@ What a program sees is tested with mounts elsewhere, through one transport. This
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -406,6 +408,19 @@ def test_open_for_writing_of_a_large_file(place: Place, kernel: FakeKernel) -> N
         assert kernel.write(node, handle, 0, b"y") == 1
         kernel.release(node, handle)
     assert (place.upper / "large").read_bytes() == b"y" + b"x" * (_LARGE - 1)
+
+
+def test_a_lower_file_that_takes_long_to_open_holds_nobody_up(place: Place, kernel: FakeKernel) -> None:
+    """As on a network file system; here somebody has a lease on it, which the kernel has to take away first."""
+    node, other = place.at("large"), place.at("file")
+    with (place.lower / "large").open("r+b") as leased:
+        fcntl.fcntl(leased, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored
+        fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        writer = kernel.send(p.Opcode.OPEN, node, p.OPEN_IN.pack(os.O_WRONLY, 0))
+        assert kernel.contents(other) == b"lower contents"
+        assert writer not in kernel.early
+    (handle,) = p.U64.unpack_from(kernel.answer(writer))
+    kernel.release(node, handle)
 
 
 def test_open_that_truncates(place: Place, kernel: FakeKernel) -> None:

@@ -6,12 +6,13 @@ Without a mount: at the level of requests, which both transports go through.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from unionfs.fuse_ops.requests.job import Job, done_here
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.stack import workdir
+from unionfs.fuse_ops.stack.upper_dir import UpperDir
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode, OpenFile, as_directory, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
@@ -551,15 +553,65 @@ LIMITED = {
 REQUESTS = MAKING | LINKING | REMOVING | RENAMING | CHANGING | WRITING
 
 
+def some(*beginnings: str) -> dict[str, Request]:
+    """Those requests whose names begin so; every eighth of all others, too, where there is time for that."""
+    others = [name for name in REQUESTS if not name.startswith(beginnings)][:: 8 if THOROUGH else len(REQUESTS)]
+    return {name: request for name, request in REQUESTS.items() if name.startswith(beginnings) or name in others}
+
+
+def use_marks(upper: UpperDir) -> None:
+    """As where no device can be made."""
+    upper._device_whiteouts = False
+
+
+def use_names(upper: UpperDir) -> None:
+    """As on a file system without O_TMPFILE."""
+    upper._has_unnamed_files = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another kind of mount: its options, what its upper directory lacks, and the requests to try."""
+
+    requests: dict[str, Request]
+    options: dict[str, Any] = field(default_factory=dict)
+    lacks: Callable[[UpperDir], None] = lambda upper: None
+
+
+VARIANTS = {
+    "with a quota": Variant(
+        LIMITED
+        | some("create gone", "link hard1 new", "unlink hard1 while", "rename file gone", "lengthen up", "write"),
+        {"quota_bytes": 1 << 30},
+    ),
+    "with marks": Variant(
+        some(
+            *("create of a user gone", "mkdir gone", "link file gone", "unlink file", "unlink up", "rmdir dir"),
+            *("rename file gone", "rename up goned", "rename dir goned", "rename dir empty", "rename file new leaving"),
+        ),
+        lacks=use_marks,
+    ),
+    "without unnamed files": Variant(
+        some(
+            "chown file", "chown hard1", "shorten file", "open file", "open hard1 to", "open an un", "rename file new"
+        ),
+        lacks=use_names,
+    ),
+}
+
+
 # -- trying them ----------------------------------------------------------------------------------------------------
 
 
 class Trial:
     """One kind of mount, on directories that are made anew for each try."""
 
-    def __init__(self, path: Path, injected: Faults, **options: Any) -> None:
+    def __init__(
+        self, path: Path, injected: Faults, lacks: Callable[[UpperDir], None] = lambda upper: None, **options: Any
+    ) -> None:
         self.path = path
         self.faults = injected
+        self.lacks = lacks
         self.options = MountOptions(
             lowerdirs=(str(path / "low1"), str(path / "low2")),
             upperdir=str(path / "upper"),
@@ -569,13 +621,19 @@ class Trial:
         make_lowers(path)
         for name in ("upper", "work", "other"):
             (path / name).mkdir()
-        tree = open_tree(self.options)
+        tree = self.open(self.options)
         make_upper(Rig(tree))
         tree.close()
         date_back(path / "upper")
         (path / "upper").rename(path / "template")
         self.since = time.time_ns()
         self.lowers = {top: disk_state(path / top) for top in ("low1", "low2")}
+
+    def open(self, options: MountOptions) -> UnionTree:
+        tree = open_tree(options)
+        if tree.view.upper is not None:
+            self.lacks(tree.view.upper)
+        return tree
 
     def start(self) -> Rig:
         """A tree as it is before each request."""
@@ -585,7 +643,7 @@ class Trial:
         os.close(top)
         subprocess.run(["cp", "-a", self.path / "template", self.path / "upper"], check=True)
         (self.path / "work").mkdir()
-        return Rig(open_tree(self.options))
+        return Rig(self.open(self.options))
 
     def shown(self, tree: UnionTree) -> Shown:
         return shown(tree, since=self.since)
@@ -595,7 +653,7 @@ class Trial:
         for inode in rig.tree.inodes:  # as the end of the mount does
             if isinstance(inode, FileInode):
                 rig.tree.copy_up.place_names(inode)
-        tree = open_tree(replace(self.options, workdir=str(self.path / "other")))
+        tree = self.open(replace(self.options, workdir=str(self.path / "other")))
         try:
             return self.shown(tree)
         finally:
@@ -685,13 +743,15 @@ class Trial:
                     wrong(f"not right later: {differences(now, after)}")
             for file in rig.opened:
                 self.check_reader(rig, file, wrong)
+            if not asked:  # of a file that cannot be asked for its blocks, the next count of everything sees them
+                self.check_space(rig.tree, wrong)
         except OSError as error:
             wrong(f"cannot be looked at: {error!r}")
         finally:
             rig.tree.close()
         if len(os.listdir("/proc/self/fd")) != descriptors:
             wrong("descriptors leak")
-        tree = open_tree(self.options)
+        tree = self.open(self.options)
         if left := [*os.listdir(self.path / "work/work"), *(set(os.listdir(self.path / "work")) - {"work"})]:
             wrong(f"left in the work directory: {left}")
         if self.shown(tree) != after:
@@ -709,6 +769,18 @@ class Trial:
         if os.pread(again.fd, 1 << 20, 0) != os.pread(file.fd, 1 << 20, 0):
             wrong("an open file has old data")
         rig.tree.close_file(again)
+
+    @staticmethod
+    def check_space(tree: UnionTree, wrong: Callable[[str], None]) -> None:
+        """Whether what is counted of a limited upper directory is what is there."""
+        if tree.space is not None:
+            used, promised = (
+                tree.space.used_bytes,
+                tree.space.limit_bytes - tree.space.used_bytes - tree.space.free_bytes,
+            )
+            tree.space._count_all()
+            if used != tree.space.used_bytes or promised:
+                wrong(f"{used} bytes are counted and {promised} promised; there are {tree.space.used_bytes}")
 
 
 def disk_state(top: Path) -> list[tuple[Any, ...]]:
@@ -766,6 +838,22 @@ def test_each_call_fails(plain: Trial, name: str) -> None:
     plain.run(REQUESTS[name])
 
 
+@pytest.fixture(scope="module")
+def variants(memory: Path, injected: Faults) -> Callable[[str], Trial]:
+    @functools.cache
+    def trial(kind: str) -> Trial:
+        path = memory / kind.replace(" ", "-")
+        path.mkdir()
+        return Trial(path, injected, VARIANTS[kind].lacks, **VARIANTS[kind].options)
+
+    return trial
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, v in VARIANTS.items() for name in v.requests])
+def test_each_call_fails_on_other_mounts(variants: Callable[[str], Trial], kind: str, name: str) -> None:
+    variants(kind).run(VARIANTS[kind].requests[name])
+
+
 # -- what is not a request ------------------------------------------------------------------------------------------
 
 
@@ -774,7 +862,7 @@ def test_each_call_of_opening_fails(memory: Path, injected: Faults, kind: str) -
     """It is said in one line what is wrong, nothing stays open, and later it can be mounted."""
     path = memory / f"open-{kind}"
     path.mkdir()
-    trial = Trial(path, injected, **({"quota_bytes": 1 << 30} if kind == "limited" else {}))
+    trial = Trial(path, injected, quota_bytes=1 << 30 if kind == "limited" else 0)
     options = trial.options if kind != "read-only" else replace(trial.options, read_only=True)
     for code in ERRORS:
         fail_at = 0

@@ -24,6 +24,7 @@ _OS = [
     *("preadv", "pwrite", "readlink", "removexattr", "rename", "rmdir", "scandir", "setxattr", "stat", "statvfs"),
     *("symlink", "truncate", "unlink", "utime"),
 ]
+_LSTAT = os.lstat
 _LIBC = ["fallocate", "name_to_handle_at", "open_by_handle_at", "renameat2", "statx", "syncfs"]
 # What is on the disk is not looked at by these tests, and the disk is slow.
 _SYNCING = frozenset({"fsync", "fdatasync", "syncfs"})
@@ -54,28 +55,35 @@ class Faults:
         finally:
             self.armed = False
 
-    def fails(self, name: str, args: tuple[Any, ...]) -> bool:
+    def fails(self, name: str, args: tuple[Any, ...], dir_fd: int | None = None) -> bool:
         """Whether this call, which is counted, is to fail."""
         number = len(self.calls)
         self.calls.append(name)
         if number == self.fail_at:
             self.failed = f"{number}: {name}{args}"
             return True
-        return self.lasting and self.failed is not None and self._same_kind(name, args)
+        return self.lasting and self.failed is not None and self._same_kind(name, args, dir_fd)
 
-    def _same_kind(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _same_kind(self, name: str, args: tuple[Any, ...], dir_fd: int | None) -> bool:
         opens = name in ("open", "scandir", "dup", "openat2", "open_by_handle_at")
         if self.code == errno.EMFILE:
             return opens
         if self.code in (errno.ENOSPC, errno.EDQUOT):
-            makes = name == "open" and bool(args[1] & (os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY))
-            return makes or name in _TAKES_ROOM
+            creates = name == "open" and bool(args[1] & (os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY))
+            return (creates and not _exists(args[0], dir_fd)) or name in _TAKES_ROOM
+        return False
+
+
+def _exists(name: bytes, dir_fd: int | None) -> bool:
+    try:
+        return name != b"." and bool(_LSTAT(name, dir_fd=dir_fd))
+    except OSError:
         return False
 
 
 def _python_call(faults: Faults, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if faults.armed and faults.fails(name, args):
+        if faults.armed and faults.fails(name, args, kwargs.get("dir_fd")):
             raise OSError(faults.code, os.strerror(faults.code))
         return None if name in _SYNCING else real(*args, **kwargs)
 

@@ -85,7 +85,7 @@ class CopyUpJob:
 
     inode: FileInode
     st: os.stat_result  # of the file that is copied
-    source_fd: int
+    source_fd: int  # of the lower file
     target_fd: int
     new: NewFile | None  # the file behind ``target_fd``; None when the data goes straight into the upper file
     size: int
@@ -98,6 +98,7 @@ class CopyUpJob:
     is_wanted: Callable[[], bool] = always  # asked now and then; where nobody wants it, the copying ends with EINTR
     data_is_below: tuple[bytes, ...] = ()  # attributes of a target without data that say where that is
     complete: bool = False  # whether such a target has its data
+    opens_source: bool = False  # whether ``source_fd`` is O_PATH so far
     empties: bool = False  # whether the copy stands for a truncation, which is a change
 
     def run(self) -> None:
@@ -105,6 +106,8 @@ class CopyUpJob:
         if self.mark is not None:
             sync_and_unmark(self.target_fd, self.mark, self.origin)
             return
+        if self.opens_source:
+            self._open_source()
         copy_data(
             self.source_fd,
             self.target_fd,
@@ -115,6 +118,13 @@ class CopyUpJob:
         )
         if self.data_is_below:
             self._complete()
+
+    def _open_source(self) -> None:
+        """Open the lower file for reading, which may take long where the layer is on a network."""
+        handle = self.source_fd
+        self.source_fd = os.open(b"/proc/self/fd/%d" % handle, os.O_RDONLY | os.O_CLOEXEC)
+        os.close(handle)
+        self.opens_source = False
 
     def _complete(self) -> None:
         """The target has the data: it need not be looked for below any more.
@@ -269,19 +279,21 @@ class CopyUp:
 
         Directories, links and other special files, and files of which no data is wanted, are done at once.
         """
-        job = self._prepare(inode, scope, st)
+        job = self._prepare(inode, scope, st, in_thread=True)
         if job is None or job.size or job.mark is not None:
             return job
         self._do(job)
         return None
 
-    def _prepare(self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None) -> CopyUpJob | None:
+    def _prepare(
+        self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None, *, in_thread: bool = False
+    ) -> CopyUpJob | None:
         if isinstance(inode, FileInode):
             self.place_names(inode)
         if not self.requires(inode, scope):
             return None
         size_bytes = self._accounts.require_copy(inode, data=scope.data, size=scope.size)
-        job = self._begin(inode, scope, st)
+        job = self._begin(inode, scope, st, os.O_PATH if in_thread else os.O_RDONLY)
         if job is not None:
             try:
                 self._accounts.copying(inode, job.target_fd, size_bytes)
@@ -290,13 +302,15 @@ class CopyUp:
                 raise
         return job
 
-    def _begin(self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None) -> CopyUpJob | None:
+    def _begin(
+        self, inode: Inode, scope: CopyUpScope, st: os.stat_result | None, source_flags: int
+    ) -> CopyUpJob | None:
         upper = self._upper
         if isinstance(inode, FileInode):
             if inode.unsynced:
                 return self.begin_sync(inode)
             if inode.upper:
-                return self._begin_data(inode, scope)
+                return self._begin_data(inode, scope, source_flags)
         for parent, _ in inode.places():
             self.copy_directory(parent)
         if st is None:
@@ -312,7 +326,7 @@ class CopyUp:
         if not scope.data and self._view.options.metacopy and st.st_size > 0:
             self._metacopy(upper, inode, st)
             return None
-        source_fd = self._view.open_data(inode)
+        source_fd = self._view.open_data(inode, source_flags)
         later = scope.later and not scope.data and self.may_sync_later(inode, st)
         try:
             new = self._marked_file(upper, st.st_size) if later else upper.new_file()
@@ -320,7 +334,8 @@ class CopyUp:
             os.close(source_fd)
             raise
         sync = self._sync and wanted > 0 and not later
-        return CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later)
+        opens_source = source_flags == os.O_PATH
+        return CopyUpJob(inode, st, source_fd, new.fd, new, wanted, sync, later=later, opens_source=opens_source)
 
     def finish(self, job: CopyUpJob, *, keep_open: bool = False) -> None:
         """Put a copied file into its place: after this it is the inode's object, also for files open by now.
@@ -497,7 +512,7 @@ class CopyUp:
 
     # -- the data of a metacopy -------------------------------------------------------------------------------
 
-    def _begin_data(self, inode: FileInode, scope: CopyUpScope) -> CopyUpJob:
+    def _begin_data(self, inode: FileInode, scope: CopyUpScope, source_flags: int) -> CopyUpJob:
         st = self._view.real_stat(inode)
         wanted = scope.bytes_of(st.st_size)
         proc_path, _ = self._view.proc_path(inode)
@@ -505,7 +520,8 @@ class CopyUp:
         job = CopyUpJob(inode, st, -1, -1, None, wanted, self._sync and wanted > 0, data_is_below=names)
         try:
             job.overwrites = st.st_blocks > 0
-            job.source_fd = self._view.open_data(inode)
+            job.source_fd = self._view.open_data(inode, source_flags)
+            job.opens_source = source_flags == os.O_PATH
             job.target_fd = os.open(proc_path, os.O_RDWR | os.O_CLOEXEC)
             job.capability = rules.read_xattr(job.target_fd, CAPABILITY)
         except BaseException:

@@ -495,14 +495,14 @@ class MergedView:
         fd = layer.open(path, flags)
         if inode.data_unproven:
             try:
-                self._prove_data(inode, fd)
+                self._prove_data(inode, layer.proc_path(path) if flags & os.O_PATH else fd)
             except BaseException:
                 os.close(fd)
                 raise
         return fd
 
-    def _prove_data(self, inode: FileInode, fd: int) -> None:
-        if self.lower.is_metacopy(fd):
+    def _prove_data(self, inode: FileInode, what: int | bytes) -> None:
+        if self.lower.is_metacopy(what):
             raise OSError(errno.EIO, _NO_DATA, os.fsdecode(inode.path()))
         inode.data_unproven = False
 
