@@ -26,12 +26,14 @@ ROOTED = {"containerd.io/gc.root": "2026-01-01T00:00:00Z"}
 
 
 @contextmanager
-def snapshotter_at(root: Path, over: str, *, overlay_unpack: bool = True) -> Iterator[Snapshotter]:
+def snapshotter_at(
+    root: Path, over: str, *, overlay_unpack: bool = True, share_layers: bool = False
+) -> Iterator[Snapshotter]:
     """A snapshotter with everything below ``root``, reached as ``over`` says: ``object``, or by ``socket``.
 
     At the end nothing may be mounted below ``root`` once all snapshots are removed.
     """
-    store = UnionSnapshotter(str(root / "root"), overlay_unpack=overlay_unpack)
+    store = UnionSnapshotter(str(root / "root"), overlay_unpack=overlay_unpack, share_layers=share_layers)
     try:
         if over == "object":
             yield store

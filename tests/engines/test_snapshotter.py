@@ -30,6 +30,7 @@ from unionfs.engines.snapshotter.filters import compile_filters
 from unionfs.engines.snapshotter.service import SocketServer, make_handler
 from unionfs.errors import (
     SnapshotArgumentError,
+    SnapshotExistsError,
     SnapshotNotFoundError,
     SnapshotterError,
     StoreLockedError,
@@ -75,7 +76,8 @@ INFO = Info(
         ("name!=x", True),
         ("kind==committed", True),
         ("kind==COMMITTED", False),
-        ("parent", False),
+        ("parent", True),
+        ('parent==""', True),
         ("parent==x", False),
         ("parent!=x", True),
         ("labels.plain", True),
@@ -141,7 +143,7 @@ def test_filters_are_of_some_length() -> None:
 
 def test_one_of_several_filters_is_enough() -> None:
     assert compile_filters(["kind==view", "labels.plain"])(INFO)
-    assert not compile_filters(["kind==view", "parent"])(INFO)
+    assert not compile_filters(["kind==view", "nothing"])(INFO)
     assert compile_filters([])(replace(INFO, kind=Kind.VIEW))
 
 
@@ -388,6 +390,31 @@ def test_other_keys_are_mounted(sn: Snapshotter, key: str) -> None:
 def test_the_short_cut_can_be_turned_off(tmp_path: Path) -> None:
     with snapshotter_at(tmp_path, "object", overlay_unpack=False) as sn:
         assert sn.prepare(UNPACK, two_layers(sn))[0].type == "bind"
+
+
+@pytest.mark.parametrize("over", ["object", "socket"])
+def test_a_layer_that_is_there_is_not_unpacked_again(over: str, tmp_path: Path) -> None:
+    """As containerd asks for two of its namespaces."""
+    a, b = "sha256:aa", "sha256:bb"
+    ref = "containerd.io/snapshot.ref"
+    with snapshotter_at(tmp_path, over, share_layers=True) as sn:
+        sn.prepare(f"one/1/extract-1-x {a}", labels={ref: a})
+        sn.commit(f"one/2/{a}", f"one/1/extract-1-x {a}", {ref: a})
+        # As containerd 1.6 imports an image: the layer is only in the key.
+        sn.prepare(f"one/3/extract-1-x {b}", f"one/2/{a}")
+        sn.commit(f"one/4/{b}", f"one/3/extract-1-x {b}")
+        for layer, parent, name in ((a, "", f"one/2/{a}"), (b, f"one/2/{a}", f"one/4/{b}")):
+            with pytest.raises(SnapshotExistsError, match=name):
+                sn.prepare(f"two/1/extract-2-x {layer}", parent, {ref: layer})
+            (found,) = sn.walk([f'labels."{ref}"=={layer},parent=="{parent}"'])
+            assert (found.name, found.kind) == (name, Kind.COMMITTED)
+        # Over another parent it is another layer, and one that is not asked for by its label is made.
+        sn.prepare(f"two/2/extract-2-x {b}", "", {ref: b})
+        sn.prepare(f"two/3/extract-2-x {b}", f"one/2/{a}")
+    with snapshotter_at(tmp_path / "separate", over) as sn:
+        for namespace in ("one", "two"):
+            sn.prepare(f"{namespace}/1/extract-1-x {a}", labels={ref: a})
+            sn.commit(f"{namespace}/2/{a}", f"{namespace}/1/extract-1-x {a}", {ref: a})
 
 
 def test_over_a_renamed_directory_layers_are_unpacked_through_a_mount(sn: Snapshotter) -> None:

@@ -42,7 +42,12 @@ _STOP_S = 10.0
     show_default=True,
     help="Let containerd unpack layers into their directories, without a mount.",
 )
-def snapshotter(root: str, address: str, mount_options: Sequence[str], overlay_unpack: bool) -> int:
+@click.option(
+    "--share-layers",
+    is_flag=True,
+    help="Unpack a layer once for all of containerd's namespaces. What it costs: docs/containerd.md.",
+)
+def snapshotter(root: str, address: str, mount_options: Sequence[str], overlay_unpack: bool, share_layers: bool) -> int:
     """Serve containerd's snapshots, also those of nerdctl, Docker and Kubernetes.
 
     It stays in the foreground. Containers run on while it is restarted. docs/containerd.md has the whole set-up.
@@ -57,7 +62,7 @@ def snapshotter(root: str, address: str, mount_options: Sequence[str], overlay_u
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    store = UnionSnapshotter(root, options, overlay_unpack=overlay_unpack)
+    store = UnionSnapshotter(root, options, overlay_unpack=overlay_unpack, share_layers=share_layers)
     try:
         server = SocketServer(address, make_handler(store))
         server.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -25,8 +26,12 @@ from tests.e2e.engines.containerd_engine import (
 from tests.e2e.engines.cri import Kubelet
 from tests.e2e.engines.private import private_cell
 from tests.e2e.engines.scenario import Record, assert_linked, census, differences, play, without_times
+from tests.engines.snapshotter_client import SnapshotterClient
+from tests.engines.snapshotter_rig import ROOTED
 from tests.support.mounts import wait_until
 from tests.support.sandbox import needs_root
+from unionfs.engines.snapshotter import Info, Kind
+from unionfs.errors import SnapshotExistsError
 
 pytestmark = [pytest.mark.engine]
 needs_root()
@@ -147,6 +152,47 @@ def test_a_hundred_layers(engine: ContainerdEngine, image: AwkwardImage) -> None
     script = "cat /layers/last; ls /layers | wc -l; ls /only"
     assert engine.run("hundred:latest", "/bin/sh", "-c", script) == "99\n101\n99\n"
     engine("images", "rm", "--sync", engine.ref("hundred:latest"))
+
+
+def test_two_namespaces_share_the_layers_of_an_image(image: AwkwardImage) -> None:
+    with containerd_engine(OURS, options=("--share-layers",)) as engine:
+        engine.load(image.archive)
+        chain = {info.parent: info.name for info in in_namespace(engine, engine.namespace)}
+        directories = sorted(os.listdir(engine.directories))
+        client = SnapshotterClient(f"{engine.cell.root}/c.sock", f"{engine.namespace}-two")
+        try:
+            layer = ""
+            while layer in chain:  # as containerd's unpacker asks
+                parent, layer = layer, chain[layer]
+                with pytest.raises(SnapshotExistsError):
+                    client.prepare(f"extract-1-x {layer}", parent, {"containerd.io/snapshot.ref": layer, **ROOTED})
+                assert (client.stat(layer).parent, client.stat(layer).kind) == (parent, Kind.COMMITTED)
+            assert len(chain) == len(image.layers)
+            assert sorted(os.listdir(engine.directories)) == directories
+            # They stay as long as one namespace needs them.
+            engine.remove_all()
+            (mount,) = client.prepare("container", layer, ROOTED)
+            assert "passwd" in engine.cell.shell('ls "$1/etc"', mount.source)
+            client.remove("container")
+            for layer in reversed(chain.values()):
+                client.remove(layer)
+        finally:
+            client.close()
+        engine("images", "rm", "--sync", "none")  # collects the garbage
+        assert engine.leftovers() == []
+        engine("namespaces", "rm", f"{engine.namespace}-two")
+
+
+def in_namespace(engine: ContainerdEngine, namespace: str) -> list[Info]:
+    """What containerd lists there, parents first."""
+    client = SnapshotterClient(f"{engine.cell.root}/c.sock", namespace)
+    found = {info.parent: info for info in client.walk()}
+    client.close()
+    ordered, name = [], ""
+    while name in found:
+        ordered.append(found[name])
+        name = found[name].name
+    return ordered
 
 
 def many_layers(image: AwkwardImage, archive: Path, count: int) -> None:

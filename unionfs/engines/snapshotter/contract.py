@@ -114,7 +114,8 @@ class Snapshotter(Protocol):
         """Make an active snapshot over the committed ``parent``, or over nothing; returns its :meth:`mounts`.
 
         Raises:
-            SnapshotExistsError: the key is taken.
+            SnapshotExistsError: the key is taken; or there is a committed snapshot already of the layer that the label
+                ``containerd.io/snapshot.ref`` names, over the same parent, for a snapshotter that shares layers.
             SnapshotArgumentError: the parent is not committed.
         """
 

@@ -82,7 +82,7 @@ def _field(info: Info, path: tuple[str, ...]) -> str | None:
         case ("name",):
             return info.name or None
         case ("parent",):
-            return info.parent or None
+            return info.parent  # there, also when it is empty: containerd looks for "parent=="
         case ("kind",):
             return info.kind.name.lower()
         case ("labels", *rest) if rest:

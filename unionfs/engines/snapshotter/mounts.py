@@ -43,6 +43,9 @@ _log = logging.getLogger(__name__)
 UID_LABEL = "containerd.io/snapshot/uidmapping"
 GID_LABEL = "containerd.io/snapshot/gidmapping"
 
+REF_LABEL = "containerd.io/snapshot.ref"
+"""The chain id of the layer that a snapshot is going to be, or is."""
+
 SIZE_LABEL = "containerd.io/snapshot/max-size"
 """Bytes that an active snapshot itself may take."""
 
@@ -107,7 +110,13 @@ def _ranges(label: str, labels: Mapping[str, str]) -> tuple[_Range, ...]:
 
 
 # containerd's snapshots.UnpackKeyFormat, behind the namespace and number that its metadata store puts before a key.
-_UNPACK_KEY = re.compile(r"(?:.*/)?extract-[^/ ]+ [a-z0-9]+:[0-9a-f]+", re.DOTALL)
+_UNPACK_KEY = re.compile(r"(?:.*/)?extract-[^/ ]+ ([a-z0-9]+:[0-9a-f]+)", re.DOTALL)
+
+
+def unpacked_layer(key: str) -> str | None:
+    """The chain id of the layer that containerd unpacks into the snapshot ``key``; None when it does not do that."""
+    match = _UNPACK_KEY.fullmatch(key)
+    return None if match is None else match[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +166,7 @@ def plan_mounts(
     if not options:
         if not parents:
             return Plan((_bind(paths.fs, "rw"),))
-        if overlay_unpack and _UNPACK_KEY.fullmatch(key) and _is_plain(chain, parents[0]):
+        if overlay_unpack and unpacked_layer(key) and _is_plain(chain, parents[0]):
             named = ("index=off", f"workdir={paths.work}", f"upperdir={paths.fs}", "lowerdir=" + ":".join(parents))
             return Plan((Mount(type="overlay", source="overlay", options=named),))
     return Plan((_bind(paths.union, "rw"),), writable_union(directories, number, chain), options)

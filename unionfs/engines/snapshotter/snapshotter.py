@@ -16,9 +16,23 @@ from unionfs.drivers.union import check_filesystem, check_fuse
 from unionfs.engines.snapshotter.contract import LABEL_MAX_BYTES, Info, Kind, Mount, Usage
 from unionfs.engines.snapshotter.directories import SnapshotDirectories
 from unionfs.engines.snapshotter.filters import compile_filters
-from unionfs.engines.snapshotter.mounts import MountRequirements, Plan, SnapshotUnions, plan_mounts, writable_union
+from unionfs.engines.snapshotter.mounts import (
+    REF_LABEL,
+    MountRequirements,
+    Plan,
+    SnapshotUnions,
+    plan_mounts,
+    unpacked_layer,
+    writable_union,
+)
 from unionfs.engines.snapshotter.store import Chain, Record, SnapshotStore, check_active
-from unionfs.errors import DriverError, SnapshotArgumentError, SnapshotStateError, SnapshotterError
+from unionfs.errors import (
+    DriverError,
+    SnapshotArgumentError,
+    SnapshotExistsError,
+    SnapshotStateError,
+    SnapshotterError,
+)
 from unionfs.host.locks import NamedLocks, StoreLock
 from unionfs.host.syscalls import in_user_namespace
 
@@ -33,6 +47,8 @@ class UnionSnapshotter:
         mount_options: options of every mount of ours (docs/unionfs-mount.md).
         overlay_unpack: let containerd unpack layers without a mount (:mod:`.mounts`). In a user namespace it never
             does: whiteouts as the kernel's overlayfs knows them cannot be made there.
+        share_layers: a layer of an image that is there already, for whichever of containerd's namespaces, is not
+            unpacked again.
 
     Raises:
         NotSupportedError: there is no FUSE here, or the file system of ``root`` cannot hold layers.
@@ -40,7 +56,14 @@ class UnionSnapshotter:
         SnapshotterError: ``root`` cannot be used, or its database is damaged.
     """
 
-    def __init__(self, root: str, mount_options: Sequence[str] = (), *, overlay_unpack: bool = True) -> None:
+    def __init__(
+        self,
+        root: str,
+        mount_options: Sequence[str] = (),
+        *,
+        overlay_unpack: bool = True,
+        share_layers: bool = False,
+    ) -> None:
         self._directories = SnapshotDirectories(root)
         self._lock = StoreLock(os.path.join(self._directories.root, "lock"))
         try:
@@ -57,6 +80,7 @@ class UnionSnapshotter:
         self._unions = SnapshotUnions(mount_options)
         self._names = NamedLocks()
         self._overlay_unpack = overlay_unpack and not in_user_namespace()
+        self._share_layers = share_layers
 
     @property
     def root(self) -> str:
@@ -103,6 +127,11 @@ class UnionSnapshotter:
 
     def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> tuple[Mount, ...]:
         """See :meth:`Snapshotter.prepare`."""
+        # containerd takes "exists already" as the answer to a layer that it named, looks for the label in the list, and
+        # has the snapshot found as its own from then on; it removes it when no namespace needs it (core/metadata).
+        layer = (labels or {}).get(REF_LABEL, "")
+        if layer and self._share_layers and (found := self._store.find(parent, REF_LABEL, layer)):
+            raise SnapshotExistsError(f"layer {layer} is there already, as snapshot {found}; use that")
         return self._create(Kind.ACTIVE, key, parent, labels or {})
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> tuple[Mount, ...]:
@@ -112,7 +141,11 @@ class UnionSnapshotter:
     def commit(self, name: str, key: str, labels: Mapping[str, str] | None = None) -> None:
         """See :meth:`Snapshotter.commit`."""
         _check_name(name)
-        _check_labels(labels or {})
+        labels = dict(labels or {})
+        # containerd 1.6 does not say it for images that are imported.
+        if (layer := unpacked_layer(key)) and name.endswith(layer) and self._share_layers:
+            labels.setdefault(REF_LABEL, layer)
+        _check_labels(labels)
         with self._names.hold(key, name), _system_errors(f"commit snapshot {key}"):
             record = self._store.get(key)
             check_active(record)
@@ -121,7 +154,7 @@ class UnionSnapshotter:
             self._unions.end(union, MountRequirements.of_labels(record.info.labels, writable=True).mount_options())
             measured = self._directories.measure(record.number)
             self._directories.sync(record.number)
-            self._store.commit(key, name, labels or {}, measured.usage, redirected=measured.redirected)
+            self._store.commit(key, name, labels, measured.usage, redirected=measured.redirected)
 
     def remove(self, key: str) -> None:
         """See :meth:`Snapshotter.remove`."""

@@ -193,6 +193,17 @@ class SnapshotStore:
                 raise _taken(name)
             return self._chain(database, parent)
 
+    def find(self, parent: str, label: str, value: str) -> str | None:
+        """The name of a committed snapshot over ``parent``, empty for none, with this label; None if there is none."""
+        with self._reading() as database:
+            row = database.execute(
+                "SELECT s.name FROM snapshots s JOIN labels l ON l.snapshot = s.number"
+                " LEFT JOIN snapshots p ON p.number = s.parent"
+                " WHERE l.key = ? AND l.value = ? AND s.kind = ? AND coalesce(p.name, '') = ?",
+                (label, value, int(Kind.COMMITTED), parent),
+            ).fetchone()
+            return None if row is None else str(row[0])
+
     def check_free(self, name: str) -> None:
         """Raise :class:`SnapshotExistsError` when the name is taken."""
         with self._reading() as database:
