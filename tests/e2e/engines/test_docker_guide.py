@@ -99,6 +99,17 @@ def test_guide_without_systemd() -> None:
         )
 
 
+def test_with_the_supervisor() -> None:
+    with machine() as cell:
+        configure(cell, documented_config("Configure"))
+        with started(cell, *commands("Faster mounts"), *commands("Without systemd")):
+            load(cell)
+            cell.shell("docker run -d --network none --name one busybox sleep 1000")
+            (mount,) = json.loads(cell.shell("unionfs mounts --json"))
+            assert mount["supervised"] is True
+            cell.shell("docker rm -f one; docker rmi busybox $1", TAG)
+
+
 def test_units() -> None:
     """What systemd would do with the units, done by its own tools; systemd itself does not run here."""
     with machine() as cell:
@@ -165,5 +176,5 @@ def test_without_a_plugin() -> None:
 
 
 def test_no_command_is_left_out() -> None:
-    tried = ("Install", "Without systemd", "See that it is used", "Taking along what is there", "Without a plugin")
-    assert {name for name in SECTIONS if commands(name)} == set(tried)
+    tried = {"Install", "Without systemd", "Faster mounts", "See that it is used", "Taking along what is there"}
+    assert {name for name in SECTIONS if commands(name)} == tried | {"Without a plugin"}

@@ -330,6 +330,7 @@ def test_a_container_can_go_on_after_its_server_was_killed(engine: Podman, one: 
     engine.cell.shell('kill -9 "$@"', *servers)
     # Not "restart": podman leaves the dead mount in place then.
     engine("stop", "-t", "0", one)
+    engine("umount", "--force", one)
     engine("start", one)
     assert without_times(census(engine.execute(one, "/bin/census"))) == without_times(before)
     assert engine.execute(one, "cat", "d2/x", "d2/y") == "kept\nkept\n"

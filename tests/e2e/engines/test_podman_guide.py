@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Literal
 
@@ -55,6 +56,19 @@ def test_guide(user: str) -> None:
         if who is not None:
             merged = cell.shell(commands("Buildah"), user=who).splitlines()[0]
             assert merged.endswith("/merged")
+        root, rootless = commands("Faster mounts").split("\n\n")
+        supervisor = (root if who is None else rootless).strip().removesuffix(" &").split()
+        server = cell.start(*supervisor, log=cell.root / "tmp/supervisor", user=who)
+        unshare = "" if who is None else "podman unshare "
+        socket = "/run/unionfs/supervisor.sock" if who is None else f"/run/user/{USER_ID}/unionfs/supervisor-*.sock"
+        cell.shell(f"for try in $(seq 300); do ls {socket} 2>/dev/null && break; sleep 0.1; done", user=who)
+        cell.shell("podman run -d --name one docker.io/library/busybox sleep 1000", user=who)
+        assert [
+            mount["supervised"] for mount in json.loads(cell.shell(f"{unshare}unionfs mounts --json", user=who))
+        ] == [True]
+        cell.shell("podman rm -f -t 0 one", user=who)
+        cell.run("kill", *(line.split()[0] for line in cell.processes() if "supervisor_program" in line))
+        server.wait(60)
         cell.shell("podman rmi -a -f; podman system migrate", user=who)
         cell.shell("umount /usr/local/bin")
         cell.assert_quiet()
@@ -66,10 +80,11 @@ def test_the_guide_tells_all_commands() -> None:
         "As root",
         "As an ordinary user",
         "Buildah",
+        "Faster mounts",
         "A store that exists already",
         "Limits",
     }
-    assert sum(len(commands(section).splitlines()) for section in SECTIONS) == 8
+    assert sum(len(commands(section).splitlines()) for section in SECTIONS) == 11
 
 
 def trees(engine: Podman) -> list[Tree]:
