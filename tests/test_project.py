@@ -57,10 +57,24 @@ def imported_modules(path: Path, module: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{base}.{alias.name}"
 
 
+# Not an option of that name, nor a file: that is for who looks at the packages to tell.
+MODULE_NAME = re.compile(r"(?<![\w./-])unionfs(?:\.[a-z_]\w*)+")
+
+
+def modules_in_strings(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) for modules that are imported, run (``python -m``) or found by name."""
+    tree = ast.parse(path.read_bytes(), str(path))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            for name in MODULE_NAME.findall(node.value):
+                yield node.lineno, name
+
+
 def wrong_imports(
     package: Path, layers: list[set[str]] = LAYERS, foundation: AbstractSet[str] = frozenset(FOUNDATION)
 ) -> list[str]:
-    """Imports in ``package`` that do not point downwards, as "file:line: importer -> imported"."""
+    """Imports and names of modules in ``package`` that do not point down, as "file:line: importer -> imported"."""
     found = []
     parents = [package.name]  # of a room: the package itself, and the one it is in
     while (package.parents[len(parents) - 1] / "__init__.py").exists():
@@ -69,7 +83,9 @@ def wrong_imports(
         parts = path.relative_to(package).with_suffix("").parts
         importer = parts[0]
         module = ".".join([*parents, *(part for part in parts if part != "__init__")])
-        for line, name in imported_modules(path, module):
+        known = set().union(*layers)
+        named = [one for one in modules_in_strings(path) if known & {*one[1].split(".")[len(parents) :][:1]}]
+        for line, name in [*imported_modules(path, module), *named]:
             pieces = name.split(".")
             if pieces[0] == "tests" or pieces[0] == "scripts":
                 found.append(f"{path}:{line}: {importer} -> {name}")
@@ -104,6 +120,12 @@ def test_imports_point_downwards() -> None:
         ("layers/a.py", "import unionfs.engines", True),
         ("errors.py", "from unionfs.archive import b", True),
         ("archive/a.py", "from tests.support import b", True),
+        ("drivers/a.py", 'run([executable, "-P", "-m", "unionfs.cli.program", *words])', True),
+        ("drivers/a.py", 'run(f"{executable} -m unionfs.cli.program {word}")', True),
+        ("drivers/a.py", 'entry_points(group="unionfs.engines")', True),
+        ("drivers/a.py", 'run([executable, "-m", "unionfs.fuse_ops.session.program"])', False),
+        ("drivers/a.py", 'get("unionfs.size", "/x/unionfs.cli", "my-unionfs.cli")', False),
+        ("drivers/a.py", '"""What unionfs.cli does with it."""', False),
     ],
 )
 def test_the_import_rule_is_applied(tmp_path: Path, where: str, statement: str, bad: bool) -> None:
@@ -122,6 +144,7 @@ def test_the_import_rule_is_applied(tmp_path: Path, where: str, statement: str, 
         ("tree/a.py", "from ..requests import b", True),
         ("options.py", "from unionfs.fuse_ops.stack import b", True),
         ("stack/a.py", "from unionfs.fuse_ops.options import b", False),
+        ("tree/a.py", 'import_module("unionfs.fuse_ops.session.a")', True),
     ],
 )
 def test_the_rule_is_applied_to_rooms(tmp_path: Path, where: str, statement: str, bad: bool) -> None:

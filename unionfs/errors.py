@@ -25,8 +25,8 @@ class MountError(UnionfsError):
     """The kernel or the host refused the mount."""
 
 
-class SupervisorError(UnionfsError):
-    """The supervisor cannot listen where it is to."""
+class ListenError(UnionfsError):
+    """A server cannot listen on the socket that it was given."""
 
 
 class ArchiveError(UnionfsError):

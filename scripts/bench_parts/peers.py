@@ -14,7 +14,8 @@ from bench_parts.errors import BenchError
 from bench_parts.stacks import Stack
 from bench_parts.syscalls import mount
 from bench_parts.user_namespace import is_rootless
-from unionfs.fuse_ops.options import SPEEDUPS, escape_value, format_layers
+from unionfs.fuse_ops.options import SPEEDUPS
+from unionfs.fuse_ops.session.option_text import escape_value, format_layers
 
 KERNEL: Final = "kernel"
 FUSE_OVERLAYFS: Final = "fuse-overlayfs"

@@ -78,7 +78,7 @@ def kill_servers(box: Sandbox) -> None:
 WATCHED = """
     import os, sys
 
-    from unionfs.cli import mount_server
+    from unionfs.fuse_ops.session import mount_server
     from unionfs.fuse_ops.transports import choice
 
     mounted = False

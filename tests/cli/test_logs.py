@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.cli import logs
+from unionfs.fuse_ops.session import logs
 
 # All ways in which a program complains of something unexpected, without one of them reading its source. Of the hooks
 # that cannot be taken back, so in a process of its own.
 COMPLAIN = """
     import logging, sys, threading, warnings
 
-    from unionfs.cli import logs
+    from unionfs.fuse_ops.session import logs
 
     opened = []
     logs.to_stderr(False)

@@ -43,12 +43,12 @@ from tests.support.sandbox import Sandbox, needs_root
 from tests.support.supervisor import END_S, Supervisor, parent_of, running_supervisor
 from tests.support.syscalls import CLONE_NEWNS
 from tests.support.users import as_user, in_child
-from unionfs.cli.mount_server import serve_in_copy
 from unionfs.drivers.layered import Stack
 from unionfs.drivers.union import FuseMounter
 from unionfs.errors import MountError
-from unionfs.fuse_ops.session.supervisor import client, wire
-from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
+from unionfs.fuse_ops.session.mount_server import serve_in_copy
+from unionfs.fuse_ops.session.supervisor import client
+from unionfs.fuse_ops.session.supervisor.worker import rehearse
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -68,7 +68,7 @@ def layers(direct_box: Sandbox) -> Sandbox:
 def supervisor(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     """One that runs, and that everything which mounts is told to use."""
     with running_supervisor(os.path.join(layers.root, "run")) as running:
-        monkeypatch.setenv(wire.SWITCH, running.path)
+        monkeypatch.setenv(client.SWITCH, running.path)
         yield running
 
 
@@ -105,13 +105,13 @@ def test_copy_of_the_supervisor_serves_the_mount(layers: Sandbox, supervisor: Su
 
 def test_what_is_sent_is_what_arrives() -> None:
     environment = {b"A": b"1", b"EMPTY": b"", b"TWO": b"x=y", b"\xff": b"\xfe"}
-    sent = wire.Request(["python3", "unionfs-mount", "-o", "a b", "\udcff"], 3, environment, (7, 8))
-    body = sent.pack()[wire.LENGTH_BYTES :]
-    got = wire.Request.unpack(body)
+    sent = client.Request(["python3", "unionfs-mount", "-o", "a b", "\udcff"], 3, environment, (7, 8))
+    body = sent.pack()[client.LENGTH_BYTES :]
+    got = client.Request.unpack(body)
     assert (got.argv, got.words, got.namespaces) == (sent.argv, ["-o", "a b", "\udcff"], (7, 8))
     assert got.environment == environment
     # Not variables: a word that nobody sets, and one without a name.
-    assert wire.Request.unpack(body + b"\0WORD\0=value").environment == environment
+    assert client.Request.unpack(body + b"\0WORD\0=value").environment == environment
 
 
 def test_rehearsal_goes_as_far_as_a_listing() -> None:
@@ -166,7 +166,7 @@ def test_server_is_as_one_of_the_callers_own(layers: Sandbox, supervisor: Superv
     words = [mount_program(), "-o", layer_options(layers), layers.target]
     found: list[dict[str, object]] = []
     for switch in ("0", supervisor.path):
-        done = run(["sh", "-c", script, "sh", *words], env={wire.SWITCH: switch})
+        done = run(["sh", "-c", script, "sh", *words], env={client.SWITCH: switch})
         assert (done.returncode, done.stderr) == (0, "")
         pid = server_of(layers.target)
         try:
@@ -183,7 +183,7 @@ def test_server_is_as_one_of_the_callers_own(layers: Sandbox, supervisor: Superv
         environ = traits["environ"]
         assert isinstance(environ, bytes)
         # The order and this variable are all that may differ.
-        traits["environ"] = {part for part in environ.split(b"\0") if not part.startswith(os.fsencode(wire.SWITCH))}
+        traits["environ"] = {part for part in environ.split(b"\0") if not part.startswith(os.fsencode(client.SWITCH))}
     for name, value in own.items():
         assert copy[name] == value, name
 
@@ -272,7 +272,7 @@ def test_standard_descriptors_may_be_closed(layers: Sandbox, supervisor: Supervi
 
 
 def test_switched_off(layers: Sandbox, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wire.SWITCH, "0")
+    monkeypatch.setenv(client.SWITCH, "0")
     with mounted(layers) as pid:
         assert not supervisor.serves(pid)
 
@@ -402,14 +402,14 @@ def test_other_user_is_refused(layers: Sandbox, supervisor: Supervisor) -> None:
     os.chmod(supervisor.path, 0o666)  # were it not for this, he could not even connect
     os.chown(layers.target, NOBODY, NOBODY)
     words = ["-o", f"lowerdir={layers.lowers[0]}", layers.target]
-    request = wire.Request(["unionfs-mount", *words], len(words), {}, wire.own_namespaces())
-    assert as_user(NOBODY, lambda: _converse(supervisor.path, request)) in (wire.DECLINED, b"")
+    request = client.Request(["unionfs-mount", *words], len(words), {}, client.own_namespaces())
+    assert as_user(NOBODY, lambda: _converse(supervisor.path, request)) in (client.DECLINED, b"")
     assert mounted_under(layers.root) == []
     with mounted(layers) as pid:
         assert supervisor.serves(pid)
 
 
-def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO, server: int = 0) -> bytes:
+def _converse(path: str, request: client.Request, *, last: bytes = client.GO, server: int = 0) -> bytes:
     """Send ``request`` as a client that does not look who listens; the first answer.
 
     ``server``, if it is one, is stopped before it is told ``last``: it hears of that and of the end at once.
@@ -424,22 +424,22 @@ def _converse(path: str, request: wire.Request, *, last: bytes = wire.GO, server
             return b""
         if server:
             os.kill(server, signal.SIGSTOP)
-        if answer == wire.TAKEN and last:
+        if answer == client.TAKEN and last:
             connection.sendall(last)
         return answer
 
 
-@pytest.mark.parametrize("last", [b"", b"x", wire.GO], ids=["hangs up", "says nonsense", "hangs up after GO"])
+@pytest.mark.parametrize("last", [b"", b"x", client.GO], ids=["hangs up", "says nonsense", "hangs up after GO"])
 def test_caller_who_is_gone_leaves_no_mount(layers: Sandbox, supervisor: Supervisor, last: bytes) -> None:
     (waiting,) = supervisor.copies()
     words = ["-o", layer_options(layers), layers.target]
-    request = wire.Request(["unionfs-mount", *words], len(words), os.environb, wire.own_namespaces())
-    assert in_child(lambda: _converse(supervisor.path, request, last=last, server=waiting)) == wire.TAKEN
+    request = client.Request(["unionfs-mount", *words], len(words), os.environb, client.own_namespaces())
+    assert in_child(lambda: _converse(supervisor.path, request, last=last, server=waiting)) == client.TAKEN
     os.kill(waiting, signal.SIGCONT)
     assert wait_until(lambda: waiting not in supervisor.copies(), END_S)
     assert not is_mounted(layers.target)
     assert servers_of(layers.target) == ()
-    if last != wire.GO:
+    if last != client.GO:
         assert layers.work is not None
         assert os.listdir(layers.work) == [], "it did something without being told to go on"
 
@@ -466,7 +466,7 @@ def test_false_supervisor_gets_nothing(layers: Sandbox, monkeypatch: pytest.Monk
     directory = layers.new_dir("run")
     os.chown(directory, NOBODY, NOBODY)
     path = f"{directory}/s.sock"
-    monkeypatch.setenv(wire.SWITCH, path)
+    monkeypatch.setenv(client.SWITCH, path)
 
     def listen() -> bytes:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -528,9 +528,9 @@ def test_twenty_at_once(layers: Sandbox, supervisor: Supervisor) -> None:
 def test_the_next_caller_does_not_wait_for_the_next_copy(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making it is put off for the sake of the mount that is going on, but not while somebody asks."""
     path = os.path.join(layers.new_dir("run"), "s.sock")
-    monkeypatch.setenv(wire.SWITCH, path)
+    monkeypatch.setenv(client.SWITCH, path)
     code = "import unionfs.fuse_ops.session.supervisor.daemon as daemon; daemon._NEXT_COPY_S = 600; "
-    code += "import sys; from unionfs.cli.supervisor_program import main; sys.exit(main(sys.argv[1], 0))"
+    code += "import sys; from unionfs.fuse_ops.session.supervisor.daemon import main; sys.exit(main(sys.argv[1], 0))"
     program = [sys.executable, "-c", code, path]
     with running_supervisor(os.path.dirname(path), program=program) as running:
         for _ in range(3):
@@ -554,14 +554,14 @@ def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch
     start = f"import sys; sys.path[:0] = [{copied!r}, {packages!r}]; "
     programs = {}
     for name, text in {
-        "supervisor": "from unionfs.cli.supervisor_program import main; sys.exit(main(sys.argv[1], 0))",
-        "mount": "from unionfs.cli.mount_program import main; sys.exit(main())",
+        "supervisor": "from unionfs.fuse_ops.session.supervisor.daemon import main; sys.exit(main(sys.argv[1], 0))",
+        "mount": "from unionfs.fuse_ops.session.mount_program import main; sys.exit(main())",
     }.items():
         programs[name] = f"{copied}/{name}_program.py"
         with open(programs[name], "w", encoding="utf-8") as file:
             file.write(start + text)
     path = os.path.join(layers.new_dir("run"), "s.sock")
-    monkeypatch.setenv(wire.SWITCH, path)
+    monkeypatch.setenv(client.SWITCH, path)
     environment = {"PYTHONPATH": f"{copied}:{packages}"}  # for when it starts itself again
     command = [sys.executable, "-S", programs["supervisor"], path]
     with running_supervisor(os.path.dirname(path), program=command, environment=environment) as running:
@@ -611,7 +611,7 @@ def test_mount_that_covers_the_code(layers: Sandbox, supervisor: Supervisor) -> 
 
 def test_idle_one_ends_itself(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_supervisor(os.path.join(layers.root, "run"), "--idle", "1") as running:
-        monkeypatch.setenv(wire.SWITCH, running.path)
+        monkeypatch.setenv(client.SWITCH, running.path)
         with mounted(layers) as pid:
             assert running.serves(pid)
             assert running.process.wait(END_S) == 0
@@ -621,7 +621,7 @@ def test_idle_one_ends_itself(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) 
 
 def test_socket_that_systemd_passes(layers: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     path = os.path.join(layers.new_dir("run"), "s.sock")
-    monkeypatch.setenv(wire.SWITCH, path)
+    monkeypatch.setenv(client.SWITCH, path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -649,7 +649,7 @@ def test_stale_socket_is_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPat
     directory = layers.new_dir("run")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(f"{directory}/s.sock")
-    monkeypatch.setenv(wire.SWITCH, f"{directory}/s.sock")
+    monkeypatch.setenv(client.SWITCH, f"{directory}/s.sock")
     with mounted(layers):
         pass
     with running_supervisor(directory) as running:

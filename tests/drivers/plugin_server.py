@@ -13,11 +13,11 @@ from typing import Any
 import trio
 
 from unionfs.drivers.contract import InitFunc
-from unionfs.engines.docker_plugin import listener
 from unionfs.engines.docker_plugin.app import PluginApp
 from unionfs.engines.docker_plugin.server import Exchange, Handler, Limits, serve
 from unionfs.engines.docker_plugin.service import GraphDriverService
 from unionfs.engines.docker_plugin.session import SessionFile
+from unionfs.host import sockets
 
 Answer = dict[str, Any]
 Override = Callable[[Exchange], Awaitable[None]]
@@ -66,7 +66,7 @@ class PluginServer:
 def plugin_server(path: str, init: InitFunc, limits: Limits | None = None) -> Iterator[PluginServer]:
     """Run the plugin with its socket at ``path``."""
     service = GraphDriverService(init, SessionFile(path + ".session"))
-    listening = listener.listen(path)
+    listening = sockets.listen(path)
     server = PluginServer(PluginApp(service))
     try:
         with served(server, listening.socket, limits):

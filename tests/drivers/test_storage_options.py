@@ -6,7 +6,7 @@ import pytest
 
 from unionfs.drivers.storage_options import layer_options, parse_options, parse_switch, split_option
 from unionfs.errors import OptionError
-from unionfs.fuse_ops.options import parse_size
+from unionfs.fuse_ops.session.option_text import parse_size
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from tests.engines.test_docker_plugin import StubDriver
 from tests.engines.test_docker_plugin_process import running
 from tests.support.mounts import wait_until
 from unionfs.archive.tar_reader import Readable
-from unionfs.engines.docker_plugin import listener
 from unionfs.engines.docker_plugin.app import PluginApp
 from unionfs.engines.docker_plugin.server import Limits
 from unionfs.engines.docker_plugin.service import GraphDriverService
 from unionfs.engines.docker_plugin.session import SessionFile
+from unionfs.host import sockets
 
 PATIENCE_S = 60.0
 
@@ -93,7 +93,7 @@ def limits() -> Limits:
 def path(driver: Driver, limits: Limits, tmp_path: Path) -> Iterator[str]:
     path = str(tmp_path / "p.sock")
     service = GraphDriverService(driver.init, SessionFile(path + ".session"))
-    listening = listener.listen(path)
+    listening = sockets.listen(path)
     try:
         with served(PluginApp(service), listening.socket, limits):
             assert asked(path, init(tmp_path)) == (200, {})

@@ -27,6 +27,7 @@ needs_root()
 
 UNIONFS = os.path.join(os.path.dirname(sys.executable), "unionfs")
 PATIENCE_S = 60
+ANOTHER = "name another socket with --socket"
 ENDING = "unionfs docker-plugin: SIGTERM: ending"
 
 
@@ -101,7 +102,7 @@ def test_second_instance_is_refused_and_harms_nothing(tmp_path: Path) -> None:
         status, said = refused("--socket", str(here.path))
         assert (status, said) == (
             1,
-            f"unionfs: process {here.process.pid} listens on {here.path}; stop it, or choose another --name",
+            f"unionfs: process {here.process.pid} listens on {here.path} already; end it, or {ANOTHER}",
         )
         assert here.connect(tmp_path / "home").status()
         assert here.end()[0] == 0
@@ -130,8 +131,12 @@ def test_socket_of_the_successor_is_left_alone(tmp_path: Path) -> None:
         (("--storage-opt", "nonsense"), 2, "unable to parse storage-opt key/value: nonsense"),
         (("--home", "relative"), 2, "--home relative is not an absolute path"),
         (("--name", "a/b"), 2, "--name 'a/b' is not a name for a file"),
-        (("--socket", "/proc/nonsense/p.sock"), 1, "cannot listen on /proc/nonsense/p.sock: "),
-        (("--socket", "/tmp/" + "x" * 120), 1, "AF_UNIX path too long; choose another with --socket"),
+        (("--socket", "/proc/nonsense/p.sock"), 1, "directory /proc/nonsense cannot be used: "),
+        (
+            ("--socket", "/tmp/" + "x" * 120),
+            1,
+            f"is longer than the 107 bytes a socket's path may have; {ANOTHER}",
+        ),
     ],
 )
 def test_what_cannot_be_served(options: tuple[str, ...], status: int, said: str) -> None:
@@ -160,7 +165,7 @@ def test_only_a_socket_is_ever_removed(tmp_path: Path, kind: str) -> None:
                 return
     before = path.lstat()
     status, line = refused("--socket", str(path))
-    assert (status, line) == (1, f"unionfs: {path} is there and is no socket; choose another path with --socket")
+    assert (status, line) == (1, f"unionfs: {path} exists and is no socket; remove it, or {ANOTHER}")
     assert path.lstat() == before
 
 
@@ -260,9 +265,9 @@ def _address(directory: Path) -> PluginAddress:
 @pytest.mark.parametrize(
     ("before", "count", "said"),
     [
-        ("exec 3</dev/null", 1, "systemd passed something else than a unix stream socket; write ListenStream=/path"),
-        ("exec 3<&-", 1, "systemd passed something else than a unix stream socket; write ListenStream=/path"),
-        ("true", 2, "systemd passed 2 sockets; the unit must have one ListenStream"),
+        ("exec 3</dev/null", 1, "descriptor 3 is not a socket: Socket operation on non-socket; see LISTEN_FDS"),
+        ("exec 3<&-", 1, "descriptor 3 is not a socket: Bad file descriptor; see LISTEN_FDS"),
+        ("true", 2, "2 sockets were passed; the unit needs exactly one ListenStream="),
     ],
 )
 def test_what_systemd_may_not_pass(before: str, count: int, said: str) -> None:

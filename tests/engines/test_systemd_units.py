@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.mounts import wait_until
-from unionfs.fuse_ops.session.supervisor import wire
+from unionfs.fuse_ops.session.supervisor import client
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted((ROOT / "packaging/systemd").iterdir())
@@ -95,8 +95,8 @@ def socket_of(name: str) -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="these are root's")
 def test_sockets_are_where_they_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(wire.SWITCH, raising=False)
-    assert socket_of("unionfs-supervisor.socket") == os.fsdecode(wire.socket_paths(os.environb)[0])
+    monkeypatch.delenv(client.SWITCH, raising=False)
+    assert socket_of("unionfs-supervisor.socket") == os.fsdecode(client.socket_paths(os.environb)[0])
     told = subprocess.run([OURS, "serve", "docker-plugin", "--help"], capture_output=True, text=True, check=True)
     assert socket_of("unionfs-docker-plugin.socket").replace("unionfs.sock", "NAME.sock") in told.stdout
     assert {unit.with_suffix(".service") for unit in UNITS if unit.suffix == ".socket"} <= set(SERVICES)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.sandbox import needs_root
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.speedups import reading_ahead
 from unionfs.fuse_ops.speedups.reading_ahead import DirectoryReadAhead
 from unionfs.fuse_ops.stack.layer_dir import DescriptorCache, LayerDir, open_lower

@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.sandbox import needs_root
 from tests.support.syscalls import cached_pages
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.speedups.reading_ahead import FileReadAhead
 from unionfs.fuse_ops.union.union_tree import UnionTree
 

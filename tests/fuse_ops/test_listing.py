@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.sandbox import needs_root
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.transports.direct import listing as listings
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes

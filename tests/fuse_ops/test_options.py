@@ -10,15 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unionfs.errors import OptionError
-from unionfs.fuse_ops.options import (
-    SPEEDUPS,
-    MountOptions,
-    RedirectMode,
-    XattrPermissions,
-    escape_value,
-    format_layers,
-    parse_options,
-)
+from unionfs.fuse_ops.options import SPEEDUPS, MountOptions, RedirectMode, XattrPermissions
+from unionfs.fuse_ops.session.option_text import escape_value, format_layers, parse_options
 from unionfs.overlay.idmap import IdRange
 
 

@@ -15,8 +15,8 @@ from tests.support.sandbox import needs_root
 from tests.support.snapshot import checksum_layer
 from tests.support.syscalls import MNT_DETACH, mount, umount2
 from unionfs.errors import LayerError
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 
 needs_root()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.speedups.waiting import InlineWaitPolicy
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.protocol import Opcode

@@ -19,8 +19,8 @@ from tests.support.mounts import is_running, mount_program, mounted_image, serve
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.drivers.union import check_filesystem
 from unionfs.errors import IncompatibleFilesystemError, LayerError
-from unionfs.fuse_ops.options import parse_options
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.stack import workdir
 from unionfs.fuse_ops.stack.workdir import WorkDir, prepare_workdir
 from unionfs.host import inode_flags, syscalls

@@ -339,8 +339,8 @@ def _serve(fd: str, options: str, stall: str) -> None:
     if stall:
         os.copy_file_range = stalled  # type: ignore[assignment]
 
-    from unionfs.fuse_ops.options import parse_options
     from unionfs.fuse_ops.session.assembly import open_tree
+    from unionfs.fuse_ops.session.option_text import parse_options
     from unionfs.fuse_ops.transports.choice import choose_transport
 
     parsed = parse_options([options]).options

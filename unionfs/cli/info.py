@@ -136,7 +136,7 @@ def _protection() -> Fact:
 
 
 def _supervisor() -> Fact:
-    from unionfs.fuse_ops.session.supervisor.wire import socket_paths
+    from unionfs.fuse_ops.session.supervisor.client import socket_paths
 
     found = [os.fsdecode(path) for path in socket_paths(os.environb) if os.path.exists(path)]
     if found:

@@ -14,8 +14,8 @@ import click
 
 from unionfs.cli.layer_output import print_table, printable
 from unionfs.errors import MountError, OptionError
-from unionfs.fuse_ops.options import escape_value, parse_options
 from unionfs.fuse_ops.session import mount_registry
+from unionfs.fuse_ops.session.option_text import escape_value, parse_options
 from unionfs.host import mountinfo
 from unionfs.host import unmount as unmounting
 from unionfs.host.mount_holders import holders, mounts_inside
@@ -101,7 +101,7 @@ def mount(
         raise OptionError(f"unknown option {', '.join(unknown)}; leave it out, see unionfs mount --help")
     created = _make_work_directory(work) if makes_work and work is not None else None
     arguments = [word for text in (*words, *texts) for word in ("-o", text)]
-    command = [sys.executable, "-m", "unionfs.cli.mount_program", *arguments]
+    command = [sys.executable, "-m", "unionfs.fuse_ops.session.mount_program", *arguments]
     command += ["-f"] if foreground else []
     command += ["--", *([] if source is None else [source]), mountinfo.canonical(target)]
     if foreground:

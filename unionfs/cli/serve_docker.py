@@ -7,8 +7,6 @@ import os
 
 import click
 
-from unionfs.cli import logs
-
 _SOCKET_DIRECTORY = "/run/docker/plugins"
 
 
@@ -45,10 +43,12 @@ def docker_plugin(name: str, path: str | None, driver: str, options: tuple[str, 
     """
     from unionfs.drivers.registry import default_registry
     from unionfs.drivers.storage_options import split_option
-    from unionfs.engines.docker_plugin import app, listener
+    from unionfs.engines.docker_plugin import app
     from unionfs.engines.docker_plugin.service import GraphDriverService
     from unionfs.engines.docker_plugin.session import SessionFile
     from unionfs.errors import NotSupportedError, OptionError
+    from unionfs.fuse_ops.session import logs
+    from unionfs.host import sockets
 
     if not name or "/" in name:
         raise click.UsageError(f"--name {name!r} is not a name for a file")
@@ -61,8 +61,8 @@ def docker_plugin(name: str, path: str | None, driver: str, options: tuple[str, 
     except (NotSupportedError, OptionError) as error:
         raise click.UsageError(str(error)) from error
     logs.to_stderr(debug, "unionfs docker-plugin")
-    listening = listener.passed(os.environ) if path is None else None
-    listening = listening or listener.listen(os.path.abspath(path or f"{_SOCKET_DIRECTORY}/{name}.sock"))
+    listening = sockets.passed() if path is None else None
+    listening = listening or sockets.listen(os.path.abspath(path or f"{_SOCKET_DIRECTORY}/{name}.sock"))
     service = GraphDriverService(init, SessionFile(f"{listening.path}.session"), options=options, home=home)
     try:
         logging.getLogger(__name__).info("serving driver %s on %s", driver, listening.path)

@@ -78,7 +78,7 @@ def snapshotter(root: str, address: str, mount_options: Sequence[str], overlay_u
 
 def _checked(options: Sequence[str]) -> tuple[str, ...]:
     """The options, known to be right: otherwise every mount would fail later."""
-    from unionfs.fuse_ops.options import parse_options
+    from unionfs.fuse_ops.session.option_text import parse_options
 
     # Directories of ours come first, as they will for a mount, so that others are refused.
     parsed = parse_options([",".join(("lowerdir=/,upperdir=/,workdir=/", *options))])

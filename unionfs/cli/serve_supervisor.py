@@ -7,9 +7,9 @@ import sys
 
 import click
 
-from unionfs.cli.supervisor_program import command
-from unionfs.errors import SupervisorError
-from unionfs.fuse_ops.session.supervisor import wire
+from unionfs.errors import ListenError
+from unionfs.fuse_ops.session.supervisor import client
+from unionfs.fuse_ops.session.supervisor.daemon import command
 
 
 @click.command()
@@ -22,9 +22,9 @@ def supervisor(path: str | None, idle_s: float) -> None:
     not. A socket that systemd passes (LISTEN_FDS) is used in place of --socket. Mounts live on when this ends.
     """
     if path is None and os.environ.get("LISTEN_PID") != str(os.getpid()):
-        found = wire.socket_paths(os.environb)
+        found = client.socket_paths(os.environb)
         paths = [place for place in found if os.access(os.path.dirname(os.path.dirname(place)), os.W_OK)]
         if not paths:
-            raise SupervisorError("there is no place for the socket; set XDG_RUNTIME_DIR, or name one with --socket")
+            raise ListenError("there is no place for the socket; set XDG_RUNTIME_DIR, or name one with --socket")
         path = os.fsdecode(paths[0])
     os.execv(sys.executable, command(None if path is None else os.path.abspath(path), idle_s))

@@ -29,7 +29,7 @@ from unionfs.drivers.naive_diff import NaiveDiff
 from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
 from unionfs.drivers.storage_options import layer_options
 from unionfs.errors import LayerBusyError, OptionError
-from unionfs.fuse_ops.options import parse_size
+from unionfs.fuse_ops.session.option_text import parse_size
 from unionfs.host import mountinfo, syscalls, unmount
 from unionfs.host.locks import NamedLocks
 from unionfs.host.mount_holders import mounts_inside

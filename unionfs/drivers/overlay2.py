@@ -25,7 +25,7 @@ from unionfs.drivers.overlay_home import OverlayHome
 from unionfs.drivers.quota import NoQuota, project_limits
 from unionfs.drivers.storage_options import parse_options
 from unionfs.errors import IncompatibleFilesystemError, MountError, PrerequisitesError, QuotaNotSupportedError
-from unionfs.fuse_ops.options import escape_value, format_layers, parse_size
+from unionfs.fuse_ops.session.option_text import escape_value, format_layers, parse_size
 from unionfs.host import syscalls, unmount
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.selinux import mount_context

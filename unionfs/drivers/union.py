@@ -25,9 +25,9 @@ from unionfs.drivers.overlay_home import DEFAULT_MAX_DEPTH, OverlayHome
 from unionfs.drivers.quota import NoQuota, project_limits
 from unionfs.drivers.storage_options import parse_options
 from unionfs.errors import DriverError, IncompatibleFilesystemError, MountError, OptionError, PrerequisitesError
-from unionfs.fuse_ops.options import escape_value, format_layers, parse_size
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.mount_registry import MountRecord
+from unionfs.fuse_ops.session.option_text import escape_value, format_layers, parse_size
 from unionfs.fuse_ops.session.supervisor import client as supervisor
 from unionfs.fuse_ops.stack.workdir import can_exchange
 from unionfs.host import mountinfo, mounts, unmount
@@ -260,7 +260,7 @@ class FuseMounter:
 def _mount(words: list[str]) -> tuple[int, bytes]:
     """Run unionfs-mount with ``words``, or have the supervisor serve that; the exit status and what it said."""
     # -P: nothing is to be imported from whatever directory we are started in.
-    command = [sys.executable, "-P", "-m", "unionfs.cli.mount_program", *words]
+    command = [sys.executable, "-P", "-m", "unionfs.fuse_ops.session.mount_program", *words]
     with contextlib.ExitStack() as opened:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         opened.callback(os.close, null)

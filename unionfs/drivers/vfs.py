@@ -18,7 +18,7 @@ from unionfs.drivers.naive_diff import NaiveDiffDriver
 from unionfs.drivers.quota import NoQuota, ProjectQuota, project_limits
 from unionfs.drivers.storage_options import layer_options, parse_options
 from unionfs.errors import DriverError, LayerNotFoundError, OptionError, QuotaNotSupportedError
-from unionfs.fuse_ops.options import parse_size
+from unionfs.fuse_ops.session.option_text import parse_size
 from unionfs.host import syscalls
 from unionfs.host.files import DIRECTORY_FLAGS, RootedDir, open_regular, open_tree, walk_tree
 from unionfs.host.fs_magic import fs_magic, fs_name

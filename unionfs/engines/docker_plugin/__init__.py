@@ -3,9 +3,9 @@
 Docker's ``plugins_graphdriver.md`` describes the protocol: HTTP/1.1 over a unix socket, a POST with JSON for every
 call, a tar stream as the body of two of them. A request's way::
 
-    listener ─ server (HTTP) ─ app (the calls) ─ a thread ─ service ─ driver
+    socket ─ server (HTTP) ─ app (the calls) ─ a thread ─ service ─ driver
 
-- **listener** has the socket: made here, or handed over by systemd.
+- The socket is made by :mod:`unionfs.host.sockets`, or handed over by systemd.
 - **server** is HTTP and nothing else: connections, their limits, bodies.
 - **app** turns calls into **messages** and back, carries streams piece by piece, and runs until a signal.
 - **service** knows which driver is in use, also after a restart: the engine says it only once (**session**).

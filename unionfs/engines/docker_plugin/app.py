@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import trio
 
-from unionfs.engines.docker_plugin.listener import Listener
 from unionfs.engines.docker_plugin.messages import (
     ActivateReply,
     CreateRequest,
@@ -28,6 +27,7 @@ from unionfs.engines.docker_plugin.messages import (
 from unionfs.engines.docker_plugin.server import ConnectionOverError, Exchange, RequestError, serve
 from unionfs.engines.docker_plugin.service import GraphDriverService
 from unionfs.errors import ArchiveError, UnionfsError
+from unionfs.host.sockets import Listener
 
 _log = logging.getLogger(__name__)
 

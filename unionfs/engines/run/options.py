@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from unionfs.errors import RunError
-from unionfs.fuse_ops.options import parse_size
+from unionfs.fuse_ops.session.option_text import parse_size
 
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?\Z")  # 64 is the kernel's limit
 _LEAST_MEMORY_BYTES = 6 << 20  # Docker's; a runtime itself needs some

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -33,6 +31,7 @@ from unionfs.errors import (
     SnapshotterError,
     UnionfsError,
 )
+from unionfs.host.sockets import clear_place, file_identity
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ _AT_ONCE = 32
 # Characters of an error's text. gRPC sends it in a header of at most 16 KiB, a character as up to 12 bytes.
 _ERROR_MAX = 900
 
-_PATH_MAX_BYTES = 107  # of sockaddr_un, with its final zero
 
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (SnapshotNotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -244,16 +242,15 @@ class SocketServer:
         handler: what it serves.
 
     Raises:
-        SnapshotterError: another server uses the socket, or it cannot be made.
+        ListenError: another server uses the socket, or its path cannot be one.
+        SnapshotterError: it cannot be made.
     """
 
     def __init__(self, path: str, handler: grpc.GenericRpcHandler) -> None:
         self.path = os.path.abspath(path)
-        if len(os.fsencode(self.path)) > _PATH_MAX_BYTES:
-            raise SnapshotterError(f"{self.path}: is longer than a socket's name may be; choose a shorter --socket")
         try:
             os.makedirs(os.path.dirname(self.path), 0o711, exist_ok=True)
-            _check_unused(self.path)
+            clear_place(self.path)
         except OSError as error:
             raise SnapshotterError(f"{self.path}: {error.strerror}; choose another --socket") from error
         options = [
@@ -272,7 +269,7 @@ class SocketServer:
             raise SnapshotterError(f"{self.path}: cannot listen ({error}); choose another --socket") from error
         finally:
             os.umask(mask)
-        self._made = _identity(self.path)
+        self._made = file_identity(self.path)
 
     def start(self) -> None:
         """Begin to answer; returns at once."""
@@ -281,28 +278,6 @@ class SocketServer:
     def stop(self, grace_s: float) -> None:
         """Take no more calls, give those that run ``grace_s`` seconds to end, and remove the socket."""
         self._server.stop(grace_s).wait()
-        if self._made is not None and _identity(self.path) == self._made:
+        if self._made is not None and file_identity(self.path) == self._made:
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
-
-
-def _check_unused(path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise SnapshotterError(f"{path}: exists and is no socket; remove it, or choose another --socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return  # left by a server that was killed; gRPC replaces it
-    raise SnapshotterError(f"{path}: another server answers there; stop it, or choose another --socket")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return info.st_dev, info.st_ino

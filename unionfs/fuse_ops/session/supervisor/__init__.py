@@ -3,6 +3,6 @@
 A copy starts in a few milliseconds and shares most of its memory with the others. Nobody depends on the supervisor:
 whoever wants a mount starts a server by himself when there is none, or when it declines.
 
-Modules: ``wire`` is what is said, ``client`` asks, ``listening`` opens the socket, ``daemon`` keeps one copy ready,
-``worker`` is that copy, ``caller`` lets it become like whoever asked, ``code`` knows whether it is out of date.
+Modules: ``client`` is the request and asks, ``daemon`` listens and keeps one copy ready, ``worker`` is that copy,
+``caller`` lets it become like whoever asked.
 """

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
+from unionfs.fuse_ops.session.supervisor.client import DeclinedError
 from unionfs.host import syscalls
 from unionfs.host.processes import SHED_LIMITS, has_ended
 

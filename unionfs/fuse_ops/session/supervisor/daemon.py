@@ -1,7 +1,10 @@
-"""The supervisor itself: it keeps one forked copy waiting for the next request.
+"""The supervisor itself, a program: it keeps one forked copy waiting for the next request.
 
 It takes no part in a mount. The copies accept connections by themselves, so no caller, however slow or hostile, can
 keep the supervisor from its work; and a mount that is served does not notice when the supervisor ends.
+
+Started by ``unionfs serve supervisor``, and by itself when its code has been replaced. Its size is what a copy is made
+of, so it loads what a server needs and nothing that only people need, and is not that command itself.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ import signal
 import socket
 import sys
 import time
+from contextlib import closing
+from types import FrameType
 from typing import Final, NoReturn
 
-from unionfs.fuse_ops.session.supervisor import worker
-from unionfs.fuse_ops.session.supervisor.wire import LoadedCode
-from unionfs.host.daemon import inherited_fds
+from unionfs.errors import ListenError, MountError, UnionfsError
+from unionfs.fuse_ops.session.mount_server import serve_in_copy
+from unionfs.fuse_ops.session.supervisor.worker import STALE, LoadedCode, Serve, rehearse, wait_and_serve
+from unionfs.host import sockets
+from unionfs.host.daemon import inherited_fds, open_standard_fds
 from unionfs.host.syscalls import end_with_parent
 
 # Making the next copy takes a processor from the mount that was just asked for. It can wait, unless somebody else asks.
@@ -33,7 +40,7 @@ class End(enum.Enum):
     STALE = enum.auto()
 
 
-def supervise(listener: socket.socket, serve: worker.Serve, *, idle_s: float = 0) -> End:
+def supervise(listener: socket.socket, serve: Serve, *, idle_s: float = 0) -> End:
     """Keep a copy of this process waiting on ``listener`` until there is a reason to end.
 
     Args:
@@ -59,7 +66,7 @@ def supervise(listener: socket.socket, serve: worker.Serve, *, idle_s: float = 0
             return End.IDLE
         for fd, _ in poll.poll(None if remaining_s is None else remaining_s * 1000 + 1):
             said = os.read(fd, 16)
-            if worker.STALE in said:
+            if STALE in said:
                 return End.STALE
             if not said:
                 poll.unregister(fd)
@@ -74,7 +81,7 @@ def supervise(listener: socket.socket, serve: worker.Serve, *, idle_s: float = 0
                 poll.register(waiting, select.POLLIN)
 
 
-def _start(listener: socket.socket, code: LoadedCode, serve: worker.Serve) -> int:
+def _start(listener: socket.socket, code: LoadedCode, serve: Serve) -> int:
     """Fork a copy that waits; returns the pipe on which it reports."""
     reading, writing = os.pipe()
     supervisor = os.getpid()
@@ -95,7 +102,7 @@ def _run_copy(
     listener: socket.socket,
     report: int,
     code: LoadedCode,
-    serve: worker.Serve,
+    serve: Serve,
 ) -> NoReturn:
     status = 1
     try:
@@ -109,10 +116,67 @@ def _run_copy(
             if fd not in (listener.fileno(), report):
                 os.close(fd)  # of the supervisor, and those on which it hears from other copies
         if os.getppid() == supervisor:
-            status = worker.run(listener, report, code, serve)
+            status = wait_and_serve(listener, report, code, serve)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
         # Not sys.exit: what the supervisor does at its end is not the copy's to do.
         sys.stderr.flush()
         os._exit(status)
+
+
+def command(socket_path: str | None, idle_s: float) -> list[str]:
+    """The command line that runs this program.
+
+    Args:
+        socket_path: where to listen; None for a socket that is passed (sd_listen_fds(3)).
+        idle_s: end after so many seconds without a request; 0 is never.
+    """
+    # -P: nothing is to be imported from whatever directory we are started in.
+    return [sys.executable, "-P", "-m", "unionfs.fuse_ops.session.supervisor.daemon", socket_path or "-", str(idle_s)]
+
+
+def main(socket_path: str | None, idle_s: float) -> int:
+    """Run the supervisor as :func:`command` says and return its exit status."""
+    open_standard_fds()
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        end = _listen_and_supervise(socket_path, idle_s)
+    except UnionfsError as error:
+        print(f"unionfs: {error}".replace("\n", "\\n"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if end is End.STALE:
+        # The same process with the new code. Whoever asks before it listens again starts a server by himself.
+        os.execv(sys.executable, command(socket_path, idle_s))
+    return 0
+
+
+def _listen_and_supervise(socket_path: str | None, idle_s: float) -> End:
+    passed = sockets.passed()
+    if passed is None and socket_path is None:
+        raise ListenError("no socket is passed and none is named; see unionfs serve supervisor --help")
+    import logging.handlers  # what a server imports only once it needs it
+
+    _ = logging.handlers
+    # A signal that ends us may come meanwhile, and the mount that is rehearsed takes it for its own.
+    if not rehearse(serve_in_copy):
+        raise MountError("cannot rehearse a mount, so no server can be kept ready; mounts work without")
+    if passed is not None:
+        end = supervise(passed.socket, serve_in_copy, idle_s=idle_s)
+        if end is End.STALE:
+            sockets.pass_on(passed)
+        return end
+    assert socket_path is not None
+    with closing(sockets.listen(socket_path, private=True)) as listener:
+        return supervise(listener.socket, serve_in_copy, idle_s=idle_s)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    _path, _idle_s = sys.argv[1:]
+    sys.exit(main(None if _path == "-" else _path, float(_idle_s)))

@@ -1,20 +1,33 @@
-"""The forked copy: it waits for one request, becomes like whoever sent it, and serves that mount to its end."""
+"""The forked copy: it rehearses, waits for one request, becomes like whoever sent it, and serves that mount to its end.
+
+The rehearsal is a mount that does not happen: what a server does for the first time takes three times as long as for
+the second. Python has to find out which instructions it can specialise, and a forked process has to copy every page
+that it writes to, reference counts among them. A rehearsal does that while nobody waits for it. The whole way is gone,
+from the arguments to the first listing, with a socket in the place of /dev/fuse at whose other end the first requests
+of a kernel are waiting; only mount(2) is left out, an upper directory, and the file of the record.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import select
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from unionfs.fuse_ops.session.supervisor import wire
+from unionfs.fuse_ops.session import mount_registry
+from unionfs.fuse_ops.session.option_text import parse_options
+from unionfs.fuse_ops.session.supervisor import client
 from unionfs.fuse_ops.session.supervisor.caller import Identity, examine
-from unionfs.fuse_ops.session.supervisor.rehearsal import rehearse
-from unionfs.fuse_ops.session.supervisor.wire import DeclinedError, LoadedCode
+from unionfs.fuse_ops.session.supervisor.client import DeclinedError
+from unionfs.fuse_ops.transports.direct import protocol as p
+from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready, open_null, release_caller
 from unionfs.host.process_title import set_title
+from unionfs.host.processes import process_start
 from unionfs.host.syscalls import end_with_parent
 
 Serve = Callable[[Sequence[str], Ready], int]
@@ -30,8 +43,37 @@ STALE: Final = b"s"
 
 _REQUEST_WITHIN_S: Final = 10.0
 
+_ROOT: Final = 1  # the node of the root directory
+_HANDLE: Final = 1  # the first that a server gives
+_PAGE_BYTES: Final = 4096
 
-def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) -> int:
+
+class LoadedCode:
+    """The files of our package, and of trio's first module, as they were when this was made.
+
+    A server must never be a mixture: it imports some modules only when they are needed.
+    """
+
+    def __init__(self) -> None:
+        names = [name for name in sys.modules if name.partition(".")[0] in ("unionfs", "__main__")]
+        files = {getattr(sys.modules[name], "__file__", None) for name in [*names, "trio"] if name in sys.modules}
+        self._states = {path: _state(path) for path in sorted(path for path in files if path)}
+
+    def is_current(self) -> bool:
+        """Whether each of them is still the same file, as seen from this process' root."""
+        return all(_state(path) == state for path, state in self._states.items())
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    # Not the device: a mount that shows the same files may cover the installation.
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def wait_and_serve(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) -> int:
     """Wait for one caller and serve his mount; returns this process' exit status.
 
     Args:
@@ -57,16 +99,16 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
             request = _become_like_caller(connection, ours)
             if not code.is_current():
                 os.write(report, STALE)
-                _answer(connection, wire.DECLINED)
+                _answer(connection, client.DECLINED)
                 return 1
             os.close(report)
-            connection.sendall(wire.TAKEN)
-            if connection.recv(1) != wire.GO:
+            connection.sendall(client.TAKEN)
+            if connection.recv(1) != client.GO:
                 return 1
             connection.settimeout(None)
             return _serve(connection, request, serve)
         except (DeclinedError, ValueError) as error:
-            _answer(connection, wire.DECLINED)
+            _answer(connection, client.DECLINED)
             # For whoever looks for the reason with strace: there is nobody to tell it to.
             sys.audit("unionfs.supervisor.declined", str(error))
             return 1
@@ -74,7 +116,7 @@ def run(listener: socket.socket, report: int, code: LoadedCode, serve: Serve) ->
             return 1  # the caller is gone, or sent something else
 
 
-def _become_like_caller(connection: socket.socket, ours: Identity) -> wire.Request:
+def _become_like_caller(connection: socket.socket, ours: Identity) -> client.Request:
     connection.settimeout(_REQUEST_WITHIN_S)
     request, stdio = _receive(connection)
     examine(connection, request.namespaces, ours).become()
@@ -99,7 +141,7 @@ def _set_environment(wanted: Mapping[bytes, bytes]) -> None:
 
 def _rehearse_asking(ours: Identity) -> None:
     """Take a request of this process' own, and become what it is already."""
-    request = wire.Request(sys.orig_argv, 0, os.environb, wire.own_namespaces())
+    request = client.Request(sys.orig_argv, 0, os.environb, client.own_namespaces())
     asking, asked = socket.socketpair()
     with asking, asked:
         for end in (asking, asked):
@@ -117,22 +159,22 @@ def _rehearse_asking(ours: Identity) -> None:
             pass  # whoever asks will be declined too, and a rehearsal is worth nothing then
 
 
-def _receive(connection: socket.socket) -> tuple[wire.Request, list[int]]:
+def _receive(connection: socket.socket) -> tuple[client.Request, list[int]]:
     data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 3)
     # A descriptor that stood in the place of a standard one would be overwritten before it is used.
     if len(fds) != 3 or min(fds) <= 2:
         raise DeclinedError("the standard descriptors are missing")
-    while len(data) < wire.LENGTH_BYTES:
+    while len(data) < client.LENGTH_BYTES:
         data += _more(connection)
-    length = wire.LENGTH_BYTES + int.from_bytes(data[: wire.LENGTH_BYTES], sys.byteorder)
-    if length > wire.MAX_REQUEST_BYTES:
+    length = client.LENGTH_BYTES + int.from_bytes(data[: client.LENGTH_BYTES], sys.byteorder)
+    if length > client.MAX_REQUEST_BYTES:
         raise DeclinedError("the request is too long")
     blocks = [data]
     missing = length - len(data)
     while missing > 0:
         blocks.append(_more(connection))
         missing -= len(blocks[-1])
-    return wire.Request.unpack(b"".join(blocks)[wire.LENGTH_BYTES : length]), fds
+    return client.Request.unpack(b"".join(blocks)[client.LENGTH_BYTES : length]), fds
 
 
 def _more(connection: socket.socket) -> bytes:
@@ -142,19 +184,19 @@ def _more(connection: socket.socket) -> bytes:
     return block
 
 
-def _serve(connection: socket.socket, request: wire.Request, serve: Serve) -> int:
+def _serve(connection: socket.socket, request: client.Request, serve: Serve) -> int:
     null = open_null()
 
     def ready() -> None:
         release_caller(null)
         # Fails when the caller was killed while it waited: then nobody knows of the mount, and it must end.
-        connection.sendall(wire.READY)
+        connection.sendall(client.READY)
         connection.close()
 
     status = serve(request.words, ready)
     sys.stderr.flush()
     if status != 0:
-        _answer(connection, wire.FAILED)  # a mount that was ready has no connection any more
+        _answer(connection, client.FAILED)  # a mount that was ready has no connection any more
     return status
 
 
@@ -163,3 +205,92 @@ def _answer(connection: socket.socket, answer: bytes) -> None:
         connection.sendall(answer)
     except OSError:
         pass
+
+
+class _CurtainError(BaseException):
+    """Ends the rehearsal once the server is ready; not an Exception, which the server would explain to a person."""
+
+
+def rehearse(serve: Serve) -> bool:
+    """Serve a directory to nobody, with ``serve``.
+
+    Returns whether it went as far as the first listing; when it did not, a mount only takes longer. The limit of open
+    files and the umask are as before.
+    """
+    limits, umask = resource.getrlimit(resource.RLIMIT_NOFILE), os.umask(0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    ended = False
+    try:
+        for request in _first_requests():
+            ours.send(request)
+        directory = os.path.dirname(os.path.abspath(__file__))
+        # What is not on the way of such a mount. These paths need not exist, and no sign in them is special.
+        parse_options(["lowerdir=/lower:/lower,upperdir=/upper,workdir=/work"])
+        mountinfo.top_mount(mountinfo.canonical(directory))
+        _record().to_json()
+        words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
+        serve(words, _end)
+    except BaseExceptionGroup as group:
+        ended = group.subgroup(_CurtainError) is not None
+    except _CurtainError:
+        ended = True
+    finally:
+        answers = _answers(ours)
+        ours.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.umask(umask)
+    # ENOSYS tells the kernel not to ask such things at all.
+    return ended and len(answers) == len(_first_requests()) and not set(answers) - {0, errno.ENOSYS}
+
+
+def _end() -> None:
+    raise _CurtainError
+
+
+def _record() -> mount_registry.MountRecord:
+    pid = os.getpid()
+    return mount_registry.MountRecord(
+        minor=0,
+        target="rehearsal",
+        pid=pid,
+        started=process_start(pid) or 0,
+        mounted_at=0,
+        source="rehearsal",
+        lowerdirs=["lower"],
+        datadirs=[],
+        upperdir=None,
+        workdir=None,
+        options=[],
+    )
+
+
+def _answers(kernel: socket.socket) -> list[int]:
+    """The errno of every answer, 0 for success."""
+    errors = []
+    try:
+        while answer := kernel.recv(p.OUT_HEADER.size):
+            errors.append(-p.OUT_HEADER.unpack(answer)[1])
+    except OSError:
+        pass
+    return errors
+
+
+def _first_requests() -> list[bytes]:
+    flags = p.Init.PARALLEL_DIROPS | p.Init.DO_READDIRPLUS | p.Init.INIT_EXT | p.Init.MAX_PAGES
+    # The kernel sends more than our server looks at: struct fuse_init_in has 64 bytes.
+    init = p.INIT_IN.pack(p.MAJOR, p.MINOR, 1 << 17, flags, 0).ljust(64, b"\0")
+    read = p.READ_IN.pack(_HANDLE, 0, _PAGE_BYTES, 0, 0, 0, 0)
+    return [
+        _request(2, p.Opcode.INIT, 0, init),
+        _request(4, p.Opcode.GETATTR, _ROOT, bytes(16)),
+        _request(6, p.Opcode.OPENDIR, _ROOT, p.OPEN_IN.pack(os.O_DIRECTORY, 0)),
+        _request(8, p.Opcode.READDIRPLUS, _ROOT, read),
+        _request(10, p.Opcode.RELEASEDIR, _ROOT, p.READ_IN.pack(_HANDLE, 0, 0, 0, 0, 0, 0)[:24]),
+        _request(12, p.Opcode.STATFS, _ROOT, b""),
+    ]
+
+
+def _request(unique: int, code: p.Opcode, node: int, body: bytes) -> bytes:
+    length = p.IN_HEADER.size + len(body)
+    return p.IN_HEADER.pack(length, code, unique, node, os.getuid(), os.getgid(), os.getpid(), 0, 0) + body

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 
 from unionfs import __version__
 from unionfs.errors import MountError, OptionError, UnionfsError
-from unionfs.fuse_ops.options import MountOptions, parse_options, remount_words
-from unionfs.fuse_ops.session.supervisor.wire import DeclinedError
+from unionfs.fuse_ops.options import MountOptions
+from unionfs.fuse_ops.session.option_text import parse_options, remount_words
+from unionfs.fuse_ops.session.supervisor.client import DeclinedError
 from unionfs.host import mountinfo
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
 from unionfs.host.processes import file_size_limit, reset_signals, shed_limits, too_many_files
@@ -157,7 +158,7 @@ def _serve(
         # Here and not at the top: these take most of the start-up time, and what they make stays for good, so
         # looking for garbage among it is time lost, now and later.
         gc.disable()
-        from unionfs.cli import logs
+        from unionfs.fuse_ops.session import logs
         from unionfs.fuse_ops.session.assembly import open_tree
         from unionfs.fuse_ops.session.session import run_session
         from unionfs.fuse_ops.transports.choice import choose_transport
