@@ -79,6 +79,7 @@ def test_help(path: tuple[str, ...], word: str, capfd: pytest.CaptureFixture[str
     help_text = COMMANDS[path].help
     assert help_text
     assert " ".join(help_text.split(".")[0].split())[:30] in " ".join(said.out.split())
+    assert "..." not in said.out.partition("Commands:")[2], "what a command does is said whole"
     for param in COMMANDS[path].params:
         if isinstance(param, click.Option):
             assert param.help, f"{param.name} is not explained"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _ROOT_VARIABLE = "UNIONFS_ROOT"
 _SHORT_DIGITS = 12
+_SENTENCE_LENGTH = 200
 _WAIT_KEY = "unionfs.wait_s"
 _PIECE_BYTES = 1 << 20
 _SILENT_WAIT_S = 1.0
@@ -54,6 +55,12 @@ class Group(click.Group):
         if not args and self.no_args_is_help and not ctx.resilient_parsing:
             raise NoCommandError(ctx.get_help(), ctx)
         return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See :meth:`click.Group.format_commands`, which cuts what is longer than a line; here it is folded."""
+        rows = [(name, command.get_short_help_str(_SENTENCE_LENGTH)) for name, command in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def store_options(command: _Command) -> _Command:

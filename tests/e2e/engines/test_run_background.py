@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def nothing_is_left(cell: Cell) -> Iterator[None]:
         cell.run("unionfs", "container", "rm", "--force", name)
     cell.assert_quiet()
     assert told(cell, "volume", "ls") == []
-    assert os.listdir(f"{cell.root}/store/image/unionfs/containers") == []
+    assert list(Path(f"{cell.root}/store/image/unionfs/containers").glob("*")) == []
 
 
 def told(cell: Cell, *words: str, user: str | None = None) -> Any:
@@ -134,6 +135,23 @@ def test_what_cannot_be_started(cell: Cell) -> None:
         (["-w", "/etc/passwd", "plain"], 125, "working directory"),
     ):
         assert message in refused(cell, "run", "-d", *words, status=status)
+    assert told(cell, "container", "ls") == []
+
+
+def test_interrupted_before_it_is_started(cell: Cell) -> None:
+    """Nothing is started later: ^C while the store is in use."""
+    held = cell.start(
+        "flock", f"{cell.root}/store/image/unionfs/layerdb/lock", "sleep", "100", log=cell.root / "tmp/held"
+    )
+    log = cell.root / "tmp/interrupted"
+    log.unlink(missing_ok=True)
+    starting = cell.start("unionfs", "run", "-d", "--name", "never", "plain", "sleep", "100", log=log)
+    # Whoever is in the background says what it has to say at the end.
+    assert wait_until(lambda: len(cell.run("pgrep", "-f", "name never").stdout.split()) > 2, 30)
+    assert cell.stop(starting, signal.SIGINT) == 130
+    cell.stop(held, signal.SIGKILL)
+    cell.run("pkill", "-f", "sleep 100", check=False)
+    cell.assert_quiet()
     assert told(cell, "container", "ls") == []
 
 

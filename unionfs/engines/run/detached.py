@@ -7,6 +7,7 @@ in a session of its own, whose standard output and error lead nowhere: the conta
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,10 +37,16 @@ def in_background(run: Callable[[], int]) -> int:
         _be_in_background(writer, said, run)
     os.close(writer)
     name = b""
-    # Not to the end of the pipe: others that live as long as the container hold it too.
-    while not name.endswith(b"\0") and (piece := os.read(reader, 4096)):
-        name += piece
-    os.close(reader)
+    try:
+        # Not to the end of the pipe: others that live as long as the container hold it too.
+        while not name.endswith(b"\0") and (piece := os.read(reader, 4096)):
+            name += piece
+    except KeyboardInterrupt:
+        os.kill(pid, signal.SIGTERM)  # what it has begun is cleaned up as when it dies
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        os.close(reader)
     # Without a name it has ended; with one it goes on, and what it says from now on is for nobody.
     status = 0 if name else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with os.fdopen(said, "rb") as errors:
