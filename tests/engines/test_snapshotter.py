@@ -767,7 +767,7 @@ def test_the_command_from_start_to_end(tmp_path: Path) -> None:
                 assert os.stat(path).st_mode & 0o777 == 0o600
                 client = SnapshotterClient(str(path))
                 assert client.prepare("key")[0].options == ("rbind", "rw")
-                for root, message in (("root", "in use by process"), ("other", "another server")):
+                for root, message in (("root", "in use by process"), ("other", "listens on")):
                     done = serve("--root", tmp_path / root, "--socket", path)
                     assert (done.returncode, message in done.stderr) == (1, True), done.stderr
                 assert client.stat("key").kind is Kind.ACTIVE
