@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from unionfs.archive.tar_format import END_OF_ARCHIVE, TarEntry, encode_entry, padding
-from unionfs.archive.unpack import UnpackOptions, UnpackResult, unpack
+from unionfs.archive.unpacking import UnpackOptions, UnpackResult, unpack
 
 
 def entry(name: str | bytes, data: bytes = b"", **more: object) -> bytes:

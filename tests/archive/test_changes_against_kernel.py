@@ -19,7 +19,7 @@ from tests.support.syscalls import mount, umount2, unshare_mounts
 from tests.support.users import in_child
 from unionfs.archive.changes import Change, ChangeKind, changes_of_trees, changes_of_upper
 from unionfs.archive.pack import PackOptions, pack_changes, pack_tree
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting overlayfs needs root")
 

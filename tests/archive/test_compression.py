@@ -17,7 +17,7 @@ import zstandard
 
 from tests.archive.tars import archive, entry
 from unionfs.archive.compression import Compression, detect, open_archive
-from unionfs.archive.unpack import unpack
+from unionfs.archive.unpacking import unpack
 from unionfs.errors import ArchiveError
 
 COMPRESSORS: dict[Compression, Callable[[bytes], bytes]] = {

@@ -13,7 +13,7 @@ from tests.support.paths import assert_linear
 from unionfs.archive.changes import changes_of_trees, changes_of_upper
 from unionfs.archive.pack import pack_changes, pack_tree
 from unionfs.archive.sizes import tree_size
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode
 from unionfs.drivers.vfs import copy_tree
 from unionfs.host.files import remove_tree
 

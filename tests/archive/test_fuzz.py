@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.archive.tars import entry
 from tests.archive.trees import describe
 from unionfs.archive.tar_format import END_OF_ARCHIVE, TarEntry, encode_entry, padding
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError
 
 _IN_CI = os.environ.get("HYPOTHESIS_PROFILE") == "ci"

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.support.images import Layer, applicable, archive_of, images, settled_time
 from tests.support.snapshot import Snapshot, differences, snapshot
 from unionfs.archive.changes import Change, ChangeKind, changes_of_trees, changes_of_upper
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError
 
 EXAMPLES = {"ci": 150, "long": 4000}.get(os.environ.get("HYPOTHESIS_PROFILE", "dev"), 60)

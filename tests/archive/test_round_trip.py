@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.archive.trees import describe
 from unionfs.archive.changes import changes_of_trees, changes_of_upper
 from unionfs.archive.pack import PackOptions, XattrSelection, pack_changes, pack_tree
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 
 # Few names, so that paths meet; odd bytes, one name at the limit, and none that is a whiteout's.
 NAMES = st.sampled_from([b"a", b"a-", b"b", b"\xff\n", "\u00e9".encode(), b"n" * 255, b"..c"])

@@ -16,7 +16,7 @@ from tests.archive.trees import describe, write
 from unionfs.archive.pack import PackOptions, XattrSelection, pack_tree
 from unionfs.archive.tar_format import TarEntry, encode_entry
 from unionfs.archive.tar_reader import TarReader
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError
 
 KEEP = UnpackOptions(whiteouts=WhiteoutMode.KEEP, include_root=True)

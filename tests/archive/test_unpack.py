@@ -18,7 +18,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, pack_changes, pack_tree
 from unionfs.archive.sizes import tree_size
 from unionfs.archive.stream import PieceStream
-from unionfs.archive.unpack import DevicePolicy, UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import DevicePolicy, UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError
 from unionfs.overlay.idmap import IdRange
 

@@ -13,7 +13,7 @@ import pytest
 from tests.archive.tars import apply, archive, directory, entry, hard_link, symlink
 from tests.archive.trees import describe, write
 from unionfs.archive.tar_format import TarEntry, encode_entry
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.errors import ArchiveError, BreakoutError
 
 MODES = [UnpackOptions(whiteouts=mode) for mode in WhiteoutMode]

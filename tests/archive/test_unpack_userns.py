@@ -16,7 +16,7 @@ from tests.archive.tars import archive, directory, entry
 def unpack_in_userns(archive_path: Path, target: Path, mode: str = "OVERLAY") -> subprocess.CompletedProcess[str]:
     code = (
         "import sys\n"
-        "from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack\n"
+        "from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack\n"
         "from unionfs.errors import ArchiveError\n"
         "try:\n"
         f"    with open(sys.argv[1], 'rb') as file:\n"

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.drivers.rig import Rig, make_rig
 from tests.support.images import Layer, applicable, archive_of, images, settled_time
 from tests.support.snapshot import Snapshot, differences, snapshot
-from unionfs.archive.unpack import UnpackOptions, unpack
+from unionfs.archive.unpacking import UnpackOptions, unpack
 
 EXAMPLES = {"ci": 20, "long": 500}.get(os.environ.get("HYPOTHESIS_PROFILE", "dev"), 8)
 _numbers = itertools.count()

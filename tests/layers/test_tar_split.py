@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.layers.archives import Member, archive, hard_link, member, symlink
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.drivers.files import TreeFiles
 from unionfs.errors import ArchiveError, LayerDamagedError, TarSplitError
 from unionfs.layers.identity import diff_id_of

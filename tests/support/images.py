@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from unionfs.archive.tar_format import END_OF_ARCHIVE, TarEntry, encode_entry, padding
-from unionfs.archive.unpack import UnpackOptions, unpack
+from unionfs.archive.unpacking import UnpackOptions, unpack
 from unionfs.errors import ArchiveError
 
 ACL = bytes.fromhex("0200000001000700ffffffff04000500ffffffff10000500ffffffff20000500ffffffff")

@@ -21,7 +21,7 @@ from unionfs.archive.pack import PackOptions, pack_changes
 from unionfs.archive.sizes import tree_size
 from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
-from unionfs.archive.unpack import UnpackOptions, WhiteoutMode, unpack
+from unionfs.archive.unpacking import UnpackOptions, WhiteoutMode, unpack
 from unionfs.drivers import home
 from unionfs.drivers.contract import Checker, CreateOptions, FileGetCloser, check_layer_id
 from unionfs.drivers.files import LayerFiles

@@ -16,7 +16,7 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.archive.pack import PackOptions, pack_changes
 from unionfs.archive.stream import held_stream
 from unionfs.archive.tar_reader import Readable
-from unionfs.archive.unpack import UnpackOptions, unpack
+from unionfs.archive.unpacking import UnpackOptions, unpack
 from unionfs.drivers.contract import (
     Capabilities,
     CapabilityDriver,

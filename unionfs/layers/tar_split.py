@@ -26,7 +26,7 @@ from fastcrc import crc64
 from unionfs.archive.tar_format import DIRECTORY, PAX_GLOBAL_HEADER, SYMLINK, TarEntry, show
 from unionfs.archive.tar_reader import Readable, TarReader
 from unionfs.archive.target import MAX_LINK_STEPS, MAX_LINKS
-from unionfs.archive.unpack import clean_name
+from unionfs.archive.unpacking import clean_name
 from unionfs.errors import LayerDamagedError, TarSplitError
 from unionfs.layers.identity import ALGORITHM
 from unionfs.overlay.format import MARK, META_MARK, OPAQUE_MARK
