@@ -2,9 +2,11 @@
 
 ::
 
-    with open_store("/var/lib/unionfs") as store:
-        layer = store.register(open("layer.tar.gz", "rb"))
-        path = store.create_rw_layer("my-container", layer.chain_id).mount()
+    with open_store("layers") as store, open("layer.tar.gz", "rb") as archive:
+        layer = store.register(archive)
+        container = store.create_rw_layer("my-container", layer.chain_id)
+        with container.mounted() as root:
+            print(root)
 
 What is meant for callers is named here; the modules behind are the store's own.
 """

@@ -18,6 +18,9 @@ SHORT_WAIT_S: Final = 5e-3
 """A wait for the disk that takes longer is not a short one."""
 LOOK_S: Final = 0.1
 """How often to look whether a program that waits has been killed."""
+_THREADS_MAX: Final = 40  # as trio has it for everything else
+
+_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("unionfs")
 
 
 class Waiter:
@@ -130,7 +133,7 @@ async def completed(
             before_thread()
             if waiter is not None:
                 waiter.may_leave = not job.changes
-            result = await trio.to_thread.run_sync(job.run)
+            result = await trio.to_thread.run_sync(job.run, limiter=_threads())
         except BaseException:
             if job.failed is not None:
                 job.failed()
@@ -145,6 +148,16 @@ async def completed(
             _check(waiter)
             outcome = job.then()
     return outcome
+
+
+def _threads() -> trio.CapacityLimiter:
+    """The limit of threads for jobs. Not trio's own: all of those may wait for a mount that their program serves."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_THREADS_MAX)
+        _limiter.set(limiter)
+        return limiter
 
 
 def _check(waiter: Waiter | None) -> None:

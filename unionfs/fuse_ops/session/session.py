@@ -43,11 +43,11 @@ def run_session(
     gone when this returns or raises. Raises MountError when it never came to be. ``supervised`` is for the record: this
     process is a copy of the supervisor.
     """
-    session = _Session(transport, options, target, ready, gone, statistics, supervised=supervised)
+    session = Session(transport, options, target, ready, gone, statistics, supervised=supervised)
     # From the mount until somebody listens, a signal has to wait: its default is to die and leave a dead mount.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
     try:
-        transport.mount(target)
+        session.mount()
         try:
             session.run()
         finally:
@@ -57,7 +57,13 @@ def run_session(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING_SIGNALS)
 
 
-class _Session:
+class Session:
+    """One mount: made, served by a trio program that runs already, unmounted, released. Signals are the caller's.
+
+    Args:
+        transport, options, target, ready, gone, statistics, supervised: as for :func:`run_session`.
+    """
+
     def __init__(
         self,
         transport: Transport,
@@ -65,9 +71,9 @@ class _Session:
         target: str,
         ready: Callable[[], None],
         gone: Callable[[], None],
-        statistics: Callable[[], Mapping[str, object]] | None,
+        statistics: Callable[[], Mapping[str, object]] | None = None,
         *,
-        supervised: bool,
+        supervised: bool = False,
     ) -> None:
         self._transport = transport
         self._options = options
@@ -85,8 +91,17 @@ class _Session:
         self._gone = False
         self._cancel_scope = trio.CancelScope()
 
+    def mount(self) -> None:
+        """Mount; from now on requests wait for :meth:`serve`. Raises MountError."""
+        self._transport.mount(self._target)
+        try:
+            self._mount = _find_mount(self._target)
+        except BaseException:
+            self.finish()
+            raise
+
     def run(self) -> None:
-        self._mount = _find_mount(self._target)
+        """Serve in a trio program made for it, until the mount is gone. Signals are told to unmount."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         trio.run(self._main, restrict_keyboard_interrupt_to_checkpoints=True)
         if not self._announced:
@@ -94,11 +109,16 @@ class _Session:
                 f"cannot mount on {self._target}: the session ended before it began; run with -d to see why"
             )
 
+    @property
+    def minor(self) -> int:
+        """The minor number of the mount's device; 0 when the mount table cannot be read."""
+        return 0 if self._mount is None else self._mount.minor
+
     def finish(self) -> None:
-        """Release everything that may be left, after whatever kind of end."""
+        """Release everything that may be left of a mount, after whatever kind of end. May be called again."""
         # Closing /dev/fuse first makes the kernel fail what it still waits for, so that unmounting cannot hang.
         self._transport.close()
-        point = self._mount_point()
+        point = self.mount_point()
         if point is not None:
             status, said = unmount.start_helper("detach", point, self._fusermount).result()
             if status:
@@ -114,10 +134,16 @@ class _Session:
         with self._cancel_scope:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._handle_signals, nursery)
-                nursery.start_soon(self._announce)
-                # The kernel's INIT is answered as soon as the callback returns, before any task runs again.
-                await self._transport.serve(self._accepted.set, self._mount_is_gone)
+                await self.serve()
                 nursery.cancel_scope.cancel()
+
+    async def serve(self) -> None:
+        """Answer requests until the mount is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce)
+            # The kernel's INIT is answered as soon as the callback returns, before any task runs again.
+            await self._transport.serve(self._accepted.set, self._mount_is_gone)
+            nursery.cancel_scope.cancel()
 
     def _mount_is_gone(self) -> None:
         self._gone = True
@@ -151,16 +177,16 @@ class _Session:
             log.error("this mount cannot be found, so it is not unmounted; ending without")
             self._cancel_scope.cancel()
             return
-        if self._mount_point() is None:
+        if self.mount_point() is None:
             log.info("%s cannot be reached any more; serving until its last user is gone", self._target)
             return
         if self._options.writeback and not self._options.read_only:
             # Before a lazy unmount, which would leave written data with the kernel for as long as there are users.
-            await self._helper("sync")
-        status = await self._helper("unmount")
+            await self.helper("sync")
+        status = await self.helper("unmount")
         if status == errno.EBUSY:
             log.info("%s is in use; it is out of sight, and served until its last user is gone", self._target)
-            status = await self._helper("detach")
+            status = await self.helper("detach")
         if status not in (0, errno.EINVAL):  # EINVAL: unmounted by somebody else meanwhile
             log.error("cannot unmount %s; ending without", self._target)
             self._cancel_scope.cancel()
@@ -170,15 +196,15 @@ class _Session:
         # A request that will not stop must not keep us: the default action of SIGALRM ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_GRACE_S)
-        point = self._mount_point()
+        point = self.mount_point()
         if point is not None:
             # Nobody waits for it: it may itself wait for us to close /dev/fuse.
             unmount.start_helper("detach", point, self._fusermount)
         self._cancel_scope.cancel()
 
-    async def _helper(self, action: str) -> int:
+    async def helper(self, action: str) -> int:
         """Run ``action`` on our mount in another process and return its errno; see the module unmount."""
-        point = self._mount_point()
+        point = self.mount_point()
         if point is None:
             return errno.EINVAL
         helper = unmount.start_helper(action, point, self._fusermount)
@@ -188,7 +214,7 @@ class _Session:
             log.warning("%s of %s: %s", action, point, said or os.strerror(status))
         return status
 
-    def _mount_point(self) -> str | None:
+    def mount_point(self) -> str | None:
         """The path by which our mount is reached, or None when there is none.
 
         It may have been moved meanwhile, and a path that another mount covers would unmount the other one. The kernel

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace, TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -440,6 +440,7 @@ class Pyfuse3Transport:
     """Serves ``operations`` through pyfuse3; there can be only one in a process. ``late_sync`` runs beside it."""
 
     name = "pyfuse3"
+    _serving: ClassVar[Pyfuse3Transport | None] = None
 
     def __init__(
         self, operations: pyfuse3.Operations, options: MountOptions, late_sync: LateSync | None = None
@@ -450,6 +451,11 @@ class Pyfuse3Transport:
 
     def mount(self, target: str) -> None:
         """Mount on ``target``; raises MountError with what libfuse said."""
+        if Pyfuse3Transport._serving is not None:
+            raise MountError(
+                f"cannot mount on {target}: pyfuse3 serves one mount in a process; "
+                "use transport=direct, or another process"
+            )
         options = self._options
         words = {
             *(options.fuse_words or default_fuse_words()),
@@ -464,6 +470,7 @@ class Pyfuse3Transport:
                 pyfuse3.init(self._operations, target, words)
         except RuntimeError:
             raise MountError(f"cannot mount on {target}: {explained(' '.join(said))}") from None
+        Pyfuse3Transport._serving = self
         if said:
             print("\n".join(said), file=sys.stderr)
 
@@ -486,7 +493,9 @@ class Pyfuse3Transport:
 
     def close(self) -> None:
         """Close /dev/fuse, leaving the mount to the session."""
-        pyfuse3.close(unmount=False)
+        if Pyfuse3Transport._serving is self:
+            Pyfuse3Transport._serving = None
+            pyfuse3.close(unmount=False)
 
 
 def _libfuse_value(text: str) -> str:

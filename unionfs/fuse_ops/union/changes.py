@@ -14,7 +14,7 @@ from unionfs.fuse_ops.copy_up.copy_up import METADATA, CopyUp
 from unionfs.fuse_ops.copy_up.hard_links import HardLinks
 from unionfs.fuse_ops.quota import Accounts
 from unionfs.fuse_ops.stack.upper_dir import UpperDir
-from unionfs.fuse_ops.tree.attributes import Override
+from unionfs.fuse_ops.tree.attributes import DEFAULT_ACL, Override
 from unionfs.fuse_ops.tree.inodes import DirInode, FileInode, Inode, OpenFile, as_file, backing_flags
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.overlay.format import MARK, NAME_MAX, WHITEOUT_DEVICE
@@ -31,6 +31,20 @@ class Caller(Protocol):
     def gid(self) -> int: ...
     @property
     def pid(self) -> int: ...
+
+
+def _masked_bits(dir_fd: int, mode: int, st: os.stat_result) -> int:
+    """The permissions that the umask of this process took from a new object in a directory.
+
+    The caller's is in ``mode`` already. Ours is 0, unless the process is somebody's program that serves the mount. A
+    default ACL of the directory takes some too, which is right, and the umask does not count then (acl(5)).
+    """
+    masked = mode & ~st.st_mode & 0o777
+    if masked:
+        with contextlib.suppress(OSError):
+            os.getxattr(b"/proc/self/fd/%d" % dir_fd, DEFAULT_ACL)
+            return 0
+    return masked
 
 
 def check_new_name(name: bytes) -> None:
@@ -110,6 +124,10 @@ class NamespaceChanges:
             if parent.st_mode & stat.S_ISGID:
                 gid = parent.st_gid
             st = os.fstat(fd)
+            masked = _masked_bits(directory_fd, mode, st)
+            if masked:
+                os.chmod(fd, stat.S_IMODE(st.st_mode) | masked)
+                st = os.fstat(fd)
             if (st.st_uid, st.st_gid) != (uid, gid) and not self._view.ownership.squashed:
                 os.chown(fd, uid, gid)
                 if mode & _SPECIAL_BITS:
@@ -336,6 +354,10 @@ class NamespaceChanges:
         if ownership.overrides:
             return self._override_new(directory_fd, dir_fd, name, mode, uid, gid, rdev)
         st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        masked = _masked_bits(dir_fd, mode, st)
+        if masked and not stat.S_ISLNK(mode):
+            os.chmod(name, stat.S_IMODE(st.st_mode) | masked, dir_fd=dir_fd)
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         has_owner = ownership.squashed or (st.st_uid, st.st_gid) == (uid, gid)
         if has_owner and dir_fd == directory_fd and not mode & _SPECIAL_BITS:
             return st  # which has all that a setgid directory gives to what is made in it

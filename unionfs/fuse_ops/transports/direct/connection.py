@@ -116,7 +116,8 @@ class Connection:
         # made for it: a supervisor's copy, which rehearses this, has to stay a process of one thread.
         if self._calls.has_threads:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._calls.close)
+                # Not one of the program's own limit: all of those may be waiting for this mount.
+                await trio.to_thread.run_sync(self._calls.close, limiter=trio.CapacityLimiter(1))
 
     def close(self) -> None:
         """Give the connection up; what still waits for an answer gets ENOTCONN."""
