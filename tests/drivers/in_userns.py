@@ -9,10 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.drivers.rig import INITS, got
-from tests.drivers.trees import write
+from tests.drivers.rig import INITS
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import CreateOptions
+from unionfs.testing.rig import got
+from unionfs.testing.trees import write
 
 EXPECTED = ["D /a", "C /d", "D /d/f", "A /d/g", "A /new"]
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -19,84 +19,43 @@ from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import overlay2, plugin, union, vfs
 from unionfs.drivers.contract import Driver, InitFunc
 from unionfs.drivers.plugin import find_plugin
-from unionfs.host.mount_holders import mounts_inside
+from unionfs.testing.rig import DriverRig
 
 DRIVERS = ("unionfs", "overlay2", "vfs", "plugin")
 LAYERED = ("unionfs", "overlay2")
 INITS: dict[str, InitFunc] = {"unionfs": union.init, "overlay2": overlay2.init, "vfs": vfs.init}
 
 
-class Rig:
-    """A root directory with one driver.
+class Rig(DriverRig):
+    """A root directory with one driver of ours.
 
     Attributes:
         kind: which one, of ``DRIVERS``.
-        root: the root directory.
-        driver: the driver, opened without options.
     """
 
     def __init__(self, kind: str, root: str) -> None:
+        super().__init__(root, self._open_plugin if kind == "plugin" else INITS[kind], kind)
         self.kind = kind
-        self.root = root
-        self.home = os.path.join(root, kind)
         self._stack = ExitStack()
         if kind == "plugin":
             self._stack.enter_context(plugin_server(os.path.join(root, "plugin.sock"), vfs.init))
-        self._driver: Driver | None = None
-
-    @property
-    def driver(self) -> Driver:
-        if self._driver is None:
-            self._driver = self.open()
-        return self._driver
 
     @property
     def layered(self) -> bool:
         """Whether the driver mounts, and knows exactly what was changed."""
         return self.kind in LAYERED
 
-    def open(self, options: Sequence[str] = (), id_mapping: IdMapping | None = None) -> Driver:
-        """Another instance over the same home, as a new process would have it."""
-        mapping = id_mapping or IdMapping()
-        if self.kind == "plugin":
-            address = find_plugin("plugin", self.root, ())
-            return plugin.connect("plugin", self.home, options, mapping, address)
-        return INITS[self.kind](self.home, options, mapping)
-
-    def restart(self) -> Driver:
-        """Go on with a new instance, without telling the earlier one."""
-        self._driver = self.open()
-        return self._driver
-
-    def got(self, layer_id: str) -> AbstractContextManager[str]:
-        """The mounted layer."""
-        return got(self.driver, layer_id)
-
-    def mounts(self) -> list[str]:
-        """What is mounted below the root."""
-        return mounts_inside(os.path.realpath(self.root))
+    def _open_plugin(self, home: str, options: Sequence[str], id_mapping: IdMapping) -> Driver:
+        return plugin.connect("plugin", home, options, id_mapping, find_plugin("plugin", self.root, ()))
 
     def close(self) -> list[str]:
         """Take everything down; what was left that should not be."""
-        points = self.mounts()
-        servers = [pid for point in points for pid in servers_of(point)]
-        if self._driver is not None:
-            self._driver.cleanup()
-        faults = [f"still mounted: {point}" for point in self.mounts()]
+        servers = [pid for point in self.mounts() for pid in servers_of(point)]
+        faults = super().close()
         if not wait_until(lambda: not any(is_running(pid) for pid in servers), 10):
             faults.append("a server still runs")
         self._stack.close()
         return faults
-
-
-@contextmanager
-def got(driver: Driver, layer_id: str) -> Iterator[str]:
-    """A mounted layer of any driver."""
-    path = driver.get(layer_id)
-    try:
-        yield path
-    finally:
-        driver.put(layer_id)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.drivers.rig import LAYERED, Rig
-from tests.drivers.trees import make_base, tree_names
 from tests.support.mounts import wait_until
 from unionfs.errors import DriverError, LayerBusyError, LayerExistsError, LayerNotFoundError
 
@@ -57,17 +56,17 @@ def servers_below(root: str) -> list[str]:
 def check_nothing_left(rig: Rig, directories: list[str], fds: int) -> None:
     assert rig.mounts() == []
     assert wait_until(lambda: servers_below(rig.root) == [], 10)
-    assert tree_names(rig.root) == directories
+    assert rig.names() == directories
     # The plugin's server closes its connections in threads of its own.
     assert wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds, 10), os.listdir("/proc/self/fd")
 
 
 def test_different_ids(rig: Rig) -> None:
     """Every thread has layers of its own: two of them, mounted and written, and one made from their difference."""
-    make_base(rig)
+    rig.make_base()
     rig.driver.create("warm", "base")
     rig.driver.remove("warm")
-    directories, fds = tree_names(rig.root), len(os.listdir("/proc/self/fd"))
+    directories, fds = rig.names(), len(os.listdir("/proc/self/fd"))
     driver = rig.driver
     rounds = 1 if rig.kind == "unionfs" else 3
 
@@ -97,10 +96,10 @@ def test_different_ids(rig: Rig) -> None:
 
 def test_the_same_ids(rig: Rig) -> None:
     """Threads create, get, put and remove the same few layers; each call does it or says why not."""
-    make_base(rig)
+    rig.make_base()
     rig.driver.create("warm", "base")
     rig.driver.remove("warm")
-    directories, fds = tree_names(rig.root), len(os.listdir("/proc/self/fd"))
+    directories, fds = rig.names(), len(os.listdir("/proc/self/fd"))
     driver = rig.driver
     rounds = 2 if rig.kind == "unionfs" else 8
     refused: tuple[type[DriverError], ...] = (LayerExistsError, LayerNotFoundError, LayerBusyError)
@@ -130,7 +129,7 @@ def test_the_same_ids(rig: Rig) -> None:
 
 
 def test_one_layer_is_mounted_once(layered_rig: Rig) -> None:
-    make_base(layered_rig)
+    layered_rig.make_base()
     driver = layered_rig.driver
     driver.create_read_write("x", "base")
     paths = []
@@ -151,7 +150,7 @@ def test_one_layer_is_mounted_once(layered_rig: Rig) -> None:
 
 
 def test_one_id_is_created_once(rig: Rig) -> None:
-    make_base(rig)
+    rig.make_base()
     won: list[int] = []
 
     def work(number: int) -> None:

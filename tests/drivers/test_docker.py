@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.drivers.engine import extract_member, make_rootfs, pack, run_docker, tree, unpack
-from tests.drivers.rig import INITS, LAYERED, got
+from tests.drivers.rig import INITS, LAYERED
 from tests.support.mounts import take_down
 from tests.support.snapshot import Snapshot, assert_same
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import Driver
+from unionfs.testing.rig import got
 
 pytestmark = [pytest.mark.engine]
 

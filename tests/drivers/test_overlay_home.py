@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.drivers.rig import INITS, LAYERED, Rig, got, make_rig
-from tests.drivers.trees import lines, make_base, write
+from tests.drivers.rig import INITS, LAYERED, Rig, make_rig
 from tests.support.mounts import servers_of, wait_until
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import layered, overlay2, union
@@ -28,6 +27,8 @@ from unionfs.errors import (
     PrerequisitesError,
 )
 from unionfs.overlay.idmap import IdRange
+from unionfs.testing.rig import got
+from unionfs.testing.trees import write
 
 
 def mode(path: str) -> int:
@@ -102,7 +103,7 @@ def test_depth_limit(layered_rig: Rig) -> None:
     with got(driver, "layer128") as root:
         assert os.listdir(root) == ["bottom"]
         write(root, "top", b"")
-    assert lines(layered_rig, "layer128", "layer127") == ["A /top"]
+    assert layered_rig.lines("layer128", "layer127") == ["A /top"]
 
 
 def test_depth_limit_of_the_union_is_an_option(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_depth_limit_of_the_union_is_an_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("writer", "reader"), [("unionfs", "overlay2"), ("overlay2", "unionfs")])
 def test_each_opens_the_others_home(writer: str, reader: str, tmp_path: Path) -> None:
     with make_rig(writer, str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create("middle", "base")
         with rig.got("middle") as root:
             os.unlink(root + "/sh")
@@ -131,9 +132,7 @@ def test_each_opens_the_others_home(writer: str, reader: str, tmp_path: Path) ->
         rig.driver.create_read_write("top", "middle")
         with rig.got("top") as root:
             write(root, "new", b"1")
-        listed = {
-            pair: lines(rig, *pair) for pair in (("base", ""), ("middle", "base"), ("top", "middle"), ("top", ""))
-        }
+        listed = {pair: rig.lines(*pair) for pair in (("base", ""), ("middle", "base"), ("top", "middle"), ("top", ""))}
         with rig.driver.diff("middle", "base") as stream:
             archive = stream.read()
         rig.driver.cleanup()
@@ -149,7 +148,7 @@ def test_each_opens_the_others_home(writer: str, reader: str, tmp_path: Path) ->
             write(root, "newer", b"2")
         other.create("over", "top")
         other.cleanup()
-        assert lines(rig, "top", "middle") == ["A /new", "A /newer"]
+        assert rig.lines("top", "middle") == ["A /new", "A /newer"]
         with rig.got("over") as root:
             assert Path(root, "newer").read_bytes() == b"2"
 
@@ -157,7 +156,7 @@ def test_each_opens_the_others_home(writer: str, reader: str, tmp_path: Path) ->
 @pytest.mark.parametrize(("first", "second"), [("unionfs", "overlay2"), ("overlay2", "unionfs")])
 def test_live_mount_of_the_other_driver_is_taken_over(first: str, second: str, tmp_path: Path) -> None:
     with make_rig(first, str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create_read_write("x", "base")
         path = rig.driver.get("x")
         servers = servers_of(path)
@@ -171,7 +170,7 @@ def test_live_mount_of_the_other_driver_is_taken_over(first: str, second: str, t
 
 def test_dead_server_is_replaced(tmp_path: Path) -> None:
     with make_rig("unionfs", str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         for name in ("x", "y"):
             rig.driver.create_read_write(name, "base")
             path = rig.driver.get(name)
@@ -189,7 +188,7 @@ def test_dead_server_is_replaced(tmp_path: Path) -> None:
 
 def test_server_that_died_under_the_driver(tmp_path: Path) -> None:
     with make_rig("unionfs", str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create_read_write("x", "base")
         path = rig.driver.get("x")
         (server,) = servers_of(path)
@@ -208,7 +207,7 @@ def test_server_that_died_under_the_driver(tmp_path: Path) -> None:
 
 
 def test_lost_and_wrong_links_are_put_right(layered_rig: Rig) -> None:
-    make_base(layered_rig)
+    layered_rig.make_base()
     layered_rig.driver.create("middle", "base")
     layered_rig.driver.create_read_write("top", "middle")
     links = os.path.realpath(layered_rig.home) + "/l"
@@ -248,7 +247,7 @@ def test_damaged_files_are_named(layered_rig: Rig, name: str, content: str) -> N
 def test_a_parent_stays_one_without_its_marks(layered_rig: Rig, lost: str) -> None:
     """What says that a layer has children may be damaged, or older than the mark: the children's own files count."""
     driver = layered_rig.driver
-    make_base(layered_rig)
+    layered_rig.make_base()
     driver.create_read_write("x", "base")
     home = os.path.realpath(layered_rig.home)
     path = f"{home}/l/{read(f'{home}/base/link')}" if lost == "l" else f"{home}/base/{lost}"
@@ -366,19 +365,19 @@ def test_naive_difference_where_the_kernel_is_not_exact(tmp_path: Path, monkeypa
     real = overlay2.probe
     monkeypatch.setattr("unionfs.drivers.overlay2.probe", lambda path: real(path)._replace(native_diff=False))
     with make_rig("overlay2", str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create_read_write("x", "base")
         with rig.got("x") as root:
             write(root, "etc/passwd", b"longer")
         monkeypatch.setattr(layered, "changes_of_upper", None)
-        assert lines(rig, "x", "base") == ["C /etc", "C /etc/passwd"]
+        assert rig.lines("x", "base") == ["C /etc", "C /etc/passwd"]
         assert ("Native Overlay Diff", "false") in rig.driver.status()
         rig.driver.diff("x", "base").close()
         assert rig.mounts() == []
 
 
 def test_half_made_layer_leaves_nothing(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_base(layered_rig)
+    layered_rig.make_base()
     home = os.path.realpath(layered_rig.home)
     before = sorted(os.listdir(home)), sorted(os.listdir(home + "/l"))
     for step in ("unionfs.host.disk.write_file", "unionfs.drivers.overlay_home._copy_root"):

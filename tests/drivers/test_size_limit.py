@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.drivers.rig import Rig, got, make_rig
+from tests.drivers.rig import Rig, make_rig
 from unionfs.drivers.contract import CreateOptions, Driver
 from unionfs.errors import ArchiveError, DriverError, LayerExistsError, OptionError, QuotaNotSupportedError
+from unionfs.testing.rig import got
 
 MIB = 1 << 20
 

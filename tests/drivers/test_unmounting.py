@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from tests.drivers.rig import Rig, make_rig
-from tests.drivers.trees import make_base, write
 from tests.support.mounts import is_running, mounted_elsewhere, other_namespace, servers_of, wait_until
 from tests.support.syscalls import mount
 from unionfs.drivers import home
 from unionfs.drivers.layered import Stack
 from unionfs.engines.snapshotter.mounts import SnapshotUnions
 from unionfs.errors import LayerBusyError
+from unionfs.testing.trees import write
 
 
 @pytest.fixture
 def unionfs_rig(tmp_path: Path) -> Iterator[Rig]:
     with make_rig("unionfs", str(tmp_path)) as made:
-        make_base(made)
+        made.make_base()
         made.driver.create_read_write("x", "base")
         yield made
 
@@ -88,7 +88,7 @@ def test_a_disk_that_fails_keeps_no_mount(unionfs_rig: Rig, monkeypatch: pytest.
 
 def test_more_mounts_on_top_than_tries(layered_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "_TRIES", 2)
-    make_base(layered_rig)
+    layered_rig.make_base()
     layered_rig.driver.create_read_write("x", "base")
     path = layered_rig.driver.get("x")
     for _ in range(3):

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.drivers.trees import write
 from tests.support.mounts import is_mounted, is_running, servers_of, take_down, wait_until
 from tests.support.sandbox import needs_root
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers import plugin
 from unionfs.drivers.plugin import PluginAddress, PluginDriver, PluginTransport, find_plugin
 from unionfs.errors import DriverError
+from unionfs.testing.trees import write
 
 needs_root()
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.drivers.rig import make_rig
-from tests.drivers.trees import make_base
 from tests.layers.samples import BASE, stream
 from tests.support.mounts import is_running, servers_of, wait_until
 from tests.support.syscalls import mount, umount2
@@ -46,7 +45,7 @@ def no_wait(server: int) -> Iterator[None]:
 
 def test_alive_silent_and_dead(tmp_path: Path) -> None:
     with make_rig("unionfs", str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create_read_write("x", "base")
         path = rig.driver.get("x")
         assert probe(path) is Answer.ALIVE
@@ -67,7 +66,7 @@ def test_alive_silent_and_dead(tmp_path: Path) -> None:
 def test_a_driver_does_not_wait_for_a_server_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mounts, "_LIMIT_S", 0.1)
     with make_rig("unionfs", str(tmp_path)) as rig:
-        make_base(rig)
+        rig.make_base()
         rig.driver.create_read_write("x", "base")
         path = rig.driver.get("x")
         (server,) = servers_of(path)
@@ -104,7 +103,7 @@ def test_whether_it_is_mounted_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
         mount("none", str(control), "fusectl")
     try:
         with make_rig("unionfs", str(tmp_path)) as rig:
-            make_base(rig)
+            rig.make_base()
             rig.driver.create_read_write("x", "base")
             top = mountinfo.top_mount(rig.driver.get("x"))
             assert top is not None
