@@ -1,33 +1,11 @@
-"""docs/layer-store.md: its example runs, and the tests it names exist."""
+"""docs/layer-store.md: the tests it names exist."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pytest
-
-from tests.layers.archives import archive, member
-from unionfs.layers import open_store
-
 TESTS = Path(__file__).resolve().parent
-
-
-def test_the_first_example_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (repository / "docs" / "layer-store.md").read_text()
-    example = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
-    assert "/tmp/layers" in example
-    (tmp_path / "layer.tar.gz").write_bytes(archive([member("etc/hello", "world")]))
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(example.replace("/tmp/layers", str(tmp_path / "layers")), names)
-    try:
-        assert Path(str(names["path"]), "etc", "hello").read_text() == "world"
-    finally:
-        names["store"].cleanup()  # type: ignore[attr-defined]
-        names["store"].close()  # type: ignore[attr-defined]
-    with open_store(tmp_path / "layers") as store:
-        assert list(store.rw_layers()) == ["my-container"]
 
 
 def test_tests_that_the_tables_name_exist(repository: Path) -> None:
