@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.layers.archives import archive, member, symlink
 from tests.layers.conftest import Workshop
 from tests.layers.samples import BASE, TOP, stream
 from unionfs.errors import LayerDamagedError, LayerStoreError
@@ -49,3 +50,15 @@ def test_a_missing_record(vfs_shop: Workshop) -> None:
     with pytest.raises(LayerDamagedError, match=r"tar-split.json.gz: is missing, so layer .* cannot be exported"):
         layer.tar_stream()
     assert [problem.kind for problem in fsck(vfs_shop.store)] == ["record"]
+
+
+def test_contents_that_are_replaced_through_a_link_of_a_layer_below_come_back(shop: Workshop) -> None:
+    """Of two entries for one file, only the last is in the tree; the stream does not say that they are one."""
+    below = shop.store.register(stream(archive([member("usr/lib/old", "old"), symlink("lib", "usr/lib")])), "")
+    tar = archive([member("lib/a", "first"), member("usr/lib/a", "second"), member("lib/b", "alone")])
+    layer = shop.store.register(stream(tar), below.chain_id)
+    assert layer.verify() == len(tar)
+    with layer.tar_stream() as exported:
+        assert exported.read() == tar
+    shop.store.release(layer)
+    shop.store.release(below)

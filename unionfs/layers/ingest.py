@@ -7,6 +7,7 @@ a tree that is in a driver already is read here too (:func:`read_tree`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import deque
@@ -17,12 +18,21 @@ from typing import BinaryIO
 from unionfs.archive.compression import open_archive
 from unionfs.archive.stream import PieceStream
 from unionfs.archive.tar_reader import Readable
-from unionfs.drivers.contract import Driver
+from unionfs.drivers.contract import Driver, FileGetCloser
 from unionfs.drivers.files import file_getter
 from unionfs.errors import LayerStoreError
 from unionfs.layers.identity import ALGORITHM, DiffID
 from unionfs.layers.metadata import TarSplitWriter, Transaction
-from unionfs.layers.tar_split import FILE, EntryWriter, SplitEntry, assemble, disassemble, read_entries
+from unionfs.layers.tar_split import (
+    FILE,
+    Disassembled,
+    EntryWriter,
+    SplitEntry,
+    assemble,
+    disassemble,
+    gone_from,
+    read_entries,
+)
 
 
 class StoppedError(Exception):
@@ -200,6 +210,7 @@ def ingest(
     new_record: Callable[[], TarSplitWriter] | None,
     spool: Callable[[], BinaryIO],
     progress: Progress | None = None,
+    tree: Callable[[], FileGetCloser] | None = None,
 ) -> Ingested:
     """Take in a layer.
 
@@ -209,6 +220,7 @@ def ingest(
         new_record: opens the tar-split record, empty each time; None when none is needed.
         spool: see :class:`ReplayableStream`.
         progress: see :data:`Progress`.
+        tree: opens what ``apply`` has unpacked over another layer; None where there is none below.
 
     Raises:
         ArchiveError: the archive is damaged or hostile.
@@ -216,13 +228,17 @@ def ingest(
     """
     replayable = ReplayableStream(stream, spool) if new_record is not None else None
     try:
-        run = _Run(replayable or stream, apply, new_record, progress)
+        run = _Run(replayable or stream, apply, new_record, progress, has_parent=tree is not None)
         result = run.run()
-        if run.lost:
+        lost = run.split.lost
+        if tree is not None and run.split.unsure:
+            with contextlib.closing(tree()) as files:
+                lost |= gone_from(files, run.split.unsure)
+        if lost:
             # A later entry replaced the contents of an earlier one, which the record must hold then.
             assert replayable is not None
             assert new_record is not None
-            _record_again(replayable.again(), new_record, run.lost, result.diff_id)
+            _record_again(replayable.again(), new_record, lost, result.diff_id)
         return result
     finally:
         if replayable is not None:
@@ -268,7 +284,10 @@ class _Run:
         apply: Callable[[Readable], int],
         new_record: Callable[[], TarSplitWriter] | None,
         progress: Progress | None,
+        *,
+        has_parent: bool,
     ) -> None:
+        self._has_parent = has_parent
         self._stream = stream
         self._apply = apply
         self._new_record = new_record
@@ -277,7 +296,7 @@ class _Run:
         self._errors: list[BaseException] = []
         self._digest = hashlib.sha256()
         self._length = 0
-        self.lost: frozenset[int] = frozenset()
+        self.split = Disassembled(0, frozenset())
 
     def run(self) -> Ingested:
         tasks = [self._read, self._hash, *([self._split] if self._new_record is not None else [])]
@@ -330,7 +349,7 @@ class _Run:
         assert self._new_record is not None
         record = self._new_record()
         try:
-            self.lost = disassemble(self._pieces.readers[2], record.write).lost
+            self.split = disassemble(self._pieces.readers[2], record.write, has_parent=self._has_parent)
         finally:
             record.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unionfs.archive.tar_reader import Readable
 from unionfs.drivers.contract import Driver, capabilities_of
+from unionfs.drivers.files import file_getter
 from unionfs.errors import DigestMismatchError, MaxDepthExceededError
 from unionfs.host.locks import NamedLocks
 from unionfs.layers.identity import NO_CHAIN, ChainID, DiffID, extend_chain, new_id, parse_digest
@@ -100,6 +101,7 @@ class Registrar:
             transaction.tar_split_writer if self._record_streams else None,
             transaction.spool,
             progress,
+            (lambda: file_getter(self._driver, cache_id)) if below else None,
         )
 
     def adopt(self, tree: str, parent: str, record: Readable | None) -> LayerHandle:

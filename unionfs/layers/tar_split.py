@@ -16,8 +16,8 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Any, BinaryIO, Protocol
 
@@ -230,8 +230,16 @@ class PayloadTracker:
     def __init__(self, lost: frozenset[int] = frozenset()) -> None:
         self._lost = lost
         self._root = _Node()
-        self._last: tuple[list[bytes], _Node, list[_Node]] = ([], self._root, [])
+        # A directory, the links on the way there, and whether all directories on it are this stream's.
+        self._last: tuple[list[bytes], _Node, list[_Node], bool] = ([], self._root, [], True)
+        self._same_base: dict[bytes, list[int]] = {}  # entries by the last component of their names
+        self._unknown: set[bytes] = set()  # those components that follow one which may be a link of a layer below
         self.late: set[int] = set()
+
+    def unsure(self) -> set[int]:
+        """Entries that may be one file with another one, by a link of a layer below: those links are not known here."""
+        several = (self._same_base[base] for base in self._unknown)
+        return {index for same in several if len(same) > 1 for index in same}
 
     def must_embed(self, index: int, entry: TarEntry) -> bool:
         """Whether the entry's contents, if any, belong into the record, and no file entry for it.
@@ -254,6 +262,9 @@ class PayloadTracker:
         else:
             parent, links = self._directory(parts[:-1])
             node = parent.children.setdefault(parts[-1], _Node())
+            self._same_base.setdefault(parts[-1], []).append(index)
+            if not self._last[3]:
+                self._unknown.add(parts[-1])
         if index in self._lost:
             self._become(node, entry)
             node.index, node.has_payload = -1, False
@@ -284,7 +295,7 @@ class PayloadTracker:
             self._lose(node)
         self._unlink(node)
         node.link = entry.linkname if entry.kind == SYMLINK else None
-        self._last = ([], self._root, [])
+        self._last = ([], self._root, [], True)
 
     def _whiteout(self, parts: list[bytes]) -> None:
         base = parts[-1]
@@ -295,7 +306,7 @@ class PayloadTracker:
         if node is not None:
             self._note(node)
             self._lose(node)
-            self._last = ([], self._root, [])
+            self._last = ([], self._root, [], True)
 
     def _lose(self, node: _Node) -> None:
         """Everything beneath ``node`` is removed."""
@@ -317,9 +328,9 @@ class PayloadTracker:
         """The directory that ``parts`` lead to, made where it is missing, and the links on the way."""
         if parts != self._last[0]:
             self._last = (parts, *self._follow(parts))
-        return self._last[1:]
+        return self._last[1:3]
 
-    def _follow(self, parts: list[bytes]) -> tuple[_Node, list[_Node]]:
+    def _follow(self, parts: list[bytes]) -> tuple[_Node, list[_Node], bool]:
         todo = parts[::-1]
         way: list[_Node] = [self._root]
         links: list[_Node] = []
@@ -346,7 +357,7 @@ class PayloadTracker:
                 self._note(node)
                 node.index, node.has_payload = -1, False
             way.append(node)
-        return way[-1], links
+        return way[-1], links, all(node.index >= 0 for node in way[1:])
 
 
 def _descendants(node: _Node) -> Iterator[_Node]:
@@ -368,14 +379,16 @@ class Disassembled:
         entries: how many entries the stream has.
         lost: numbers of entries that the record names as files although their contents are gone from the tree, because
             a later entry replaced them. If there are any, the record must be made again with them in ``embed``.
+        unsure: further ones of which only the tree can tell that, see :func:`gone_from`; by their numbers.
     """
 
     entries: int
     lost: frozenset[int]
+    unsure: dict[int, SplitEntry] = field(default_factory=dict)
 
 
 def disassemble(
-    stream: Readable, write: Callable[[bytes], object], *, embed: frozenset[int] = frozenset()
+    stream: Readable, write: Callable[[bytes], object], *, embed: frozenset[int] = frozenset(), has_parent: bool = False
 ) -> Disassembled:
     """Read a tar stream to its end and write its record: everything but the contents of files.
 
@@ -385,6 +398,7 @@ def disassemble(
         stream: the archive, uncompressed.
         write: gets the record, uncompressed.
         embed: numbers of entries whose contents go into the record, see :class:`Disassembled`.
+        has_parent: whether it was unpacked over another layer, whose links it may follow.
 
     Raises:
         ArchiveError: the archive is damaged or hostile.
@@ -393,6 +407,7 @@ def disassemble(
     segment = _Segment(entries)
     reader = TarReader(stream, raw=segment.add)
     tracker = PayloadTracker(embed)
+    files: dict[int, SplitEntry] = {}
     index = -1
     for entry in reader:
         index += 1
@@ -405,11 +420,14 @@ def disassemble(
         for piece in reader.contents():
             checksum.update(piece)
         entries.file(entry.name, entry.stored_size, checksum.digest())
+        if has_parent and entry.stored_size:
+            files[index] = SplitEntry(FILE, checksum.digest(), entry.name, entry.stored_size)
     segment.flush()
     reader.drain()
     segment.flush()
     entries.end()
-    return Disassembled(index + 1, frozenset(tracker.late))
+    unsure = {number: files[number] for number in tracker.unsure() if number in files}
+    return Disassembled(index + 1, frozenset(tracker.late), unsure)
 
 
 class _Segment:
@@ -485,6 +503,18 @@ def _contents(entry: SplitEntry, files: FileSource) -> Iterator[bytes]:
             f'file integrity checksum failed for "{shown}": its contents were changed in the layer store; '
             "pull or register the layer again"
         )
+
+
+def gone_from(files: FileSource, entries: Mapping[int, SplitEntry]) -> frozenset[int]:
+    """The numbers of those ``entries`` whose contents ``files`` do not have."""
+    gone = set()
+    for number, entry in entries.items():
+        try:
+            for _ in _contents(entry, files):
+                pass
+        except LayerDamagedError:
+            gone.add(number)
+    return frozenset(gone)
 
 
 def verified(pieces: Iterable[bytes], diff_id: str) -> Iterator[bytes]:
