@@ -256,7 +256,8 @@ def test_walk(sn: Snapshotter) -> None:
         ([f"kind!=active,{rooted}"], "p p-wl v v-wl"),
         (["parent==p"], "a v"),
         (["parent!=p", "kind==view"], "a-np a-np-wl a-wl p p-wl v v-wl"),
-        (["parent"], "a a-wl v v-wl"),
+        (["parent"], "a a-np a-np-wl a-wl p p-wl v v-wl"),  # the field is there, also when it is empty
+        (['parent==""'], "a-np a-np-wl p p-wl"),
         (["labels.l"], "a-np-wl a-wl p-wl v-wl"),
         (["labels.l==2"], "a-np-wl a-wl"),
         (["labels.l!=2,labels.l"], "p-wl v-wl"),
