@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.durations import Durations
+from tests.support.sandbox import DISK
 
 # A mount's speed is not ours alone, so no example is too slow; pytest-timeout ends a test that hangs.
 _BASE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -44,10 +45,12 @@ def repository() -> Path:
 
 
 @pytest.fixture
-def disk_path() -> Iterator[Path]:
-    """A new directory on a disk that everybody may enter; ``/tmp``, where pytest's are, may be in memory."""
-    with tempfile.TemporaryDirectory(prefix="unionfs-test-", dir="/var/tmp") as name:
-        os.chmod(name, 0o755)
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """pytest's, and for tests with the mark ``disk`` one on a disk: ``/tmp`` may be in memory, as Debian 13 has it."""
+    if request.node.get_closest_marker("disk") is None:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="unionfs-test-", dir=DISK) as name:
         yield Path(name)
 
 

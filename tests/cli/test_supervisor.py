@@ -587,6 +587,7 @@ def test_code_that_was_replaced(layers: Sandbox, monkeypatch: pytest.MonkeyPatch
         assert wait_until(served, END_S)
 
 
+@pytest.mark.disk  # where the code is too: a file has other numbers when its layers are on several file systems
 def test_mount_that_covers_the_code(layers: Sandbox, supervisor: Supervisor) -> None:
     """The supervisor's copies go on to serve, and it does not take the covered files for other ones."""
     upper, work = layers.new_dir("covering"), layers.new_dir("covering.work")

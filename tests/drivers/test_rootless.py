@@ -11,6 +11,7 @@ import pytest
 from tests.drivers.rig import INITS
 
 
+@pytest.mark.disk
 @pytest.mark.parametrize("kind", INITS)
 def test_in_a_user_namespace(kind: str, tmp_path: Path, repository: Path) -> None:
     command = ["unshare", "-U", "--map-root-user", "-m", "-p", "-f", "--kill-child", "--mount-proc"]

@@ -75,6 +75,7 @@ def test_a_container_layer_is_limited(union: Rig) -> None:
     assert [str(change) for change in driver.changes("run", "base")] == ["A /again"]
 
 
+@pytest.mark.disk
 def test_the_limit_can_be_raised_for_the_next_mount(union: Rig) -> None:
     driver = union.driver
     make_base(driver)

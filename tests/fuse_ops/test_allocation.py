@@ -61,6 +61,7 @@ def test_preallocated_blocks_are_there(fd: int) -> None:
     assert growth(fd, 4 * BLOCK, 8 * BLOCK, BLOCK, 8 * BLOCK, 0) == 4 * BLOCK
 
 
+@pytest.mark.disk
 def test_what_is_allocated_beyond_the_end_counts_only_when_asked_for(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     fallocate(fd, 1, 0, 8 * BLOCK)  # FALLOC_FL_KEEP_SIZE

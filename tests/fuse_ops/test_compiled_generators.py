@@ -139,6 +139,7 @@ def test_what_is_thrown_in_comes_out(rig: Rig, name: str, number: int) -> None:
         assert os.listdir(rig.tree.copy_up.require_writable().work_fd) == left
 
 
+@pytest.mark.disk
 @pytest.mark.parametrize("name", MAKERS)
 def test_they_are_stopped_at_each_place_where_they_yield(rig: Rig, name: str) -> None:
     """What the other test does is only known where Python tells the line, which compiled code does not."""

@@ -75,6 +75,7 @@ def read(tree: UnionTree, inode: Inode) -> bytes:
         tree.close_file(file)
 
 
+@pytest.mark.disk
 def test_changes_at_the_bottom(dirs: Path) -> None:
     tree = union(dirs)
     here = bottom(tree)
@@ -99,6 +100,7 @@ def test_changes_at_the_bottom(dirs: Path) -> None:
     tree.close()
 
 
+@pytest.mark.disk
 def test_a_metacopy_that_leaves_the_bottom_gets_its_data(dirs: Path) -> None:
     tree = union(dirs, metacopy=True)
     here = bottom(tree)
@@ -157,6 +159,7 @@ def test_copies_that_a_crash_has_left_unsynced(dirs: Path) -> None:
     again.close()
 
 
+@pytest.mark.disk
 def test_what_it_takes_is_counted(dirs: Path) -> None:
     tree = union(dirs)
     here = bottom(tree)

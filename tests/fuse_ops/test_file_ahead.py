@@ -83,6 +83,7 @@ def open_in(tree: UnionTree, ahead: FileReadAhead, number: int) -> None:
     ahead.opened(tree.lookup(tree.lookup(tree.root, b"d"), NAMES[number]))
 
 
+@pytest.mark.disk
 def test_the_next_three(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     drop(layer)
@@ -110,6 +111,7 @@ def test_it_is_busy_for_a_moment(tree: UnionTree, layer: Path, monkeypatch: pyte
     assert not ahead.busy
 
 
+@pytest.mark.disk
 def test_nothing_in_another_order(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     open_in(tree, ahead, 10)
@@ -119,6 +121,7 @@ def test_nothing_in_another_order(tree: UnionTree, layer: Path) -> None:
     assert in_memory(layer) == []
 
 
+@pytest.mark.disk
 def test_nothing_while_files_come_from_memory(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     for _ in range(100):
@@ -128,6 +131,7 @@ def test_nothing_while_files_come_from_memory(tree: UnionTree, layer: Path) -> N
     assert in_memory(layer) == []
 
 
+@pytest.mark.disk
 def test_only_lower_files(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     directory = tree.lookup(tree.root, b"d")
@@ -139,6 +143,7 @@ def test_only_lower_files(tree: UnionTree, layer: Path) -> None:
     tree.lookup(directory, NAMES[1]).upper = False
 
 
+@pytest.mark.disk
 def test_few_listings_are_kept(tree: UnionTree, layer: Path) -> None:
     ahead = cold_reader(tree)
     for number in range(100):

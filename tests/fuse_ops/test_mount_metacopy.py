@@ -156,6 +156,7 @@ def test_every_name_of_a_hard_linked_metacopy_finds_its_data(box: Sandbox) -> No
     assert allocated_bytes(box.in_upper("x/moved")) <= 8192
 
 
+@pytest.mark.disk
 def test_a_metacopy_without_room_for_a_redirect_is_copied_when_it_is_moved(box: Sandbox) -> None:
     directory = "/".join([letter * 250 for letter in "abcdefghij"])
     low = box.lower().dir("e").file(f"{directory}/f", DATA)

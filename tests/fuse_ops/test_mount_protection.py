@@ -241,6 +241,7 @@ def test_flags_go_with_a_copy(box: Sandbox, trees: Trees) -> None:
         assert outcome(os.mkdir, box.at("lower i dir/new")) == "EPERM"
 
 
+@pytest.mark.disk
 def test_other_flags_go_with_a_copy(box: Sandbox) -> None:
     low = box.lower().file("f", "x").dir("d").file("d/inside", "x").file("plain", "x")
     chattr("+AS", low.at("f"), low.at("d"))

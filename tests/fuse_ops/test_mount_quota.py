@@ -172,6 +172,7 @@ def test_copy_up_needs_room(box: Sandbox) -> None:
         assert_counted(box)
 
 
+@pytest.mark.disk
 def test_copies_at_the_same_time_do_not_share_the_room(box: Sandbox) -> None:
     low = box.lower()
     for number in range(8):
@@ -294,6 +295,7 @@ def test_sparse_files_and_holes(direct_box: Sandbox) -> None:
         assert_counted(box)
 
 
+@pytest.mark.disk
 def test_allocation_beyond_the_end_counts(direct_box: Sandbox) -> None:
     box = direct_box
     box.lower()

@@ -129,32 +129,36 @@ class Sandbox:
         assert not left, f"left mounted: {left}"
 
 
-def new_root() -> str:
-    """A fresh directory that every user may enter, unlike pytest's own."""
-    root = tempfile.mkdtemp(prefix="unionfs-test-")
+DISK = "/var/tmp"
+"""What is on a disk also where ``/tmp`` is in memory."""
+
+
+def new_root(*, disk: bool = False) -> str:
+    """A fresh directory that every user may enter, unlike pytest's own; with ``disk`` one that is not in memory."""
+    root = tempfile.mkdtemp(prefix="unionfs-test-", dir=DISK if disk else None)
     os.chmod(root, 0o755)
     return root
 
 
 @pytest.fixture
-def box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+def box(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """A sandbox of this test's own, on the direct transport unless ``UNIONFS_TRANSPORT`` names another.
 
     That both say the same is the contract suite's to hold; ``scripts/test --pure`` runs the tests of mounts on pyfuse3.
     """
     monkeypatch.setenv("UNIONFS_TRANSPORT", os.environ.get("UNIONFS_TRANSPORT", "direct"))
-    yield from _sandbox()
+    yield from _sandbox(request)
 
 
 @pytest.fixture
-def direct_box(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+def direct_box(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """A sandbox for what only the direct transport can do."""
     monkeypatch.setenv("UNIONFS_TRANSPORT", "direct")
-    yield from _sandbox()
+    yield from _sandbox(request)
 
 
-def _sandbox() -> Iterator[Sandbox]:
-    sandbox = Sandbox(new_root())
+def _sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    sandbox = Sandbox(new_root(disk=request.node.get_closest_marker("disk") is not None))
     try:
         try:
             yield sandbox
