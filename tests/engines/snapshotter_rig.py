@@ -16,7 +16,7 @@ from tests.support.snapshot import Snapshot, assert_same, snapshot
 from tests.support.syscalls import MS_RDONLY, MS_REC, mount
 from unionfs.engines.snapshotter import Mount, Snapshotter, UnionSnapshotter
 from unionfs.engines.snapshotter.service import SocketServer, make_handler
-from unionfs.host.mountinfo import read_mounts
+from unionfs.host.mounts import read_mounts
 
 Change = Callable[[str], None]
 """Changes the tree below the directory that it is given."""

@@ -17,7 +17,7 @@ import unionfs
 from tests.support.mounts import is_mounted, is_running, transports, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.errors import LayerError, MountError, OptionError
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -81,7 +81,7 @@ class Programs:
         return out
 
     def _abort(self) -> None:
-        mount = mountinfo.top_mount(self.box.target)
+        mount = mounts.top_mount(self.box.target)
         if mount is not None:
             Path(f"/sys/fs/fuse/connections/{mount.minor}/abort").write_text("1")
 
@@ -483,6 +483,6 @@ def test_names_are_taken_as_they_are(box: Sandbox) -> None:
         assert Path(mount, "file").read_text() == "here"
         with pytest.raises(OSError, match="Read-only"):
             Path(mount, "file").write_text("")
-        top = mountinfo.top_mount(box.target)
+        top = mounts.top_mount(box.target)
         assert top is not None
         assert top.source == "a,b c"

@@ -16,7 +16,7 @@ from tests.support.sandbox import Sandbox, needs_root
 from tests.support.snapshot import snapshot
 from tests.support.syscalls import MNT_DETACH, mount, umount2
 from unionfs.fuse_ops.stack.locations import path_without_idmap
-from unionfs.host.mountinfo import top_mount
+from unionfs.host.mounts import top_mount
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()

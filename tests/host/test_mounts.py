@@ -16,7 +16,7 @@ from tests.layers.samples import BASE, stream
 from tests.support.mounts import is_running, servers_of, wait_until
 from tests.support.syscalls import mount, umount2
 from unionfs.engines.snapshotter.mounts import SnapshotUnions
-from unionfs.host import mountinfo, mounts
+from unionfs.host import mounts
 from unionfs.host.mounts import Answer, is_dead, probe
 from unionfs.layers import fsck, open_store
 
@@ -105,7 +105,7 @@ def test_whether_it_is_mounted_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
         with make_rig("unionfs", str(tmp_path)) as rig:
             rig.make_base()
             rig.driver.create_read_write("x", "base")
-            top = mountinfo.top_mount(rig.driver.get("x"))
+            top = mounts.top_mount(rig.driver.get("x"))
             assert top is not None
             assert mounts.is_mounted_anywhere(top.minor) is True
             assert mounts.waiting_requests(top.minor) == 0

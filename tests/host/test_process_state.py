@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability, is_being_killed
+from unionfs.host.processes import CAP_SYS_ADMIN, has_capability, is_being_killed
 
 
 def test_who_is_being_killed() -> None:
@@ -33,9 +33,7 @@ def test_capabilities() -> None:
     assert has_capability(CAP_SYS_ADMIN) == has_capability(CAP_SYS_ADMIN, os.getpid())
     assert not has_capability(63)
     assert not has_capability(CAP_SYS_ADMIN, 0)
-    code = (
-        "from unionfs.host.process_state import *; print(has_capability(CAP_SYS_ADMIN), has_capability(CAP_SYS_NICE))"
-    )
+    code = "from unionfs.host.processes import *; print(has_capability(CAP_SYS_ADMIN), has_capability(CAP_SYS_NICE))"
     for words, expected in (
         ([], "True True\n"),
         (["setpriv", "--bounding-set=-sys_admin"], "False True\n"),

@@ -11,7 +11,7 @@ from tests.layers.archives import archive, member
 from tests.layers.conftest import Workshop
 from tests.layers.samples import BASE, TOP, stream
 from unionfs.fuse_ops.session import mount_registry
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 from unionfs.layers.fsck import fsck
 from unionfs.layers.gc import collect
 from unionfs.layers.opening import open_store
@@ -37,7 +37,7 @@ def test_a_dead_file_system_server(tmp_path: Path) -> None:
         base = store.register(stream(BASE))
         rw = store.create_rw_layer("c", base.chain_id)
         path = rw.mount()
-        top = mountinfo.top_mount(path)
+        top = mounts.top_mount(path)
         assert top is not None
         server = mount_registry.find(top.minor)
         assert server is not None
@@ -49,7 +49,7 @@ def test_a_dead_file_system_server(tmp_path: Path) -> None:
         (problem,) = fsck(store)
         assert (problem.kind, problem.name, problem.advice) == ("dead-mount", path, f"unionfs umount --lazy {path}")
         assert [found.repaired for found in fsck(store, repair=True)] == [True]
-        assert mountinfo.top_mount(path) is None
+        assert mounts.top_mount(path) is None
         assert fsck(store) == []
         store.cleanup()
     with open_store(tmp_path / "root") as store, store.get_rw_layer("c").mounted() as again:

@@ -78,7 +78,7 @@ def _is_compiled() -> bool:
 
 def _passthrough(offer: KernelOffer | None, transport: str) -> Fact:
     from unionfs.fuse_ops.transports.direct.protocol import Init
-    from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
+    from unionfs.host.processes import CAP_SYS_ADMIN, has_capability
 
     if transport != "direct":
         why = "only the transport direct has it"

@@ -16,10 +16,8 @@ from unionfs.cli.layer_output import print_table, printable
 from unionfs.errors import MountError, OptionError
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.option_text import escape_value, parse_options
-from unionfs.host import mountinfo
 from unionfs.host import unmount as unmounting
-from unionfs.host.mount_holders import holders, mounts_inside
-from unionfs.host.mounts import is_mounted_anywhere
+from unionfs.host.mounts import canonical, holders, is_mounted_anywhere, is_mounted_here, mounts_inside, top_mount
 from unionfs.host.processes import has_ended, open_process
 
 # How long a server may take to write everything to the upper directory after its mount is gone.
@@ -103,7 +101,7 @@ def mount(
     arguments = [word for text in (*words, *texts) for word in ("-o", text)]
     command = [sys.executable, "-m", "unionfs.fuse_ops.session.mount_program", *arguments]
     command += ["-f"] if foreground else []
-    command += ["--", *([] if source is None else [source]), mountinfo.canonical(target)]
+    command += ["--", *([] if source is None else [source]), canonical(target)]
     if foreground:
         os.execv(sys.executable, command)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
@@ -157,8 +155,8 @@ def unmount_target(target: str, *, lazy: bool) -> None:
     """Unmount one union and wait for the end of its server; MountError says why not."""
     if not target:
         raise MountError("TARGET is empty; name a mount point, see them with: unionfs mounts")
-    path = mountinfo.canonical(target)
-    top = mountinfo.top_mount(path)
+    path = canonical(target)
+    top = top_mount(path)
     if top is None or not top.is_union:
         what = "nothing is mounted there" if top is None else f"a {top.fs_type} is mounted there"
         raise MountError(f"{target} is not a union mount, {what}; see them with: unionfs mounts")
@@ -197,7 +195,7 @@ def _why_not(target: str, path: str, error: OSError) -> str:
 
 def _wait_for_end(server: int, target: str, minor: int) -> None:
     """Wait until the server has written everything."""
-    if mountinfo.is_mounted_here(minor):
+    if is_mounted_here(minor):
         return  # bound to other places too, so the server goes on
     elsewhere = is_mounted_anywhere(minor)
     if elsewhere or not has_ended(server, _SERVER_END_S):

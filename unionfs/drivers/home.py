@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import CREATING, REMOVING
 from unionfs.errors import DriverError, LayerBusyError, LayerExistsError
-from unionfs.host import disk, mountinfo, unmount
-from unionfs.host.mount_holders import Holder, holders, mounts_inside
+from unionfs.host import disk, mounts, unmount
+from unionfs.host.mounts import Holder, holders, mounts_inside
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _own_file_below(path: str) -> str | None:
 
 def _detach_below(path: str) -> None:
     """Take every mount at or below ``path`` out of sight, the deepest first."""
-    points = [*mounts_inside(path), *([path] if mountinfo.top_mount(path) is not None else [])]
+    points = [*mounts_inside(path), *([path] if mounts.top_mount(path) is not None else [])]
     for point in points:
         try:
             unmount.unmount(point, lazy=True)

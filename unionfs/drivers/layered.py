@@ -30,10 +30,9 @@ from unionfs.drivers.overlay_home import LayerPaths, OverlayHome
 from unionfs.drivers.storage_options import layer_options
 from unionfs.errors import LayerBusyError, OptionError
 from unionfs.fuse_ops.session.option_text import parse_size
-from unionfs.host import mountinfo, syscalls, unmount
+from unionfs.host import mounts, syscalls, unmount
 from unionfs.host.locks import NamedLocks
-from unionfs.host.mount_holders import mounts_inside
-from unionfs.host.mounts import is_dead
+from unionfs.host.mounts import is_dead, mounts_inside
 from unionfs.overlay.format import TRUSTED, USER, may_use_trusted
 from unionfs.overlay.rules import Spaces
 
@@ -191,7 +190,7 @@ class LayeredDriver:
         for point in [*mounts_inside(merged), merged]:
             reason = "more is mounted there each time"
             for _ in home.attempts():
-                if mountinfo.top_mount(point) is None:
+                if mounts.top_mount(point) is None:
                     break
                 try:
                     if point == merged:
@@ -200,7 +199,7 @@ class LayeredDriver:
                         unmount.unmount(point, lazy=is_dead(point))
                 except OSError as error:
                     reason = str(error.strerror)
-            if mountinfo.top_mount(point) is not None:
+            if mounts.top_mount(point) is not None:
                 raise LayerBusyError(
                     f"cannot remove layer {layer_id}: {point} cannot be unmounted: {reason}{home.used_by(merged)}; "
                     "end what uses it and try again"
@@ -237,7 +236,7 @@ class LayeredDriver:
                 self._take_down(merged)
 
     def _mount(self, layer_id: str, paths: LayerPaths, mount_label: str) -> None:
-        if mountinfo.top_mount(paths.merged) is not None:
+        if mounts.top_mount(paths.merged) is not None:
             self._take_down(paths.merged)  # it is dead, or it would be handed out
         with suppress(FileExistsError):
             os.mkdir(paths.merged, 0o700)
@@ -272,7 +271,7 @@ class LayeredDriver:
 
     def _take_down(self, merged: str) -> None:
         """Unmount as far as possible and remove the mount point, which also takes it from other mount namespaces."""
-        if mountinfo.top_mount(merged) is not None:
+        if mounts.top_mount(merged) is not None:
             try:
                 self._mounter.take_down(merged, lazy=is_dead(merged))
             except OSError as error:
@@ -393,7 +392,7 @@ class LayeredDriver:
         return changes_of_upper(paths.diff, self._layers.lower_dirs(layer_id), spaces=self._spaces)
 
     def _is_mounted(self, paths: LayerPaths) -> bool:
-        return mountinfo.top_mount(paths.merged) is not None
+        return mounts.top_mount(paths.merged) is not None
 
     def _settle(self, paths: LayerPaths) -> None:
         if self._is_mounted(paths):
@@ -411,7 +410,7 @@ class MountChecker:
 
     def is_mounted(self, path: str) -> bool:
         """See :meth:`Checker.is_mounted`; a mount whose server is gone does not count."""
-        return mountinfo.top_mount(path) is not None and not is_dead(path)
+        return mounts.top_mount(path) is not None and not is_dead(path)
 
 
 class RefCounter:

@@ -30,7 +30,7 @@ from unionfs.fuse_ops.session.mount_registry import MountRecord
 from unionfs.fuse_ops.session.option_text import escape_value, format_layers, parse_size
 from unionfs.fuse_ops.session.supervisor import client as supervisor
 from unionfs.fuse_ops.stack.workdir import can_exchange
-from unionfs.host import mountinfo, mounts, unmount
+from unionfs.host import mounts, unmount
 from unionfs.host.fs_magic import fs_magic, fs_name
 from unionfs.host.processes import has_ended, open_process
 from unionfs.host.selinux import mount_context
@@ -243,7 +243,7 @@ class FuseMounter:
 
     def settle(self, target: str) -> None:
         """See :meth:`Mounter.settle`."""
-        point = mountinfo.top_mount(target)
+        point = mounts.top_mount(target)
         # This has the server make links of names that it found of copied-up files: who reads the upper sees them.
         fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -278,7 +278,7 @@ def _mount(words: list[str]) -> tuple[int, bytes]:
 def _wait(target: str, server: MountRecord, ended: int) -> None:
     """Wait for the end of a server whose mount is gone here; kill one that does not end though nobody uses it."""
     used = mounts.is_mounted_anywhere(server.minor)
-    if used and mountinfo.is_mounted_here(server.minor):
+    if used and mounts.is_mounted_here(server.minor):
         return  # bound to other places too
     # The namespace of a container that has ended goes a moment later.
     if has_ended(ended, _LEAVING_S if used else _END_S):
@@ -298,7 +298,7 @@ def _wait(target: str, server: MountRecord, ended: int) -> None:
 
 def _server_of(target: str) -> MountRecord | None:
     """What the server of the mount at ``target`` said of itself; None if it did not, or if it is another mount."""
-    mount = mountinfo.top_mount(target)
+    mount = mounts.top_mount(target)
     return mount_registry.find(mount.minor) if mount is not None and mount.is_union else None
 
 

@@ -1,25 +1,140 @@
-"""What is mounted still: whether it answers, asked without waiting for a server that hangs; whether others have it too.
+"""The mounts of this mount namespace, as /proc/self/mountinfo tells them; whether one answers; who keeps one busy.
 
-The kernel tells of each FUSE file system, by its device minor, in its control file system as long as it is mounted
-anywhere (Documentation/filesystems/fuse.rst, "Control filesystem").
+Whether the server of a mount is alive is asked without waiting for one that hangs. The kernel tells of each FUSE file
+system, by its device minor, in its control file system as long as it is mounted anywhere
+(Documentation/filesystems/fuse.rst, "Control filesystem").
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
+from typing import Final, NamedTuple
 
 from unionfs.host import syscalls
+
+SUBTYPE: Final = "unionfs-mount"
+"""What mount(8) calls to remount, so it is the name of our program. Another package has one called ``unionfs``."""
+OUR_TYPE: Final = f"fuse.{SUBTYPE}"
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+_SPECIAL = re.compile(r"[\s\\#]")  # what the kernel writes as octal numbers, or may some day
 
 _CONTROL = "/sys/fs/fuse/connections"
 
 # Enough for a server on a machine that swaps; one that takes longer is told from one that is gone all the same.
 _LIMIT_S = 5.0
 _GONE = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo."""
+
+    mount_id: int
+    """Stays the same when the mount is moved."""
+    minor: int
+    """Device minor: FUSE mounts have no real device, so the minor alone names the mounted file system."""
+    major: int
+    root: str
+    mount_point: str
+    fs_type: str
+    source: str
+    id_mapped: bool = False
+    """Whether the kernel shows other owners through it than those on disk (mount_setattr(2), MOUNT_ATTR_IDMAP)."""
+
+    options: tuple[str, ...] = ()
+    """Of the mount, then of its file system."""
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """Major and minor number of the mounted file system, one for all of its mounts."""
+        return self.major, self.minor
+
+    @property
+    def is_union(self) -> bool:
+        """Whether it is one of ours."""
+        return self.fs_type == OUR_TYPE
+
+
+def read_mounts() -> list[Mount]:
+    """All mounts, in the order they are stacked; empty where /proc is missing."""
+    return [_parse(line) for line in _lines()]
+
+
+def _lines() -> list[str]:
+    try:
+        # Only a line feed ends a line: a path may contain the other characters that Python takes for one.
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            return list(lines)
+    except FileNotFoundError:
+        return []
+
+
+def top_mount(mount_point: str) -> Mount | None:
+    """The mount that a lookup of ``mount_point``, an absolute path without links, ends on."""
+    # Hosts have hundreds of mounts, and each start of a server looks for one. What is written otherwise, with a space
+    # in it, say, is parsed to be compared.
+    plain = None if _SPECIAL.search(mount_point) else f" {mount_point} "
+    found = None
+    for line in _lines():
+        if plain is None or plain in line:
+            mount = _parse(line)
+            if mount.mount_point == mount_point:
+                found = mount
+    return found
+
+
+def is_mounted_here(minor: int) -> bool:
+    """Whether the FUSE file system of this device minor is mounted somewhere in this mount namespace."""
+    return any(mount.minor == minor and mount.major == 0 for mount in read_mounts())
+
+
+def canonical(target: str) -> str:
+    """``target`` as mountinfo writes it, without asking the file system that is mounted there.
+
+    A dead server answers every question about its root with an error, and a busy one may take its time.
+    """
+    parent, name = os.path.split(os.path.join(os.getcwd(), target).rstrip("/"))
+    if name in ("", ".", "..") or _is_link(target):
+        return os.path.realpath(target)
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def _is_link(path: str) -> bool:
+    """As os.path.islink, but without a request for attributes."""
+    try:
+        os.readlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _parse(line: str) -> Mount:
+    # The number of optional fields before the dash varies.
+    fields, _, tail = line.rstrip("\n").partition(" - ")
+    mount_id, _parent, device, root, mount_point, options, *_rest = fields.split(" ")
+    fs_type, source, super_options, *_ = [*tail.split(" "), ""]
+    major, minor = device.split(":")
+    return Mount(
+        mount_id=int(mount_id),
+        minor=int(minor),
+        major=int(major),
+        root=_unescape(root),
+        mount_point=_unescape(mount_point),
+        fs_type=fs_type,
+        source=_unescape(source),
+        id_mapped="idmapped" in options.split(","),
+        options=(*options.split(","), *super_options.split(",")),
+    )
+
+
+def _unescape(field: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), field)
 
 
 class Answer(Enum):
@@ -123,3 +238,74 @@ def _control() -> Iterator[int | None]:
     finally:
         if fd is not None:
             os.close(fd)
+
+
+class Holder(NamedTuple):
+    """A process and the first thing found that it uses below the mount."""
+
+    pid: int
+    name: str
+    what: str
+
+
+def mounts_inside(mount_point: str) -> list[str]:
+    """Mount points below ``mount_point``, the deepest first."""
+    inside = [mount.mount_point for mount in read_mounts() if mount.mount_point.startswith(mount_point + "/")]
+    return sorted(inside, key=lambda point: point.count("/"), reverse=True)
+
+
+def holders(mount_point: str) -> list[Holder]:
+    """The other processes that use something below ``mount_point``, as far as we may see.
+
+    Only the names that /proc gives are compared: asking about a file would be a request to its server, which may
+    be the one that does not answer.
+    """
+    found = []
+    for name in os.listdir("/proc"):
+        # Ourselves we know: at most we inherited a descriptor of the shell that started us.
+        if name.isdigit() and int(name) != os.getpid():
+            what = next((what for what, path in _used(name) if _is_below(path, mount_point)), None)
+            if what is not None:
+                found.append(Holder(int(name), _command(name), what))
+    return sorted(found)
+
+
+def _used(pid: str) -> Iterator[tuple[str, str]]:
+    """What process ``pid`` uses, as a word for people and a path."""
+    for link, what in (("cwd", "works in {}"), ("root", "has its root in {}"), ("exe", "runs {}")):
+        path = _read_link(f"/proc/{pid}/{link}")
+        yield what.format(path), path
+    try:
+        fds = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        fds = []
+    for fd in fds:
+        path = _read_link(f"/proc/{pid}/fd/{fd}")
+        yield f"has {path} open", path
+    try:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                fields = line.rstrip("\n").split(maxsplit=5)
+                if len(fields) == 6:
+                    yield f"has {fields[5]} mapped", fields[5]
+    except OSError:
+        pass
+
+
+def _is_below(path: str, mount_point: str) -> bool:
+    return path == mount_point or path.startswith(mount_point.rstrip("/") + "/")
+
+
+def _read_link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"

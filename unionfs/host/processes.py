@@ -1,13 +1,27 @@
-"""Processes by number and start time: a number alone may belong to another process by now. What they inherit."""
+"""Processes by number and start time, as a number alone may belong to another process by now; what they may do and
+inherit, and what ``ps`` shows for this one.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import resource
 import select
 import signal
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Final
+
+from unionfs.host.syscalls import program_break, set_memory_map, set_thread_name
+
+CAP_SYS_ADMIN: Final = 21  # linux/capability.h
+CAP_SYS_NICE: Final = 23
+
+_INITIAL_USER_NAMESPACE: Final = 0xEFFFFFFD  # linux/nsfs.h: USER_NS_INIT_INO
+_SIGKILL: Final = 1 << 8  # in a mask of signals
 
 SHED_LIMITS: Final = (
     resource.RLIMIT_FSIZE,
@@ -19,6 +33,9 @@ SHED_LIMITS: Final = (
 """Limits that a server would hit on behalf of others. Not the size of a core file, nor of the stack."""
 
 _OPEN_FILES: Final = 1 << 20  # fs.nr_open of most systems
+
+_MM_MAP: Final = struct.Struct("=11QQII")  # struct prctl_mm_map of linux/prctl.h
+_KEEP_EXE: Final = 0xFFFF_FFFF
 
 
 def process_start(pid: int) -> int | None:
@@ -56,6 +73,49 @@ def has_ended(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
+
+
+def is_being_killed(pid: int) -> bool:
+    """Whether the thread ``pid`` has been killed and only waits for a system call to end, or has ended.
+
+    The kernel gives each thread of a process that a signal ends a SIGKILL of its own. False for a thread that this
+    process cannot see, as 0 stands for one of another PID namespace.
+    """
+    if pid <= 0:
+        return False
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"SigPnd:"):
+                    return bool(int(line.split()[1], 16) & _SIGKILL)
+    except OSError:  # it has ended, or /proc does not show the processes of others (hidepid), or is not that of ours
+        return not _exists(pid)
+    return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def has_capability(number: int, process: int | str = "self") -> bool:
+    """Whether a process has a capability that counts for the machine, and not only in a user namespace.
+
+    False for one that this process cannot see.
+    """
+    try:
+        with open(f"/proc/{process}/status", "rb") as status:
+            effective = next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+        if not effective >> number & 1:
+            return False
+        return os.stat(f"/proc/{process}/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+    except (OSError, StopIteration, ValueError):
+        return False
 
 
 def shed_limits() -> None:
@@ -96,3 +156,51 @@ def too_many_files(error: OSError) -> str:
         return "too many files are open on this machine; raise fs.file-max (sysctl), or end programs"
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return f"too many open files: a process of this user may have {limit}; raise that limit (ulimit -Hn), or stack less"
+
+
+def set_title(name: str, argv: Sequence[str], environment: Mapping[bytes, bytes]) -> bool:
+    """Let /proc/PID/comm, cmdline and environ show these.
+
+    The arguments are put into memory of their own, and the kernel is told where they are (prctl(2), PR_SET_MM_MAP).
+    Returns False when it does not do that, which takes CONFIG_CHECKPOINT_RESTORE; they stay as they were then.
+    """
+    set_thread_name(os.fsencode(name))
+    arguments = b"".join(os.fsencode(word) + b"\0" for word in argv)
+    variables = b"".join(b"%s=%s\0" % variable for variable in environment.items())
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # the first of them is number 3 of proc(5)
+    except OSError:
+        return False
+    start_code, end_code, start_stack = (int(fields[i - 3]) for i in (26, 27, 28))
+    start_data, end_data, start_brk = (int(fields[i - 3]) for i in (45, 46, 47))
+    # Private, because the kernel shows nothing but anonymous memory.
+    memory = mmap.mmap(-1, len(arguments) + len(variables) + 1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(arguments + variables)
+    view = (ctypes.c_char * 1).from_buffer(memory)
+    start = ctypes.addressof(view)
+    middle, end = start + len(arguments), start + len(arguments) + len(variables)
+    numbers = (
+        start_code,
+        end_code,
+        start_data,
+        end_data,
+        start_brk,
+        program_break(),
+        start_stack,
+        start,
+        middle,
+        middle,
+        end,
+    )
+    packed = _MM_MAP.pack(*numbers, 0, 0, _KEEP_EXE)
+    try:
+        set_memory_map(packed)
+    except OSError:
+        return False
+    _shown[:] = [memory]
+    return True
+
+
+_shown: list[mmap.mmap] = []
+"""What the kernel reads from, so it stays."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from unionfs.drivers.contract import ListingDriver, capabilities_of
 from unionfs.errors import UnionfsError
-from unionfs.host import mountinfo, unmount
+from unionfs.host import mounts, unmount
 from unionfs.host.mounts import Answer, probe
 from unionfs.layers.gc import remove_trees
 from unionfs.layers.identity import ChainID, digits_of
@@ -72,14 +72,14 @@ def fsck(
 
 
 def _dead_mounts(store: LayerStore, repair: bool) -> Iterator[Problem]:
-    table = {mount.mount_point for mount in mountinfo.read_mounts()}
+    table = {mount.mount_point for mount in mounts.read_mounts()}
     trees = store.driver_ids().union(*(leftover.driver_ids for leftover in store.incomplete()))
     for tree in sorted(trees):
         try:
             point = store.driver.get_metadata(tree).get("MergedDir", "")
         except UnionfsError:
             continue
-        point = mountinfo.canonical(point) if point else ""
+        point = mounts.canonical(point) if point else ""
         answer = probe(point) if point in table else Answer.ALIVE
         if answer is Answer.SILENT:
             advice = "end that process, and run unionfs fsck again"

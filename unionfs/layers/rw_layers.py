@@ -19,7 +19,7 @@ from unionfs.errors import (
     NotMountedError,
     UnionfsError,
 )
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 from unionfs.host.locks import NamedLocks
 from unionfs.layers.claims import Claims
 from unionfs.layers.identity import INIT_SUFFIX, NO_CHAIN, ChainID, is_valid_id, new_id
@@ -304,7 +304,7 @@ class RWTable:
             point = self.driver.get_metadata(tree).get("MergedDir", "")
         except UnionfsError:
             return False
-        return bool(point) and mountinfo.top_mount(mountinfo.canonical(point)) is not None
+        return bool(point) and mounts.top_mount(mounts.canonical(point)) is not None
 
     # Removing
 

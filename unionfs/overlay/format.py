@@ -11,7 +11,7 @@ import stat
 import struct
 from typing import Final
 
-from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
+from unionfs.host.processes import CAP_SYS_ADMIN, has_capability
 from unionfs.host.syscalls import FileHandle
 
 WHITEOUT_DEVICE: Final = os.makedev(0, 0)

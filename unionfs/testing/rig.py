@@ -12,7 +12,7 @@ import pytest
 
 from unionfs.archive.idmapping import IdMapping
 from unionfs.drivers.contract import Driver, InitFunc
-from unionfs.host.mount_holders import mounts_inside
+from unionfs.host.mounts import mounts_inside
 from unionfs.testing.trees import fill_base
 
 

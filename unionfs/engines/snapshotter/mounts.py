@@ -34,7 +34,7 @@ from unionfs.engines.snapshotter.store import Chain
 from unionfs.errors import MountError, SnapshotArgumentError, SnapshotterError
 from unionfs.fuse_ops.copy_up.unsynced import was_noted
 from unionfs.fuse_ops.stack.workdir import Claim
-from unionfs.host import mountinfo, unmount
+from unionfs.host import mounts, unmount
 from unionfs.host.mounts import is_dead
 
 _log = logging.getLogger(__name__)
@@ -255,13 +255,13 @@ class SnapshotUnions:
 
         The mount point goes with it, and so do copies of the mount in other namespaces.
         """
-        while mountinfo.top_mount(target) is not None:
+        while mounts.top_mount(target) is not None:
             unmount.take_down(target, lazy=True)
 
     @staticmethod
     def _settle(target: str) -> None:
         """Have everything written to the mount arrive in its upper directory. Fine when nothing is mounted."""
-        if mountinfo.top_mount(target) is None:
+        if mounts.top_mount(target) is None:
             return
         try:
             FuseMounter().settle(target)
@@ -273,7 +273,7 @@ class SnapshotUnions:
 
     @staticmethod
     def _is_served(target: str) -> bool:
-        mount = mountinfo.top_mount(target)
+        mount = mounts.top_mount(target)
         return mount is not None and mount.is_union and not is_dead(target)
 
 

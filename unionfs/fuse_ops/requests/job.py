@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import trio
 
-from unionfs.host.process_state import is_being_killed
+from unionfs.host.processes import is_being_killed
 
 T = TypeVar("T")
 

@@ -13,8 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from unionfs.host.mountinfo import Mount, read_mounts
-from unionfs.host.mounts import is_mounted_anywhere
+from unionfs.host.mounts import Mount, is_mounted_anywhere, read_mounts
 from unionfs.host.processes import process_start
 
 _ROOTS_DIRECTORY: Final = "/run/unionfs"

@@ -21,7 +21,7 @@ from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.option_text import parse_options, remount_words
 from unionfs.fuse_ops.session.supervisor.client import DeclinedError
 from unionfs.fuse_ops.session.target import checked_target
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
 from unionfs.host.processes import file_size_limit, reset_signals, shed_limits, too_many_files
 
@@ -132,8 +132,8 @@ def _remount(line: _CommandLine, words: Sequence[str]) -> None:
     from unionfs.fuse_ops.session import mount_registry
     from unionfs.fuse_ops.transports import mounting
 
-    target = mountinfo.canonical(line.names[-1]) if line.names and line.names[-1] else ""
-    mount = mountinfo.top_mount(target)
+    target = mounts.canonical(line.names[-1]) if line.names and line.names[-1] else ""
+    mount = mounts.top_mount(target)
     if mount is None or not mount.is_union:
         raise MountError(
             f"cannot remount {target or 'nothing'}: no union is mounted there; see them with: unionfs mounts"

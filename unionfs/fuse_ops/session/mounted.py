@@ -27,9 +27,8 @@ from unionfs.fuse_ops.session.option_text import escape_value, parse_options
 from unionfs.fuse_ops.session.session import Session
 from unionfs.fuse_ops.session.target import checked_target
 from unionfs.fuse_ops.transports.choice import choose_transport
-from unionfs.host import mountinfo, unmount
-from unionfs.host.mount_holders import holders
-from unionfs.host.mounts import is_mounted_anywhere
+from unionfs.host import mounts, unmount
+from unionfs.host.mounts import holders, is_mounted_anywhere
 from unionfs.host.processes import has_ended, open_process
 from unionfs.overlay.idmap import IdRange
 
@@ -303,7 +302,7 @@ class Mounting(AbstractAsyncContextManager[Mount], AbstractContextManager[Mount]
             raise MountError(said[-1] if said else f"cannot mount on {target}: see the system log")
         for line in said:
             _log.warning("%s: %s", target, line)
-        top = mountinfo.top_mount(target)
+        top = mounts.top_mount(target)
         record = None if top is None else mount_registry.find(top.minor)
         if top is None or record is None:
             raise MountError(f"{target} is mounted, but its server cannot be found; see unionfs mounts")
@@ -436,5 +435,5 @@ def _take_down(target: str, minor: int, server: int | None) -> None:
 
 def _point_of(minor: int) -> str | None:
     """Where the FUSE file system of this device minor can be reached."""
-    on_top = {mount.mount_point: mount for mount in mountinfo.read_mounts()}
+    on_top = {mount.mount_point: mount for mount in mounts.read_mounts()}
     return next((point for point, mount in on_top.items() if mount.is_union and mount.minor == minor), None)

@@ -15,7 +15,7 @@ from unionfs.errors import MountError
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.transports.choice import Transport
-from unionfs.host import mountinfo, unmount
+from unionfs.host import mounts, unmount
 from unionfs.host.processes import process_start
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Session:
         self._call_gone = gone
         self._statistics = statistics
         self._supervised = supervised
-        self._mount: mountinfo.Mount | None = None
+        self._mount: mounts.Mount | None = None
         # Opened now, since the mount may cover them.
         self._record_place = mount_registry.RecordPlace()
         self._fusermount = unmount.open_fusermount()
@@ -223,7 +223,7 @@ class Session:
         if self._mount is None or self._gone:
             return None
         ours = (self._mount.mount_id, self._mount.minor)
-        on_top = {mount.mount_point: (mount.mount_id, mount.minor) for mount in mountinfo.read_mounts()}
+        on_top = {mount.mount_point: (mount.mount_id, mount.minor) for mount in mounts.read_mounts()}
         return next((point for point, ids in on_top.items() if ids == ours), None)
 
     def _record(self) -> None:
@@ -254,14 +254,14 @@ class Session:
         log.info("counters: %s", " ".join(f"{name}={value}" for name, value in counters.items()) or "none")
 
 
-def _find_mount(target: str) -> mountinfo.Mount | None:
+def _find_mount(target: str) -> mounts.Mount | None:
     """The mount that was just made on ``target``, or whose /dev/fuse was handed over as ``/dev/fd/N``."""
     if not target.startswith("/dev/fd/"):
-        top = mountinfo.top_mount(target)
+        top = mounts.top_mount(target)
         return top if top is not None and top.is_union else None
     try:
         with open(f"/proc/self/fdinfo/{os.path.basename(target)}", encoding="ascii") as lines:
             minor = next(int(line.split()[1]) for line in lines if line.startswith("fuse_connection:"))
     except (OSError, StopIteration):  # before Linux 6.16
         return None
-    return next((mount for mount in mountinfo.read_mounts() if mount.minor == minor and mount.major == 0), None)
+    return next((mount for mount in mounts.read_mounts() if mount.minor == minor and mount.major == 0), None)

@@ -6,7 +6,7 @@ import os
 import stat
 
 from unionfs.errors import MountError
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 
 
 def checked_target(target: str) -> str:
@@ -15,10 +15,10 @@ def checked_target(target: str) -> str:
     Raises:
         MountError: it is not, or a union is mounted there already.
     """
-    path = mountinfo.canonical(target)
+    path = mounts.canonical(target)
     if path == "/proc":
         raise MountError("mount point /proc: the server itself needs what is there; choose another")
-    top = mountinfo.top_mount(path)
+    top = mounts.top_mount(path)
     if top is not None and top.is_union:
         raise MountError(_occupied(target, path))
     try:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from unionfs.host.process_state import CAP_SYS_NICE, has_capability
+from unionfs.host.processes import CAP_SYS_NICE, has_capability
 
 
 class IdleThread:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from unionfs.errors import LayerError
 from unionfs.host import syscalls
-from unionfs.host.mountinfo import Mount, read_mounts
+from unionfs.host.mounts import Mount, read_mounts
 
 
 @dataclass(frozen=True, slots=True)

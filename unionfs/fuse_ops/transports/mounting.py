@@ -16,7 +16,7 @@ from typing import Final
 
 from unionfs.errors import MountError
 from unionfs.host import syscalls
-from unionfs.host.mountinfo import OUR_TYPE, SUBTYPE, Mount
+from unionfs.host.mounts import OUR_TYPE, SUBTYPE, Mount
 from unionfs.host.unmount import fusermount_path
 
 _DEVICE: Final = "/dev/fuse"

@@ -32,7 +32,7 @@ from unionfs.fuse_ops.tree.attributes import Attributes
 from unionfs.fuse_ops.tree.inodes import UNKNOWN_INO, Inode, OpenFile
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
-from unionfs.host.mountinfo import SUBTYPE
+from unionfs.host.mounts import SUBTYPE
 
 _LOOK_AGAIN_S: Final = 50e-6
 _TURN_S: Final = 2e-3  # how long to serve before trio's other tasks get their turn

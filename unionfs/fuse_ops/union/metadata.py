@@ -17,7 +17,7 @@ from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
 from unionfs.fuse_ops.union.changes import Caller
-from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
+from unionfs.host.processes import CAP_SYS_ADMIN, has_capability
 
 _CONTAINERS_PREFIX: Final = b"user.containers.override_"
 # There are none, or none that we may take away: nor does the kernel honour those that an ordinary user has stored.

@@ -24,10 +24,9 @@ from unionfs.fuse_ops.session.supervisor import client
 from unionfs.fuse_ops.session.supervisor.caller import Identity, examine
 from unionfs.fuse_ops.session.supervisor.client import DeclinedError
 from unionfs.fuse_ops.transports.direct import protocol as p
-from unionfs.host import mountinfo
+from unionfs.host import mounts
 from unionfs.host.daemon import Ready, open_null, release_caller
-from unionfs.host.process_title import set_title
-from unionfs.host.processes import process_start
+from unionfs.host.processes import process_start, set_title
 from unionfs.host.syscalls import end_with_parent
 
 Serve = Callable[[Sequence[str], Ready], int]
@@ -227,7 +226,7 @@ def rehearse(serve: Serve) -> bool:
         directory = os.path.dirname(os.path.abspath(__file__))
         # What is not on the way of such a mount. These paths need not exist, and no sign in them is special.
         parse_options(["lowerdir=/lower:/lower,upperdir=/upper,workdir=/work"])
-        mountinfo.top_mount(mountinfo.canonical(directory))
+        mounts.top_mount(mounts.canonical(directory))
         _record().to_json()
         words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
         serve(words, _end)

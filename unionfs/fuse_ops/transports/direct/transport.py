@@ -40,7 +40,7 @@ from unionfs.fuse_ops.transports.direct.handlers import (
 from unionfs.fuse_ops.transports.direct.passthrough import Passthrough
 from unionfs.fuse_ops.transports.direct.protocol import Init, Opcode, Request
 from unionfs.fuse_ops.union.union_tree import UnionTree
-from unionfs.host.process_state import CAP_SYS_ADMIN, has_capability
+from unionfs.host.processes import CAP_SYS_ADMIN, has_capability
 
 log = logging.getLogger(__name__)
 

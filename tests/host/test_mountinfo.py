@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.sandbox import needs_root
-from unionfs.host.mountinfo import Mount, read_mounts, top_mount
+from unionfs.host.mounts import Mount, read_mounts, top_mount
 
 needs_root()
 
