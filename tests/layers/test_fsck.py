@@ -7,9 +7,12 @@ import select
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.layers.archives import archive, member
 from tests.layers.conftest import Workshop
 from tests.layers.samples import BASE, TOP, stream
+from unionfs.errors import MountDoesNotExistError
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.host import mounts
 from unionfs.layers.fsck import fsck
@@ -73,6 +76,9 @@ def test_each_cause_is_said_once(vfs_shop: Workshop) -> None:
         assert found[name].what == f"stands on layer {below.chain_id[7:19]}, which cannot be read"
         assert found[name].advice.startswith("comes back with it")
     assert found["box"].kind == "container"
+    assert found["box"].advice == "comes back with it; its files stay until then"
+    with pytest.raises(MountDoesNotExistError, match=f"container box cannot be read: {path}: 'many' is no number; run"):
+        vfs_shop.store.get_rw_layer("box")
     assert not any(problem.repairable for problem in found.values())
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import click
@@ -61,6 +62,8 @@ def _of_mounts() -> Iterator[Fact]:
     else:
         yield Fact("FUSE", ".".join(map(str, offer.version)))
     transport, why = transport_for("auto")
+    if transport == "pyfuse3" and find_spec("pyfuse3") is None:
+        why += ", but the package pyfuse3 is missing; install unionfs[pyfuse3]"
     yield Fact("transport", transport, why)
     yield _passthrough(offer, transport)
     yield _fuse_over_io_uring(offer)
@@ -70,8 +73,6 @@ def _of_mounts() -> Iterator[Fact]:
 
 
 def _is_compiled() -> bool:
-    from importlib.util import find_spec
-
     spec = find_spec("unionfs.fuse_ops.union.union_tree")
     return spec is not None and not (spec.origin or "").endswith(".py")
 

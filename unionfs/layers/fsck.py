@@ -114,7 +114,7 @@ def _unreadable(store: LayerStore, repair: bool) -> Iterator[Problem]:
         cause = next((layer for digits, layer in causes.items() if digits in one.path.split("/")), one)
         if cause is not one:
             what = f"stands on layer {digits_of(ChainID(cause.name))[:_SHORT_DIGITS]}, which cannot be read"
-            advice = "comes back with it" if one.kind == "layer" else f"comes back with it; {advice}"
+            advice = "comes back with it" if one.kind == "layer" else "comes back with it; its files stay until then"
         useless = not _why_record_stays(store, one)
         kind = "container" if one.kind == "mount" else one.kind
         yield Problem(kind, one.name, what, failure or advice, failure == "", repairable=useless)

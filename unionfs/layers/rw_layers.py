@@ -292,6 +292,10 @@ class RWTable:
     def _existing(self, name: str) -> StoredMount:
         with self._lock:
             stored = self._mounts.get(name)
+        if stored is None and (damaged := self._claims.find("mount", name)):
+            raise MountDoesNotExistError(
+                f"container {name} cannot be read: {damaged.reason.partition('; ')[0]}; run unionfs fsck"
+            )
         if stored is None:
             raise MountDoesNotExistError(
                 f"there is no container {name[:100]}; unionfs container ls shows those that are there"
