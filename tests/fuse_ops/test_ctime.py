@@ -13,10 +13,11 @@ import pytest
 
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.tree import backing_calls
+from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host import syscalls
 
 if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)
@@ -77,7 +78,9 @@ def test_syncing_a_copy_later_does_not_show(tree: UnionTree, tmp_path: Path) -> 
     on_disk = os.stat(tmp_path / "upper" / "file").st_ctime_ns
     assert on_disk > before.ctime_ns, "nothing was there to hide"
     path, follow = tree.view.proc_path(inode)
-    statx = backing_calls.statx_with(backing_calls.statx(path, follow=follow), before)
+    statx = p.statx_with(
+        syscalls.statx(syscalls.AT_FDCWD, path, 0 if follow else syscalls.AT_SYMLINK_NOFOLLOW, 0xFFF), before
+    )
     assert before.ctime_ns == int.from_bytes(statx[96:104], "little") * 10**9 + int.from_bytes(statx[104:108], "little")
 
 

@@ -1,4 +1,4 @@
-"""Locks: by name between threads, and by a file between processes.
+"""Locks: by name between threads, by a file between processes, and a lease that says whether somebody writes.
 
 The lock of a file is the kernel's (flock(2)): it ends with the process, however that ends.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -124,3 +125,24 @@ class StoreLock:
             with suppress(OSError):
                 os.close(self._fd)
             self._fd = -1
+
+
+def has_writers(path: bytes, *, follow: bool) -> bool:
+    """Whether somebody has the file ``path`` open for writing, or mapped so; True where that cannot be found out.
+
+    A lease for reading is granted only where nobody does (fcntl(2), F_SETLEASE). It ends when the descriptor is
+    closed. Who wants to write meanwhile waits for that, and we would be told by a signal that could end us.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    except OSError:
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)

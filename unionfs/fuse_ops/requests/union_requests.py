@@ -27,12 +27,13 @@ from unionfs.fuse_ops.copy_up.copy_up import (
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import SHORT_WAIT_S, Copying, Job
 from unionfs.fuse_ops.requests.threads import LastCloses
-from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, Attributes
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, OpenDir, OpenFile, as_directory, as_file
+from unionfs.fuse_ops.tree.protection import changes_inode
 from unionfs.fuse_ops.union.changes import Caller
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host.locks import has_writers
 from unionfs.host.syscalls import fallocate
 
 
@@ -299,12 +300,12 @@ class UnionRequests:
         return self._when_copied_up(inode, ATTRIBUTES, lambda: self.tree.remove_xattr(inode, name))
 
     def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes | Job[bytes]:
-        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+        """An ioctl(2) of those that :func:`knows_ioctl` knows; returns its output."""
 
         def then() -> bytes:
             return self.tree.control(inode, command, data, out_size)
 
-        return self._when_copied_up(inode, ATTRIBUTES, then) if backing_calls.changes_inode(command) else then()
+        return self._when_copied_up(inode, ATTRIBUTES, then) if changes_inode(command) else then()
 
     # -- files ------------------------------------------------------------------------------------------------
 
@@ -354,7 +355,7 @@ class UnionRequests:
         if self.is_open_for_writing(inode):
             return True
         path, follow = self.tree.view.proc_path(inode)
-        return backing_calls.has_writers(path, follow=follow)
+        return has_writers(path, follow=follow)
 
     def blocks_will_lie(self, file: OpenFile) -> bool:
         """Whether the kernel may know ``file``, just opened, as one without a block, and go on with that.

@@ -12,10 +12,10 @@ from typing import Final
 from unionfs.fuse_ops.copy_up.copy_up import ATTRIBUTES, CopyUp, scope_for_attributes
 from unionfs.fuse_ops.options import XattrPermissions
 from unionfs.fuse_ops.quota import Accounts
-from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import ACL_NAMES, CAPABILITY, Override
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.tree.merged_view import MergedView
+from unionfs.fuse_ops.tree.protection import changes_inode, inode_ioctl
 from unionfs.fuse_ops.union.changes import Caller
 from unionfs.host.processes import CAP_SYS_ADMIN, has_capability
 
@@ -218,14 +218,14 @@ class MetadataChanges:
         os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd, follow_symlinks=follow)
 
     def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
-        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+        """An ioctl(2) of those that :func:`knows_ioctl` knows; returns its output."""
         protection = self._copy_up.protection
-        changes = backing_calls.changes_inode(command)
+        changes = changes_inode(command)
         if changes:
             self._copy_up.require_writable()
             self._copy_up.ensure(inode, ATTRIBUTES)
         path, _ = self._view.proc_path(inode)
-        answer, flags = backing_calls.inode_ioctl(path, command, data, out_size, protection.of(inode))
+        answer, flags = inode_ioctl(path, command, data, out_size, protection.of(inode))
         if changes:
             protection.set(inode, flags)
         return answer

@@ -175,7 +175,7 @@ class UnionTree:
         self._metadata.check_change(inode, change)
 
     def control(self, inode: Inode, command: int, data: bytes, out_size: int) -> bytes:
-        """An ioctl(2) of those that :func:`backing_calls.knows_ioctl` knows; returns its output."""
+        """An ioctl(2) of those that :func:`knows_ioctl` knows; returns its output."""
         return self._metadata.control(inode, command, data, out_size)
 
     def clear_privileges(self, inode: Inode, caller: Caller) -> None:

@@ -23,11 +23,12 @@ from unionfs.fuse_ops.transports.direct.connection import Connection
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes, pack
 from unionfs.fuse_ops.transports.direct.passthrough import Passthrough
 from unionfs.fuse_ops.transports.direct.protocol import Opcode, Open, Request, SetAttr
-from unionfs.fuse_ops.tree import backing_calls
 from unionfs.fuse_ops.tree.attributes import CAPABILITY, DEFAULT_ACL
 from unionfs.fuse_ops.tree.inodes import Inode, OpenFile
+from unionfs.fuse_ops.tree.protection import knows_ioctl
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
+from unionfs.host import syscalls
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ T = TypeVar("T")
 
 NO_REPLY: Final = b""
 _TICK_NS: Final = 1_000_000  # what the kernel makes one or two ticks of its clock of
+_STATX_BASIC_AND_BTIME: Final = 0xFFF  # linux/stat.h
 ENTRY_SIZE: Final = p.ENTRY_REPLY.size + p.ATTR.size
 _ATTR_SIZE: Final = p.ATTR_REPLY.size + p.ATTR.size
 
@@ -325,9 +327,10 @@ class AttributeHandlers(Handlers):
         inode = self._inode(request)
         attributes = self._tree.attributes(inode)
         path, follow = self._tree.view.proc_path(inode)
-        stx = backing_calls.statx(path, follow=follow)
+        flags = 0 if follow else syscalls.AT_SYMLINK_NOFOLLOW
+        stx = syscalls.statx(syscalls.AT_FDCWD, path, flags, _STATX_BASIC_AND_BTIME)
         s, ns = self._attributes_valid(inode)
-        data = backing_calls.statx_with(stx, attributes)
+        data = p.statx_with(stx, attributes)
         return p.STATX_REPLY.pack(p.STATX_REPLY.size + len(data), 0, request.unique, s, ns, 0, 0, 0) + data
 
     def _getxattr(self, request: Request) -> bytes:
@@ -526,7 +529,7 @@ class FileHandlers(Handlers):
 
     def _ioctl(self, request: Request) -> Answer:
         _, _, command, _, in_size, out_size = p.IOCTL_IN.unpack_from(request.body)
-        if not backing_calls.knows_ioctl(command):  # isatty(3), say, which Python asks about each file that it opens
+        if not knows_ioctl(command):  # isatty(3), say, which Python asks about each file that it opens
             return p.OUT_HEADER.pack(p.OUT_HEADER.size, -errno.ENOTTY, request.unique)
         data = bytes(request.body[p.IOCTL_IN.size : p.IOCTL_IN.size + in_size])
         outcome = self._requests.control(self._inode(request), command, data, out_size)

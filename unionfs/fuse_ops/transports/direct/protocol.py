@@ -155,6 +155,7 @@ LSEEK_IN: Final = struct.Struct("=QQII")
 COPY_FILE_RANGE_IN: Final = struct.Struct("=QQQQQQQ")
 IOCTL_IN: Final = struct.Struct("=QIIQII")
 STATX_IN: Final = struct.Struct("=IIQII")
+_STATX: Final = struct.Struct("=IIQIIIHHQQQQ" + "qIi" * 4 + "IIII14Q")  # struct fuse_statx, the layout of statx(2)
 DIRENT: Final = struct.Struct("=QQII")
 
 # In the place of an error number:
@@ -190,6 +191,16 @@ def attr_fields(a: Attributes) -> tuple[int, ...]:
         a.blksize,
         0,
     )
+
+
+def statx_with(stx: bytes, a: Attributes) -> bytes:
+    """A struct statx with everything that the mount shows differently put in its place."""
+    fields = list(_STATX.unpack(stx))
+    fields[3], fields[4], fields[5], fields[6] = a.nlink, a.uid, a.gid, a.mode
+    fields[8], fields[9], fields[10] = a.ino, a.size, a.blocks
+    fields[18], fields[19] = divmod(a.ctime_ns, 1_000_000_000)
+    fields[24], fields[25] = os.major(a.rdev), os.minor(a.rdev)
+    return _STATX.pack(*fields)
 
 
 def encode_device(device: int) -> int:
