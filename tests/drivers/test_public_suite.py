@@ -25,8 +25,9 @@ def workplace(tmp_path: Path, repository: Path) -> Path:
     return tmp_path
 
 
-def run(workplace: Path, repository: Path) -> tuple[int, str]:
+def run(workplace: Path, repository: Path, *words: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "test_copies.py", f"--basetemp={workplace}/temp", "-p", "no:xdist"]
+    command += words
     environment = os.environ | {"PYTHONPATH": f"{repository}:{workplace}"}
     done = subprocess.run(
         command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=250, check=False
@@ -58,3 +59,13 @@ def test_a_wrong_driver_fails(workplace: Path, repository: Path, right: str, wro
     status, out = run(workplace, repository)
     assert status == 1, out
     assert f"TestCopies::{fails}" in out
+
+
+def test_a_test_that_does_not_apply_is_taken_out(workplace: Path, repository: Path) -> None:
+    path = workplace / "test_copies.py"
+    path.write_text(path.read_text() + "\n    test_driver_create_empty = None\n    test_file_getter = None\n")
+    status, out = run(workplace, repository, "--collect-only")
+    assert status == 0, out
+    assert "test_driver_create_base" in out
+    assert "test_driver_create_empty" not in out
+    assert "test_file_getter" not in out

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import unionfs
-from tests.support.mounts import is_mounted, is_running, transports, wait_until
+from tests.support.mounts import is_mounted, is_running, take_down, transports, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.errors import LayerError, MountError, OptionError
 from unionfs.host import mounts
@@ -257,6 +257,69 @@ def test_threads_may_wait_for_the_mount(programs: Programs) -> None:
     """)
     assert out == ["lower"]
     assert len([name for name in os.listdir(programs.box.in_upper()) if name.startswith("large")]) == 60
+
+
+def test_calls_that_let_go_of_pythons_lock(programs: Programs) -> None:
+    """What the guide says that a thread may do."""
+    out = programs.run("""
+        import fcntl, shutil, sqlite3, tempfile, zipfile
+
+        def work():
+            os.chdir(target)
+            with open("file", "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+                os.pwrite(file.fileno(), b"1", 0)
+                os.pread(file.fileno(), 1, 0)
+                os.fdatasync(file.fileno())
+                os.ftruncate(file.fileno(), 1)
+                os.fchmod(file.fileno(), 0o600)
+            os.chmod("file", 0o644), os.chown("file", 1, 1), os.utime("file"), os.truncate("file", 0)
+            os.setxattr("file", "user.x", b"1"), os.getxattr("file", "user.x"), os.listxattr("file")
+            os.symlink("file", "symlink"), os.readlink("symlink"), os.path.realpath("symlink")
+            os.link("file", "link"), os.rename("link", "renamed"), os.unlink("renamed"), os.unlink("symlink")
+            os.mkfifo("fifo"), os.mknod("node"), os.access("file", os.R_OK), os.statvfs("."), os.path.isdir("nothing")
+            print([entry.name for entry in os.scandir("dir") if entry.stat().st_size and entry.is_file()])
+            shutil.copytree("dir", "copy"), shutil.rmtree("copy")
+            with sqlite3.connect("database") as database:
+                database.execute("create table t(x)")
+            database.close()
+            with zipfile.ZipFile("archive.zip", "w") as archive:
+                archive.writestr("a", "b")
+            with tempfile.NamedTemporaryFile(dir=".") as temporary:
+                temporary.write(bytes(1 << 20))
+            Path("module.py").write_text("x = 1")
+            sys.path.insert(0, target)
+            import module
+            os.sync()
+            os.chdir("/")
+
+        async def main():
+            async with mounted():
+                await trio.to_thread.run_sync(work)
+
+        trio.run(main)
+    """)
+    assert out == ["['deep']"]
+
+
+def test_a_program_that_waits_for_itself_can_be_killed(programs: Programs) -> None:
+    process = programs.start("""
+        async def main():
+            async with mounted():
+                print("ready", flush=True)
+                open(f"{target}/file").read()
+
+        trio.run(main)
+    """)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.kill()
+    process.wait(20)
+    take_down(programs.box.target)
+    programs.end(process)
 
 
 def test_programs_can_be_started_from_the_mount_and_in_it(programs: Programs) -> None:
