@@ -13,9 +13,8 @@ from typing import Any, cast
 import pytest
 
 from tests.support.compiled import compiled_sources, generators
+from tests.support.trees import open_union
 from unionfs.fuse_ops import quota
-from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import as_directory
 
 if os.geteuid() != 0:
@@ -33,14 +32,7 @@ class Rig:
         (path / "upper/d/three").write_text("3")
         (path / "upper/plain").mkdir()
         (path / "upper/plain/file").write_text("3")
-        options = MountOptions(
-            lowerdirs=(str(path / "low1"), str(path / "low2")),
-            upperdir=str(path / "upper"),
-            workdir=str(path / "work"),
-            quota_bytes=1 << 30,
-        )
-        tree = open_tree(options)
-        self.tree = tree
+        self.tree = tree = open_union(path, "low1", "low2", quota_bytes=1 << 30)
         self.merged, self.plain = (as_directory(tree.lookup(tree.root, name)) for name in (b"d", b"plain"))
         self.upper_file = tree.lookup(self.merged, b"three")
         self.path_fd = os.open(path / "acl", os.O_RDONLY)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.session.assembly import open_tree
+from tests.support import trees
+from tests.support.trees import Caller, open_union
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.tree.inodes import FileInode, Inode, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
@@ -23,10 +23,6 @@ if os.geteuid() != 0:
     pytest.skip("needs root for trusted attributes", allow_module_level=True)
 
 
-class Caller:
-    uid = gid = pid = 0
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[UnionTree]:
     for name in ("low/d/deep", "upper", "work"):
@@ -34,19 +30,13 @@ def tree(tmp_path: Path) -> Iterator[UnionTree]:
     for name in ("file", "linked", "d/one", "d/two", "d/deep/three"):
         (tmp_path / "low" / name).write_text(name)
     os.link(tmp_path / "low" / "linked", tmp_path / "low" / "d" / "other name")
-    options = MountOptions(
-        lowerdirs=(str(tmp_path / "low"),), upperdir=str(tmp_path / "upper"), workdir=str(tmp_path / "work")
-    )
-    tree = open_tree(options)
+    tree = open_union(tmp_path, "low")
     yield tree
     tree.close()
 
 
 def at(tree: UnionTree, path: str) -> Inode:
-    inode: Inode = tree.root
-    for name in path.split("/"):
-        if name:
-            inode = tree.lookup(inode, name.encode())
+    inode = trees.at(tree, path)
     inode.lookups += 1  # as the kernel, which remembers it
     return inode
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.session.assembly import open_tree
+from tests.support.trees import ROOT, open_union
 from unionfs.fuse_ops.tree.inodes import Inode, as_file
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
@@ -18,13 +17,6 @@ from unionfs.host.files import remove_tree
 
 NAME = b"directory"
 DEPTH = 1100  # more than the interpreter would recurse, and twice PATH_MAX
-
-
-class User:
-    uid = gid = pid = 0
-
-
-ROOT = User()
 
 
 @pytest.fixture
@@ -50,12 +42,7 @@ def dirs(tmp_path: Path) -> Iterator[Path]:
 
 
 def union(dirs: Path, **changes: object) -> UnionTree:
-    values: dict[str, object] = {
-        "lowerdirs": (str(dirs / "lower"),),
-        "upperdir": str(dirs / "upper"),
-        "workdir": str(dirs / "work"),
-    }
-    tree = open_tree(MountOptions(**{**values, **changes}))  # type: ignore[arg-type]
+    tree = open_union(dirs, "lower", **changes)
     tree.view._cache._limit = 64
     return tree
 

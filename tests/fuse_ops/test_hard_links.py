@@ -9,18 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.snapshot import upper_entries
-from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.tree.inodes import Inode
+from tests.support.trees import ROOT, at, open_union, place
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
-
-
-class User:
-    uid = gid = pid = 0
-
-
-ROOT = User()
 
 
 @pytest.fixture
@@ -35,27 +26,6 @@ def link(dirs: Path, *names: str) -> None:
     for name in names:
         (dirs / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(dirs / "low2" / "a", dirs / name)
-
-
-def union(dirs: Path, **changes: object) -> UnionTree:
-    values: dict[str, object] = {
-        "lowerdirs": (str(dirs / "low1"), str(dirs / "low2")),
-        "upperdir": str(dirs / "upper"),
-        "workdir": str(dirs / "work"),
-    }
-    return open_tree(MountOptions(**{**values, **changes}))  # type: ignore[arg-type]
-
-
-def at(tree: UnionTree, path: str) -> Inode:
-    inode: Inode = tree.root
-    for name in path.split("/"):
-        inode = tree.lookup(inode, name.encode())
-    return inode
-
-
-def place(tree: UnionTree, path: str) -> tuple[Inode, bytes]:
-    parent, _, name = path.rpartition("/")
-    return (at(tree, parent) if parent else tree.root), name.encode()
 
 
 def write(tree: UnionTree, path: str, data: bytes = b"new") -> None:
@@ -92,7 +62,7 @@ def search(tree: UnionTree) -> bool:
 
 def test_a_lookup_changes_nothing(dirs: Path) -> None:
     link(dirs, "low2/d/b")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     before = upper_entries(str(dirs / "upper"))
     assert read(tree, "d/b") == b"new"
@@ -116,7 +86,7 @@ CHANGES: dict[str, Callable[[UnionTree], None]] = {
 def test_what_was_looked_up_is_kept(dirs: Path, change: str) -> None:
     link(dirs, "low2/d/b")
     (dirs / "low2" / "d" / "other").write_text("other")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     at(tree, "d/b")
     CHANGES[change](tree)
@@ -124,7 +94,7 @@ def test_what_was_looked_up_is_kept(dirs: Path, change: str) -> None:
         assert tree.find(at(tree, "d"), b"b") is None
     tree.close()
     assert staged(dirs) == []
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     name = {"rename": "d/b2", "exchange": "d/other"}.get(change, "d/b")
     assert read(tree, name) == b"new"
     assert at(tree, name) is at(tree, "a")
@@ -134,7 +104,7 @@ def test_what_was_looked_up_is_kept(dirs: Path, change: str) -> None:
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
 def test_a_name_that_was_only_looked_up_is_removed(dirs: Path, how: str) -> None:
     link(dirs, "low2/d/b", "low2/d/c")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     d = at(tree, "d")
     at(tree, "d/b")
@@ -148,7 +118,7 @@ def test_a_name_that_was_only_looked_up_is_removed(dirs: Path, how: str) -> None
     assert not search(tree)
     assert read(tree, "d/c") == b"new"
     tree.close()
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     if how == "unlink":
         assert tree.find(at(tree, "d"), b"b") is None
     else:
@@ -170,7 +140,7 @@ def remove(tree: UnionTree, path: str, how: str = "unlink") -> None:
 @pytest.mark.parametrize("how", ["unlink", "rename over"])
 def test_names_outside_of_the_layers_do_not_count(dirs: Path, how: str) -> None:
     link(dirs, "outside/a")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     remove(tree, "a", how)
     assert staged(dirs) != []
@@ -183,7 +153,7 @@ def test_the_layers_are_searched_once(dirs: Path) -> None:
     (dirs / "low2" / "other").write_text("old")
     os.link(dirs / "low2" / "other", dirs / "outside" / "other")
     link(dirs, "outside/a")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     for name in ("a", "other"):
         write(tree, name)
     remove(tree, "a")
@@ -197,7 +167,7 @@ def test_the_layers_are_searched_once(dirs: Path) -> None:
 @pytest.mark.parametrize("other", ["low2/b", "low2/d/b", "low1/b"])
 def test_a_further_name_finds_the_changed_file(dirs: Path, other: str) -> None:
     link(dirs, other)
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     remove(tree, "a")
     search(tree)
@@ -222,10 +192,10 @@ def test_names_that_the_merged_tree_does_not_have(dirs: Path, hidden_by: str) ->
     elif hidden_by == "opaque":
         os.setxattr(dirs / "low1" / "d", "trusted.overlay.opaque", b"y")
     else:
-        tree = union(dirs)
+        tree = open_union(dirs, "low1", "low2")
         remove(tree, "d/b")
         tree.close()
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     remove(tree, "a")
     assert search(tree)
@@ -240,11 +210,11 @@ def test_a_name_in_a_directory_that_was_moved_counts(dirs: Path, when: str) -> N
         os.mknod(dirs / "low1" / "d", 0o020000, 0)
         (dirs / "low1" / "moved").mkdir()
         os.setxattr(dirs / "low1" / "moved", "trusted.overlay.redirect", b"/d")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     if when == "in an earlier one":
         tree.rename(tree.root, b"d", tree.root, b"moved")
         tree.close()
-        tree = union(dirs)
+        tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     if when == "in this mount":
         tree.rename(tree.root, b"d", tree.root, b"moved")
@@ -256,7 +226,7 @@ def test_a_name_in_a_directory_that_was_moved_counts(dirs: Path, when: str) -> N
 
 def test_an_open_file_that_lost_its_names(dirs: Path) -> None:
     link(dirs, "outside/a")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     inode = at(tree, "a")
     inode.lookups += 1
     file = tree.open(inode, os.O_RDWR)
@@ -274,7 +244,7 @@ def test_an_open_file_that_lost_its_names(dirs: Path) -> None:
 
 def test_a_file_that_is_copied_after_it_lost_its_names(dirs: Path) -> None:
     link(dirs, "outside/a")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     inode = at(tree, "a")
     file = tree.open(inode, os.O_RDONLY)
     remove(tree, "a")
@@ -289,7 +259,7 @@ def test_a_file_that_is_copied_after_it_lost_its_names(dirs: Path) -> None:
 def test_what_cannot_be_searched_is_kept(dirs: Path) -> None:
     """Nobody can say that there is no name; it goes when the mount ends."""
     link(dirs, "outside/a")
-    tree = union(dirs)
+    tree = open_union(dirs, "low1", "low2")
     write(tree, "a")
     remove(tree, "a")
     assert tree.hard_links.begin_search() is not None
@@ -303,7 +273,7 @@ def test_what_cannot_be_searched_is_kept(dirs: Path) -> None:
 
 def test_the_room_of_a_limited_tree_comes_back(dirs: Path) -> None:
     link(dirs, "outside/a")
-    tree = union(dirs, quota_bytes=1 << 20)
+    tree = open_union(dirs, "low1", "low2", quota_bytes=1 << 20)
     assert tree.space is not None
     before = tree.space.used_bytes
     write(tree, "a", bytes(900_000))

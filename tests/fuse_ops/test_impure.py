@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.mounts import mounted_overlay
 from tests.support.syscalls import renameat2
+from tests.support.trees import ROOT
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
@@ -16,13 +17,6 @@ from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
 IMPURE = "trusted.overlay.impure"
-
-
-class User:
-    uid = gid = pid = 0
-
-
-ROOT = User()
 
 
 class Ours:

@@ -22,6 +22,7 @@ import pytest
 from tests.support import faults
 from tests.support.faults import Faults
 from tests.support.syscalls import MNT_DETACH, mount, umount2
+from tests.support.trees import ROOT, Caller, options_in
 from unionfs.errors import LayerError
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import Job, done_here
@@ -54,16 +55,9 @@ ACL = b"\2\0\0\0" + b"".join(
 )
 
 
-@dataclass(frozen=True)
-class Caller:
-    uid: int = 0
-    gid: int = 0
-    pid: int = 0
-
-
 T = TypeVar("T")
 
-ROOT, USER = Caller(), Caller(1000, 1000)
+USER = Caller(1000, 1000)
 
 
 def done(outcome: T | Job[T]) -> T:
@@ -612,12 +606,7 @@ class Trial:
         self.path = path
         self.faults = injected
         self.lacks = lacks
-        self.options = MountOptions(
-            lowerdirs=(str(path / "low1"), str(path / "low2")),
-            upperdir=str(path / "upper"),
-            workdir=str(path / "work"),
-            **options,
-        )
+        self.options = options_in(path, "low1", "low2", **options)
         make_lowers(path)
         for name in ("upper", "work", "other"):
             (path / name).mkdir()

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.sandbox import needs_root
+from tests.support.trees import ROOT, open_union
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.session.option_text import parse_options
 from unionfs.fuse_ops.transports.direct import listing as listings
 from unionfs.fuse_ops.transports.direct import protocol as p
 from unionfs.fuse_ops.transports.direct.listing import DirectListing, PackedAttributes
@@ -28,8 +27,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnionTree]:
         (root / name).mkdir()
     for number in range(300):
         (root / "lower" / f"{number:03}").touch()
-    words = [f"lowerdir={root}/lower", f"upperdir={root}/upper", f"workdir={root}/work"]
-    tree = open_tree(parse_options(words).options)
+    tree = open_union(root, "lower")
     yield tree
     tree.close()
 
@@ -113,10 +111,5 @@ def test_few_listings_are_kept(tree: UnionTree) -> None:
     kept = listings.Listings(tree.view)
     for number in range(40):
         name = b"dir%d" % number
-        kept.start(tree.mkdir(tree.root, name, 0o755, _Root()))
+        kept.start(tree.mkdir(tree.root, name, 0o755, ROOT))
     assert len(kept) <= 16
-
-
-class _Root:
-    uid = gid = pid = 0
-    umask = 0

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.fuse_ops.options import MountOptions, RedirectMode
-from unionfs.fuse_ops.session.assembly import open_tree
-from unionfs.fuse_ops.tree.inodes import Inode
+from tests.support.trees import at, open_union
+from unionfs.fuse_ops.options import RedirectMode
 from unionfs.fuse_ops.union.metadata import AttributeChange
 from unionfs.fuse_ops.union.union_tree import UnionTree
 
@@ -32,22 +31,6 @@ def layers(top: Path, *paths: str) -> None:
             place.write_text(path)
 
 
-def union(top: Path, **changes: object) -> UnionTree:
-    values: dict[str, object] = {
-        "lowerdirs": tuple(str(top / name) for name in ("l1", "l2", "l3")),
-        "upperdir": str(top / "upper"),
-        "workdir": str(top / "work"),
-    }
-    return open_tree(MountOptions(**{**values, **changes}))  # type: ignore[arg-type]
-
-
-def at(tree: UnionTree, path: str) -> Inode:
-    inode: Inode = tree.root
-    for name in path.split("/"):
-        inode = tree.lookup(inode, name.encode())
-    return inode
-
-
 def listed(tree: UnionTree, path: str) -> list[str]:
     inode = at(tree, path) if path else tree.root
     by_list = sorted(os.fsdecode(name) for name in tree.names(inode))
@@ -67,7 +50,7 @@ def contents(tree: UnionTree, path: str) -> str:
 @pytest.mark.parametrize("known", [False, True])
 def test_what_a_mark_hides_stays_hidden_after_a_move(tmp_path: Path, target: str, known: bool) -> None:
     layers(tmp_path, "l1/a/.wh..wh..opq", "l1/a/x/new", "l2/a/x/old")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     if known:
         assert listed(tree, "a") == ["x"]
         assert listed(tree, "a/x") == ["new"]
@@ -76,18 +59,18 @@ def test_what_a_mark_hides_stays_hidden_after_a_move(tmp_path: Path, target: str
     tree.rename(at(tree, "a"), b"x", directory, name.encode())
     assert listed(tree, target) == ["new"]
     tree.close()
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, target) == ["new"]
     tree.close()
 
 
 def test_a_mark_at_the_top_of_a_layer(tmp_path: Path) -> None:
     layers(tmp_path, "l1/a/one", "l1/other", "l2/.wh..wh..opq", "l2/a/two", "l3/a/three", "l3/hidden")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "") == ["a", "other"]
     tree.rename(tree.root, b"a", tree.root, b"b")
     tree.close()
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "b") == ["one", "two"]
     assert tree.find(tree.root, b"hidden") is None
     tree.close()
@@ -96,12 +79,12 @@ def test_a_mark_at_the_top_of_a_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["", "a/"])
 def test_a_mark_in_the_upper_directory(tmp_path: Path, where: str) -> None:
     layers(tmp_path, f"upper/{where}.wh..wh..opq", "upper/a/x/new", "l1/a/x/old", "l1/a/old")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "a") == ["x"]
     assert listed(tree, "a/x") == ["new"]
     tree.rename(at(tree, "a"), b"x", tree.root, b"b")
     tree.close()
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "b") == ["new"]
     tree.close()
 
@@ -112,7 +95,7 @@ def test_a_mark_hides_the_data_of_a_metacopy(tmp_path: Path) -> None:
         with open(tmp_path / place, "wb") as file:
             file.truncate(6)
         os.setxattr(tmp_path / place, "trusted.overlay.metacopy", b"")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert contents(tree, "b/f") == "l2/b/f"
     with pytest.raises(OSError) as caught:
         contents(tree, "a/f")
@@ -127,7 +110,7 @@ def test_a_metacopy_without_data_is_never_zeros(tmp_path: Path, layer: str) -> N
     with open(tmp_path / layer / "f", "wb") as file:
         file.truncate(6)
     os.setxattr(tmp_path / layer / "f", "trusted.overlay.metacopy", b"")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     with pytest.raises(OSError) as caught:
         contents(tree, "f")
     assert caught.value.errno == errno.EIO
@@ -139,7 +122,7 @@ def test_an_opaque_directory_has_no_redirect(tmp_path: Path) -> None:
     for place in ("upper/u", "l1/m"):
         os.setxattr(tmp_path / place, "trusted.overlay.opaque", b"y")
         os.setxattr(tmp_path / place, "trusted.overlay.redirect", b"/t")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "u") == listed(tree, "m") == []
     tree.close()
 
@@ -148,7 +131,7 @@ def test_a_redirect_is_followed_beside_a_mark(tmp_path: Path) -> None:
     """The mark is of what was there before the directory was moved to this name."""
     layers(tmp_path, "upper/.wh.d", "upper/d/", "l1/t/x/", "l2/t/in_t", "l2/d/old")
     os.setxattr(tmp_path / "upper/d", "trusted.overlay.redirect", b"/t")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "d") == ["in_t", "x"]
     tree.close()
 
@@ -162,11 +145,11 @@ def test_redirects_that_are_not_to_be_followed(tmp_path: Path, where: str) -> No
         file.truncate(6)
     os.setxattr(tmp_path / where / "f", "trusted.overlay.metacopy", b"")
     os.setxattr(tmp_path / where / "f", "trusted.overlay.redirect", b"/t/f")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "d") == ["f", "in_t"]
     assert contents(tree, "f") == "l2/t/f"
     tree.close()
-    tree = union(tmp_path, redirect_dir=RedirectMode.NOFOLLOW)
+    tree = open_union(tmp_path, "l1", "l2", "l3", redirect_dir=RedirectMode.NOFOLLOW)
     for name in (b"d", b"f"):
         with pytest.raises(PermissionError):
             tree.lookup(tree.root, name)
@@ -181,7 +164,7 @@ def test_a_redirect_of_a_metacopy_is_checked(tmp_path: Path) -> None:
     os.setxattr(tmp_path / "l1/d/f", "trusted.overlay.metacopy", b"")
     for value, number in ((b"../d/g", errno.EINVAL), (b"/d/../d/g", errno.EACCES), (b"g", 0), (b"/d/g", 0)):
         os.setxattr(tmp_path / "l1/d/f", "trusted.overlay.redirect", value)
-        tree = union(tmp_path)
+        tree = open_union(tmp_path, "l1", "l2", "l3")
         if number:
             with pytest.raises(OSError) as caught:
                 at(tree, "d/f")
@@ -194,11 +177,11 @@ def test_a_redirect_of_a_metacopy_is_checked(tmp_path: Path) -> None:
 def test_what_is_made_below_a_marked_directory_is_kept(tmp_path: Path) -> None:
     """The directory is copied up; its copy says nothing of the layers below, and the mark still does."""
     layers(tmp_path, "l1/a/.wh..wh..opq", "l1/a/x/new", "l2/a/x/old", "l2/a/old")
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     tree.mkdir(at(tree, "a/x"), b"made", 0o755, User())
     tree.set_attributes(at(tree, "a"), AttributeChange(mode=0o700), User())
     tree.close()
-    tree = union(tmp_path)
+    tree = open_union(tmp_path, "l1", "l2", "l3")
     assert listed(tree, "a") == ["x"]
     assert listed(tree, "a/x") == ["made", "new"]
     tree.close()
@@ -213,6 +196,8 @@ def test_as_many_redirects_as_layers(tmp_path: Path) -> None:
         place.mkdir(parents=True)
         (place / f"f{number}").write_text("")
         os.setxattr(place, "trusted.overlay.redirect", b"%sd%d" % (b"/" if number % 2 else b"", number + 1))
-    tree = union(tmp_path, lowerdirs=tuple(str(tmp_path / f"layer{number}") for number in range(400)))
+    tree = open_union(
+        tmp_path, "l1", "l2", "l3", lowerdirs=tuple(str(tmp_path / f"layer{number}") for number in range(400))
+    )
     assert len(listed(tree, "d0")) == 400
     tree.close()

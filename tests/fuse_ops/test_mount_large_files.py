@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests.support.sandbox import Sandbox, needs_root
+from tests.support.trees import Caller
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
@@ -25,10 +26,6 @@ needs_root()
 
 MIB = 1024 * 1024
 _SOON_S = 30.0
-
-
-class Caller:
-    uid = gid = pid = 0
 
 
 @pytest.fixture

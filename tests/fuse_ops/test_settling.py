@@ -13,11 +13,10 @@ import pytest
 import trio
 import trio.testing
 
+from tests.support.trees import Caller, open_union
 from unionfs.fuse_ops.copy_up import unsynced
-from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.requests.job import completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests
-from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.speedups import late_sync
 from unionfs.fuse_ops.speedups.late_sync import LateSync
 from unionfs.fuse_ops.union.metadata import AttributeChange
@@ -30,19 +29,12 @@ NAMES = [f"f{i}" for i in range(6)]
 CHANGE = AttributeChange(mode=0o600)
 
 
-class Caller:
-    uid = gid = pid = 0
-
-
 def open_new(tmp_path: Path) -> UnionTree:
     for name in ("low", "upper", "work"):
         (tmp_path / name).mkdir(exist_ok=True)
     for name in NAMES:
         (tmp_path / "low" / name).write_text(name * 100)
-    options = MountOptions(
-        lowerdirs=(str(tmp_path / "low"),), upperdir=str(tmp_path / "upper"), workdir=str(tmp_path / "work")
-    )
-    return open_tree(options)
+    return open_union(tmp_path, "low")
 
 
 @pytest.fixture
