@@ -11,6 +11,7 @@ import errno
 import gc
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,6 @@ from unionfs.errors import MountError, OptionError, UnionfsError
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.option_text import parse_options, remount_words
 from unionfs.fuse_ops.session.supervisor.client import DeclinedError
-from unionfs.fuse_ops.session.target import checked_target
 from unionfs.host import mounts
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
 from unionfs.host.processes import file_size_limit, reset_signals, shed_limits, too_many_files
@@ -204,6 +204,40 @@ def _serve(
             logging.getLogger(__name__).error("%s", text)
 
     return _reported(serve, options.debug or "UNIONFS_DEBUG" in os.environ, tell)
+
+
+def checked_target(target: str) -> str:
+    """``target`` as an absolute path without links, known to be a directory that we can mount on.
+
+    Raises:
+        MountError: it is not, or a union is mounted there already.
+    """
+    path = mounts.canonical(target)
+    if path == "/proc":
+        raise MountError("mount point /proc: the server itself needs what is there; choose another")
+    top = mounts.top_mount(path)
+    if top is not None and top.is_union:
+        raise MountError(_occupied(target, path))
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise MountError(f"mount point {target} does not exist; create it with: mkdir -p {target}") from None
+    except OSError as error:
+        raise MountError(f"mount point {target} cannot be used: {error.strerror}; choose another") from None
+    if not is_directory:
+        raise MountError(f"mount point {target} is not a directory; name a directory")
+    return path
+
+
+def _occupied(target: str, path: str) -> str:
+    from unionfs.host.mounts import is_dead  # a mount that goes well does not need it
+
+    if is_dead(path):
+        return (
+            f"mount point {target} has a dead mount, whose server is gone; "
+            f"remove it with: unionfs umount --lazy {target}"
+        )
+    return f"mount point {target} is busy: a union is mounted there; unmount it with: unionfs umount {target}"
 
 
 def _read_command_line(arguments: Sequence[str]) -> _CommandLine:

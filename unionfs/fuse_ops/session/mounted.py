@@ -23,9 +23,9 @@ from unionfs.errors import LayerError, MountError, OptionError
 from unionfs.fuse_ops.options import MountOptions, RedirectMode, XattrPermissions
 from unionfs.fuse_ops.session import mount_registry
 from unionfs.fuse_ops.session.assembly import open_tree
+from unionfs.fuse_ops.session.mount_server import checked_target
 from unionfs.fuse_ops.session.option_text import escape_value, parse_options
 from unionfs.fuse_ops.session.session import Session
-from unionfs.fuse_ops.session.target import checked_target
 from unionfs.fuse_ops.transports.choice import choose_transport
 from unionfs.host import mounts, unmount
 from unionfs.host.mounts import holders, is_mounted_anywhere
