@@ -39,6 +39,9 @@ def tree(
 COMMANDS = dict(tree())
 LEAVES = {path: command for path, command in COMMANDS.items() if not isinstance(command, click.Group)}
 SERVERS = {path for path in LEAVES if path[0] == "serve"}
+# Those whose last argument takes all words that follow.
+GREEDY = {path for path, command in LEAVES.items() for param in command.params if param.nargs == -1}
+ASKING_REGISTRIES = {("run",), ("image", "pull")}
 
 
 def ids(path: tuple[str, ...]) -> str:
@@ -46,7 +49,6 @@ def ids(path: tuple[str, ...]) -> str:
 
 
 every_command = pytest.mark.parametrize("path", COMMANDS, ids=ids)
-every_leaf = pytest.mark.parametrize("path", LEAVES, ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +96,10 @@ def test_narrow_help(path: tuple[str, ...], capfd: pytest.CaptureFixture[str], m
         assert len(line) <= 50 or line.startswith("Usage:"), line
 
 
-@every_command
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path not in SERVERS], ids=ids)
 def test_without_words(path: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """A group shows its help, a command that needs words says which; others do what they are for."""
     command = COMMANDS[path]
-    if path in SERVERS:
-        pytest.skip("it would serve")
     status = main(list(path))
     said = capfd.readouterr()
     assert "Traceback" not in said.err
@@ -128,12 +128,9 @@ def test_wrong_options(path: tuple[str, ...], words: list[str], capfd: pytest.Ca
     assert "--help" in said.err
 
 
-@every_leaf
+@pytest.mark.parametrize("path", [path for path in LEAVES if path not in GREEDY], ids=ids)
 def test_too_many_words(path: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    command = LEAVES[path]
-    if any(isinstance(param, click.Argument) and param.nargs == -1 for param in command.params):
-        pytest.skip("it takes any number of words")
-    count = sum(isinstance(param, click.Argument) for param in command.params) + 1
+    count = sum(isinstance(param, click.Argument) for param in LEAVES[path].params) + 1
     status = main([*path, *["word"] * count])
     said = capfd.readouterr()
     assert (status, said.out) == (2, ""), said.err
@@ -141,14 +138,17 @@ def test_too_many_words(path: tuple[str, ...], capfd: pytest.CaptureFixture[str]
     assert said.err.count("\n") == 1
 
 
-@every_leaf
+def required_words(path: tuple[str, ...]) -> int:
+    return sum(isinstance(param, click.Argument) and param.required for param in LEAVES[path].params)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in LEAVES if required_words(path) and path not in ASKING_REGISTRIES], ids=ids
+)
 def test_strange_words(path: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """What is not there, with control characters in its name, is said in one line, escaped."""
-    command = LEAVES[path]
-    words = ["\x1b[31m\nnot\there" for param in command.params if isinstance(param, click.Argument) and param.required]
-    if not words or path in (("run",), ("image", "pull")):
-        pytest.skip("it needs no words, or would ask a registry")
-    extra = {("mount",): ["--lower", "/nothing"], ("image", "tag"): []}.get(path, [])
+    words = ["\x1b[31m\nnot\there"] * required_words(path)
+    extra = ["--lower", "/nothing"] if path == ("mount",) else []
     status = main([*path, *extra, *words])
     said = capfd.readouterr()
     assert status in (1, 2, 125), said.err
