@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import unionfs
-from tests.support.mounts import is_mounted, is_running, take_down, transports, wait_until
+from tests.support.mounts import is_mounted, is_running, servers_of, take_down, transports, wait_until
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.errors import LayerError, MountError, OptionError
+from unionfs.fuse_ops.session import mount_registry
 from unionfs.host import mounts
 
 pytest_plugins = ["tests.support.sandbox"]
@@ -502,6 +503,18 @@ def test_the_mount_of_a_killed_program_goes_on(programs: Programs) -> None:
     subprocess.run([Path(sys.executable).with_name("unionfs"), "umount", programs.box.target], check=True)
     assert wait_until(lambda: not is_running(server), 20)
     programs.end(process)
+
+
+def test_a_mount_without_a_record(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server had no place to say who it is."""
+    box.lower().file("file", b"lower")
+    monkeypatch.setattr(mount_registry, "find", lambda minor: None)
+    with unionfs.mounted(lower=list(box.lowers), target=box.target) as mount:
+        assert mount.pid is None
+        assert Path(mount, "file").read_text() == "lower"
+        servers = servers_of(box.target)
+    assert not is_mounted(box.target)
+    assert wait_until(lambda: not any(is_running(pid) for pid in servers), 20)
 
 
 # What is refused

@@ -51,13 +51,13 @@ class Mount:
 
     Attributes:
         target: the mount point, an absolute path without symbolic links.
-        pid: the process that serves it: this one, or another.
-        transport: how requests reach it: ``direct``, ``direct, passthrough`` or ``pyfuse3``.
+        pid: the process that serves it: this one, or another; None where that left no record.
+        transport: how requests reach it: ``direct``, ``direct, passthrough`` or ``pyfuse3``; empty where nothing says.
         minor: the minor number of the device that its files are on; the major number is 0.
     """
 
     target: str
-    pid: int
+    pid: int | None
     transport: str
     minor: int
 
@@ -296,22 +296,32 @@ class Mounting(AbstractAsyncContextManager[Mount], AbstractContextManager[Mount]
         arguments = [argument for word in self._words for argument in ("-o", word)]
         # -P: nothing is to be imported from whatever directory this is.
         command = [sys.executable, "-P", "-m", _PROGRAM, *arguments, "--", target]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        except BaseException:  # ^C, after the mount was made
+            left = mounts.top_mount(target)
+            if left is not None and left.is_union:
+                _take_down(target, left.minor, None)
+            raise
         said = [line.removeprefix("unionfs-mount: ") for line in done.stderr.splitlines()]
         if done.returncode:
             raise MountError(said[-1] if said else f"cannot mount on {target}: see the system log")
         for line in said:
             _log.warning("%s: %s", target, line)
         top = mounts.top_mount(target)
-        record = None if top is None else mount_registry.find(top.minor)
-        if top is None or record is None:
-            raise MountError(f"{target} is mounted, but its server cannot be found; see unionfs mounts")
-        server = open_process(record.pid, record.started)
+        if top is None:
+            raise MountError(f"{target} was unmounted by somebody else at once; mount it again")
+        # A mount works without its record, which a user may have no place for.
+        record = mount_registry.find(top.minor)
+        server = None if record is None else open_process(record.pid, record.started)
         try:
-            yield Mount(target, record.pid, record.transport, record.minor)
+            if record is None:
+                yield Mount(target, None, "", top.minor)
+            else:
+                yield Mount(target, record.pid, record.transport, top.minor)
         finally:
             try:
-                _take_down(target, record.minor, server)
+                _take_down(target, top.minor, server)
             finally:
                 if server is not None:
                     os.close(server)
