@@ -82,13 +82,15 @@ def test_info(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["driver"]["value"] == "vfs"
     assert facts["store"]["value"] == str(desk.root)
     if os.geteuid() == 0 and os.path.exists("/dev/fuse"):
-        assert facts["FUSE"]["value"].startswith("7.")
+        assert facts["fuse"]["value"].startswith("7.")
     if facts["passthrough"]["value"] == "no":
         assert facts["passthrough"]["why"]
     text = desk.out("info")
-    for name, fact in facts.items():
-        line = next(line for line in text.splitlines() if line.startswith(name))
+    lines = text.splitlines()[1:]
+    assert len(lines) == len(facts)
+    for fact, line in zip(facts.values(), lines, strict=True):
         assert fact["value"] in line
+        assert fact["why"] in line
     monkeypatch.setenv("UNIONFS_TRANSPORT", "pyfuse3")
     facts = desk.json("info")
     assert facts["transport"] == {"value": "pyfuse3", "why": "UNIONFS_TRANSPORT says so"}
@@ -126,12 +128,12 @@ def test_info_for_an_ordinary_user(tmp_path: Path) -> None:
     command = f"{script} {sys.executable} -m unionfs.cli.main info --json --root {tmp_path}/none"
     done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, cwd="/", check=True)
     facts = json.loads(done.stdout)
-    assert facts["FUSE"]["value"] == "cannot be used"
-    assert facts["FUSE"]["why"]
+    assert facts["fuse"]["value"] == "cannot be used"
+    assert facts["fuse"]["why"]
     assert facts["passthrough"]["value"] == "no"
     assert facts["rootless"]["value"] == "no"
     assert "/etc/subuid" in facts["rootless"]["why"]
-    assert facts["limits of containers"]["value"] == "none"
+    assert facts["limits_of_containers"]["value"] == "none"
 
 
 # df

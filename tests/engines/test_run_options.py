@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from unionfs.engines.run.privileges import (
     seccomp_profile,
 )
 from unionfs.engines.run.process import User, arguments, make_process
-from unionfs.engines.run.records import Place, Record
+from unionfs.engines.run.records import Place, Record, Running
 from unionfs.engines.run.spec import build_spec
 from unionfs.errors import RunError
 
@@ -226,3 +228,26 @@ def test_only_one_runs_a_container(tmp_path: Path) -> None:
     first.let_go()
     assert second.take()
     second.let_go()
+
+
+def test_who_looks_is_in_nobodys_way(tmp_path: Path) -> None:
+    first, looking = Place(str(tmp_path), "id"), Place(str(tmp_path), "id")
+    assert not looking.is_running()
+    first.make(Record(name="x", image="i", config=IMAGE, options=RunOptions()))
+    with open(looking.lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert not looking.is_running(), "two may look at once"
+        assert not first.take()
+        later = threading.Timer(0.02, file.close)
+        later.start()
+        assert first.take(tries=100)
+        later.join()
+    assert not looking.is_running(), "it is not marked as running yet"
+    first.mark_running(Running(pid=1, boot="", runtime="crun", path="/crun", started=1.0))
+    assert looking.is_running()
+    first.note_end(3)
+    first.let_go()
+    assert not looking.is_running()
+    ended = looking.ended()
+    assert ended is not None
+    assert (ended.status, ended.started) == (3, 1.0)

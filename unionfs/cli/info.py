@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,14 @@ def info(root: str | None, driver: str, as_json: bool) -> None:
     """Show what this machine lets unionfs do, and why not more. Changes nothing."""
     facts = [*_of_mounts(), *_of_users(), *_of_containers(), *_of_the_store(root, driver)]
     if as_json:
-        print_json({fact.name: {key: text for key, text in asdict(fact).items() if key != "name"} for fact in facts})
+        print_json({_key(fact.name): {"value": fact.value, "why": fact.why} for fact in facts})
         return
     print_table(("WHAT", "VALUE", "WHY"), [(fact.name, fact.value, fact.why) for fact in facts])
+
+
+def _key(name: str) -> str:
+    """``name`` as a word: ``FUSE over io_uring`` is ``fuse_over_io_uring``."""
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
 def _of_mounts() -> Iterator[Fact]:

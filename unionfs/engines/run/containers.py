@@ -191,7 +191,7 @@ class Containers:
         rw = self._rw_layer(record.name, place.mount_id)
         if rw is None:
             raise RunError(f"container {record.name} was removed; unionfs container ls shows those that are there")
-        if not place.take():
+        if not place.take(tries=5):
             raise RunError(f"container {record.name} is running; end it first, or run another one of its image")
         if rw.is_mounted():
             place.let_go()

@@ -29,6 +29,8 @@ from unionfs.engines.run.options import RunOptions
 from unionfs.errors import RunError
 from unionfs.host.disk import ensure_dir, replace_file
 
+_LOOK_S = 0.01
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -198,16 +200,22 @@ class Place:
             os.close(fd)
         return False
 
-    def take(self) -> bool:
-        """Take the lock; False if somebody runs the container."""
+    def take(self, tries: int = 1) -> bool:
+        """Take the lock; False if somebody runs the container.
+
+        Args:
+            tries: how often; whoever only looks (:meth:`is_running`) holds the lock for a moment.
+        """
         fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return False
-        self._lock = fd
-        return True
+        for number in range(tries):
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = fd
+                return True
+            if number + 1 < tries:
+                time.sleep(_LOOK_S)
+        os.close(fd)
+        return False
 
     def let_go(self) -> None:
         """Give the lock back; twice is harmless."""
