@@ -19,6 +19,7 @@ import pytest
 
 from tests.engines.image_archives import Made, to_directory, to_tar
 from tests.layers.archives import files
+from unionfs.cli import running
 from unionfs.cli.main import main
 from unionfs.engines.images import ImageStore, import_images, parse_reference
 from unionfs.engines.images.model import ImageConfig
@@ -381,3 +382,13 @@ def test_damaged_names_do_not_stop_everything(desk: Desk) -> None:
     assert desk.json("fsck", "--deep") == []
     with desk.store() as store:
         assert ImageStore(store).get("app").names == (parse_reference("app").with_default_tag().familiar,)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("text", [b"", b"\n", b"one", b"one\n", b"one\ntwo\n\nfour\n", b"\n\n\n", b"a\nlonger line\nb"])
+def test_the_last_lines_of_a_log(text: bytes, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tail(1) shows them, however the file is read."""
+    monkeypatch.setattr(running, "_PIECE_BYTES", piece)
+    for count in range(6):
+        expected = subprocess.run(["tail", "-n", str(count)], input=text, capture_output=True, check=True).stdout
+        assert text[running._start_of_last_lines(io.BytesIO(text), count) :] == expected, count
