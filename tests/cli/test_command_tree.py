@@ -193,6 +193,17 @@ def test_a_pipe_that_nobody_reads(path: tuple[str, ...], tmp_path: Path) -> None
     os.close(writer)
 
 
+@pytest.mark.parametrize("words", [("info",), ("layer", "ls"), ("gc",), ("--help",), ("layer", "rm", "x")], ids=ids)
+def test_closed_streams(words: tuple[str, ...], own_store: Path) -> None:
+    """Nothing is said to nobody, and nothing of it lands in a file that is opened later."""
+    command = f"exec {sys.executable} -m unionfs.cli.main {' '.join(words)} <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], check=False, timeout=TIMEOUT_S)
+    assert done.returncode == (1 if "rm" in words else 0)
+    open_store(own_store, "vfs").close()
+    for path in own_store.rglob("*"):
+        assert path.is_dir() or b"unionfs:" not in path.read_bytes()
+
+
 def on_terminal(words: list[str], *, columns: int = 80, **variables: str) -> tuple[int, bytes]:
     """(exit status, what was shown) of a command on a terminal."""
     terminal, its_side = pty.openpty()

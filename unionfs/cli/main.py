@@ -23,6 +23,7 @@ from unionfs.cli.serve import serve
 from unionfs.cli.store import fsck, gc
 from unionfs.cli.volume import volume
 from unionfs.errors import UnionfsError
+from unionfs.host.daemon import open_standard_fds
 
 _DEBUG = "UNIONFS_DEBUG"  # also tells the mount program
 
@@ -51,6 +52,7 @@ class _Line(logging.Formatter):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    open_standard_fds()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Line())
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -16,6 +16,8 @@ def open_standard_fds() -> None:
         os.set_inheritable(fd, True)
     os.close(fd)
     # Python has None for a stream whose descriptor was closed when it started.
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, closefd=False)
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
