@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -71,7 +72,7 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
         "app/etc",
         "changes",
         "merged",
-        "layers/5",
+        "layers/5/etc",
         "layers/6",
         "layers/7/etc",
         "layers/8",
@@ -80,8 +81,9 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     shutil.copy(busybox, tmp_path / "debian/bin/busybox")
     for applet in ("sh", "touch", "cat"):
         (tmp_path / "debian/bin" / applet).symlink_to("busybox")
-    for name in ("debian/etc/motd", "debian/etc/issue", "app/etc/app", "layers/5/old", "layers/7/etc/new"):
+    for name in ("debian/etc/motd", "debian/etc/issue", "app/etc/app", "layers/5/etc/old", "layers/7/etc/new"):
         (tmp_path / name).write_text(f"{name}\n")
+    os.mknod(tmp_path / "layers/7/etc/old", stat.S_IFCHR, 0)  # a whiteout
     (tmp_path / "layer.tar").write_bytes(archive([member("etc/"), member("etc/motd", "hello")]))
     (tmp_path / "top.tar").write_bytes(archive([member("etc/"), member("etc/new", "new")]))
     subprocess.run(["gzip", "-k", "layer.tar"], cwd=tmp_path, check=True)
@@ -110,6 +112,9 @@ def run(program: str, workplace: Path) -> None:
     )
     assert done.returncode == 0, f"{program}\n{done.stderr}"
     assert "ResourceWarning" not in done.stderr
+    # What a comment says that is printed.
+    for comment in re.findall(r"print\(.*\) +# (\".*)$", program, re.MULTILINE):
+        assert all(text in done.stdout for text in re.findall(r'"([^"]+)"', comment)), f"{comment}\n{done.stdout}"
 
 
 @pytest.mark.parametrize(("page", "number"), [(page, n) for page in PAGES for n in range(len(blocks(page)))])

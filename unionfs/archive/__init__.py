@@ -8,9 +8,11 @@ __all__ = [
     "Compression",
     "DevicePolicy",
     "IdMapping",
+    "OverlayXattrs",
     "PackOptions",
     "PieceStream",
     "Readable",
+    "Spaces",
     "UnpackOptions",
     "UnpackResult",
     "WhiteoutMode",
@@ -35,13 +37,16 @@ if TYPE_CHECKING:
     from unionfs.archive.stream import PieceStream
     from unionfs.archive.tar_reader import Readable
     from unionfs.archive.unpacking import DevicePolicy, UnpackOptions, UnpackResult, WhiteoutMode, unpack
+    from unionfs.overlay.format import OverlayXattrs
+    from unionfs.overlay.rules import Spaces
 
 publish(
     __name__,
     {
-        "changes": "Change ChangeKind changes_of_trees changes_of_upper size_of",
+        "changes": "Change ChangeKind Spaces changes_of_trees changes_of_upper size_of",
         "compression": "Compression open_archive",
         "idmapping": "IdMapping",
+        "layer_target": "OverlayXattrs",
         "pack": "PackOptions XattrSelection pack_changes pack_tree",
         "sizes": "tree_size",
         "stream": "PieceStream",

@@ -29,6 +29,7 @@ from unionfs.overlay.format import (
 )
 
 Spaces = tuple[OverlayXattrs, ...]
+"""The name spaces of extended attributes that are an overlay's own."""
 
 # Where there are no attributes, or none that we may see, there are no marks.
 _NO_XATTRS: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM})
