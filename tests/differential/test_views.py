@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tests.support.mounts import mounted_overlay, mounted_tmpfs
 from tests.support.sandbox import needs_root
 from unionfs.archive.changes import changes_of_upper
-from unionfs.archive.overlay_view import MergedView, Node
+from unionfs.archive.overlay_view import Node, OverlayView
 from unionfs.fuse_ops.options import MountOptions
 from unionfs.fuse_ops.session.assembly import open_tree
 from unionfs.fuse_ops.tree.inodes import Inode
@@ -159,7 +159,7 @@ def of_tree(tree: UnionTree) -> Listing:
 def of_archive(paths: list[Path]) -> Listing:
     found: Listing = {}
     with ExitStack() as close:
-        view = MergedView([close.enter_context(RootedDir(str(path))) for path in paths])
+        view = OverlayView([close.enter_context(RootedDir(str(path))) for path in paths])
 
         def read(node: Node) -> str:
             if node.data is None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from unionfs.archive.compare import Same, exact_same, naive_same
-from unionfs.archive.overlay_view import ALL_SPACES, MergedView, Node, OpenMerged, PlainView, View
+from unionfs.archive.overlay_view import ALL_SPACES, Node, OpenMerged, OverlayView, PlainView, View
 from unionfs.errors import LayerError
 from unionfs.host.files import RootedDir
 from unionfs.overlay.rules import Spaces
@@ -98,8 +98,8 @@ def changes_of_upper(
         top = _open_layer(stack, upper, keep)
         below = [_open_layer(stack, lower, keep) for lower in lowers]
         data = [_open_layer(stack, lower, 0) for lower in data_only]
-        new = MergedView([top, *below], data, spaces=spaces)
-        old = MergedView(below, data, spaces=spaces) if below else None
+        new = OverlayView([top, *below], data, spaces=spaces)
+        old = OverlayView(below, data, spaces=spaces) if below else None
         yield from _Comparison(new, old, exact_same(spaces), upper=top).changes()
 
 

@@ -8,7 +8,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from unionfs.archive.overlay_view import MergedView, Node, OpenMerged, Place
+from unionfs.archive.overlay_view import Node, OpenMerged, OverlayView, Place
 from unionfs.archive.tar_format import show
 from unionfs.archive.target import CACHED, NOT_THERE, Parent, Target, drop_acls, no_directory, nothing_at
 from unionfs.errors import ArchiveError
@@ -40,7 +40,7 @@ class LayerTarget(Target):
         super().__init__(root, parents_owner)
         self._space = self._own = space
         self._has_lowers = lowers is not None
-        self._merged = MergedView([root, *(lowers or ())], spaces=(space,))
+        self._merged = OverlayView([root, *(lowers or ())], spaces=(space,))
         self._view = self._merged
         self._nodes: OrderedDict[bytes, Node] = OrderedDict()
         self._open_below: tuple[tuple[Place, ...], OpenMerged] | None = None  # what was asked last

@@ -131,7 +131,7 @@ class _OpenPlain:
         return _plain_node(Place(self._place.layer, join(self._place.rel, name)), info)
 
 
-class MergedView:
+class OverlayView:
     """Overlay layers, top first, as one tree.
 
     Args:
@@ -216,7 +216,7 @@ class OpenMerged:
     Only the first is opened at once: the others may never be needed, and unlike an upper directory they do not vanish.
     """
 
-    def __init__(self, view: MergedView, stack: Sequence[Place]) -> None:
+    def __init__(self, view: OverlayView, stack: Sequence[Place]) -> None:
         self._view = view
         self._stack = stack
         self._parts: list[_Part] = []

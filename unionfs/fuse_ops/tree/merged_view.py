@@ -32,6 +32,10 @@ def enoent(name: bytes) -> FileNotFoundError:
 class MergedView:
     """Reading side of the tree: finds objects, says where they are, lists directories.
 
+    Of one name: :meth:`lookup` gives the inode or raises ENOENT, :meth:`find` the inode or None, :meth:`find_with_stat`
+    also lstat(2) if it was asked for, and :meth:`child` also the attributes to show. :meth:`upper_state` and
+    :meth:`lower_hit` say what the upper directory, or the lower layers alone, have under it.
+
     All methods raise :class:`OSError` with the errno that a program should see.
     """
 
