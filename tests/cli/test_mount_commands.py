@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from tests.support.mounts import is_mounted, is_running, other_namespace, server
 from tests.support.sandbox import Sandbox, needs_root
 from unionfs.cli import mount_commands
 from unionfs.fuse_ops.session import mount_registry
+from unionfs.host.mounts import Mount
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
@@ -267,6 +269,22 @@ def test_mounts_without_records(layers: Sandbox) -> None:
     assert wait_until(lambda: not is_running(pid), 10)
 
 
+def test_record_of_a_later_version(layers: Sandbox) -> None:
+    """What this version does not know of is left out."""
+    pid = mount(layers)
+    found = listed_at(layers.target)
+    assert found is not None
+    path = f"/run/unionfs/{found['minor']}.json"
+    with open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    write(path, json.dumps(record | {"something": ["new"]}))
+    assert listed_at(layers.target) == found
+    write(path, json.dumps([record]))
+    assert (listed_at(layers.target) or {})["state"] == "unknown"
+    assert unionfs("umount", layers.target).returncode == 0
+    assert wait_until(lambda: not is_running(pid), 10)
+
+
 def test_leftover_record_is_removed() -> None:
     os.makedirs("/run/unionfs", exist_ok=True)
     path = "/run/unionfs/999999.json"
@@ -384,8 +402,8 @@ def test_umount_does_not_wait_for_a_stranger(
     server = mount(layers)
     real = mount_registry.find
 
-    def find(minor: int) -> mount_registry.MountRecord | None:
-        record = real(minor)
+    def find(mount: Mount | None) -> mount_registry.MountRecord | None:
+        record = real(mount)
         return None if record is None else replace(record, pid=os.getpid())
 
     monkeypatch.setattr(mount_registry, "find", find)

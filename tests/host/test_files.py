@@ -1,4 +1,4 @@
-"""Removing trees: any depth with few descriptors, nothing followed, nothing touched that is not in the tree."""
+"""Measuring and removing trees: any depth with few descriptors, nothing followed, nothing outside touched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.users import as_user, in_child
-from unionfs.host.files import remove_tree
+from unionfs.host.files import BLOCK_BYTES, TreeSize, measure_tree, remove_tree
 
 NOBODY = 65534
 
@@ -139,3 +139,20 @@ def test_a_directory_that_is_moved_away_meanwhile(tmp_path: Path, top: int, monk
     assert sorted(os.listdir(tmp_path)) == ["kept"]
     assert sorted(os.listdir(tmp_path / "kept")) == ["a", "b", "moved"]
     assert (tmp_path / "kept" / "b" / "file").exists()
+
+
+def test_a_tree_is_measured_as_du_does(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "d").mkdir(parents=True)
+    (tree / "d" / "file").write_bytes(bytes(10_000))
+    (tree / "second name").hardlink_to(tree / "d" / "file")
+    (tree / "link").symlink_to("nowhere")
+    with (tree / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
+    os.sync()
+    du = subprocess.run(["du", "-s", "-B", str(BLOCK_BYTES), tree], check=True, capture_output=True, text=True)
+    entered: list[int] = []
+    size = measure_tree(str(tree), lambda fd: entered.append(os.fstat(fd).st_ino))
+    length = 10_000 + len("nowhere") + (1 << 30)
+    assert size == TreeSize(5, length, int(du.stdout.split()[0]) * BLOCK_BYTES)
+    assert entered == [tree.stat().st_ino, (tree / "d").stat().st_ino]

@@ -98,6 +98,9 @@ def test_from_archives_to_a_container_and_back(shell: Shell) -> None:
     assert shell.out("layer", "verify") == "2 layers verified.\n"
     assert shell.out("layer", "export", TOP_ID[7:19], "-o", "out.tar") == ""
     assert (shell.directory / "out.tar").read_bytes() == TOP
+    (shell.directory / "null").symlink_to("/dev/null")
+    assert shell.out("layer", "export", TOP_ID[7:19], "-o", "null") == ""
+    assert (shell.directory / "null").is_char_device(), "a device is written to, not replaced"
     assert shell.run("layer", "export", BASE_ID).stdout == BASE
     assert shell.out("layer", "diff", TOP_ID) == "C /etc\nC /etc/conf\nD /gone\n"
     assert {one["path"] for one in shell.json("layer", "diff", BASE_ID)} == {"/etc", "/etc/conf", "/gone"}

@@ -42,7 +42,7 @@ def test_a_dead_file_system_server(tmp_path: Path) -> None:
         path = rw.mount()
         top = mounts.top_mount(path)
         assert top is not None
-        server = mount_registry.find(top.minor)
+        server = mount_registry.find(top)
         assert server is not None
         assert fsck(store) == []
         end = os.pidfd_open(server.pid)

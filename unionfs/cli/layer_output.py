@@ -330,20 +330,17 @@ def write_stream(stream: IO[bytes], output: str) -> int:
     Raises:
         LayerStoreError: stdout is a terminal.
     """
+    from unionfs.host.disk import replacing
+
     if output == "-":
         if sys.stdout.isatty():
             raise LayerStoreError("an archive is nothing for a terminal; name a file with --output, or redirect")
         return _copy(stream, sys.stdout.buffer, "stdout")
-    begun = f"{output}.{os.getpid()}.part"
-    try:
-        with open(begun, "xb") as file:
-            size = _copy(stream, file, output)
-        os.replace(begun, output)
-    except BaseException:
-        if os.path.exists(begun):
-            os.unlink(begun)
-        raise
-    return size
+    if os.path.exists(output) and not os.path.isfile(output):  # a pipe, or /dev/null
+        with open(output, "wb") as file:
+            return _copy(stream, file, output)
+    with replacing(output) as file:
+        return _copy(stream, file, output)
 
 
 def _copy(stream: IO[bytes], file: IO[bytes], name: str) -> int:

@@ -231,7 +231,7 @@ class FuseMounter:
 
     def take_down(self, target: str, *, lazy: bool) -> None:
         """See :meth:`Mounter.take_down`."""
-        server = _server_of(target)
+        server = mount_registry.find(mounts.top_mount(target))
         ended = None if server is None else open_process(server.pid, server.started)
         try:
             unmount.take_down(target, lazy=lazy)
@@ -294,12 +294,6 @@ def _wait(target: str, server: MountRecord, ended: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(ended, signal.SIGKILL)
     has_ended(ended, _END_S)
-
-
-def _server_of(target: str) -> MountRecord | None:
-    """What the server of the mount at ``target`` said of itself; None if it did not, or if it is another mount."""
-    mount = mounts.top_mount(target)
-    return mount_registry.find(mount.minor) if mount is not None and mount.is_union else None
 
 
 def _wait_for_requests(minor: int) -> None:

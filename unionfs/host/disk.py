@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 from unionfs.host.files import remove_tree
 from unionfs.host.syscalls import AT_FDCWD, RENAME_NOREPLACE, renameat2
@@ -67,13 +69,32 @@ def replace_file(path: str, contents: bytes, mode: int = 0o600) -> None:
     Raises:
         OSError: it could not be written; what was there before still is.
     """
-    parent = os.path.dirname(path)
-    # Docker's name for such a file, which it ignores where it reads a directory.
-    fd, begun = tempfile.mkstemp(prefix=".tmp-", dir=parent)
+    with replacing(path, mode) as file:
+        file.write(contents)
+
+
+@contextmanager
+def replacing(path: str, mode: int | None = None) -> Iterator[BinaryIO]:
+    """A file to write and read, which takes the name ``path`` after the block, when it is on stable storage.
+
+    Args:
+        path: the name; what it stood for is replaced, links too.
+        mode: of the file; None for what open(2) would give it.
+
+    Raises:
+        OSError: it could not be written. Then, and if the block raises, what was there before still is.
+    """
+    parent = os.path.dirname(path) or "."
     try:
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, mode)
-            file.write(contents)
+        # Docker's name for such a file, which it ignores where it reads a directory.
+        fd, begun = tempfile.mkstemp(prefix=".tmp-", dir=parent)
+    except OSError as error:
+        error.filename = path
+        raise
+    try:
+        with os.fdopen(fd, "w+b") as file:
+            os.fchmod(fd, 0o666 & ~current_umask() if mode is None else mode)
+            yield file
             file.flush()
             os.fsync(fd)
         os.replace(begun, path)
@@ -82,6 +103,13 @@ def replace_file(path: str, contents: bytes, mode: int = 0o600) -> None:
             os.unlink(begun)
         raise
     sync_dir(parent)
+
+
+def current_umask() -> int:
+    """The permissions that this process takes from what it makes."""
+    mask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(mask)
+    return mask
 
 
 def move(old: str, new: str) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from unionfs.errors import LayerBusyError, UnionfsError
-from unionfs.host.files import open_tree, walk_tree
+from unionfs.host.files import measure_tree
 from unionfs.layers.store import LayerStore
 
 # Where Docker's drivers tell the directory that holds a tree's own files.
@@ -111,7 +108,7 @@ def remove_trees(store: LayerStore, trees: Iterable[str]) -> dict[str, str]:
 
 
 def disk_usage(store: LayerStore, tree: str) -> int:
-    """Bytes on disk of what a tree itself holds; 0 when the driver does not say where that is."""
+    """Bytes on disk of what a tree itself holds; 0 when the driver does not say where that is, or it cannot be read."""
     try:
         facts = store.driver.get_metadata(tree)
     except UnionfsError:
@@ -121,23 +118,8 @@ def disk_usage(store: LayerStore, tree: str) -> int:
 
 
 def size_on_disk(root: str) -> int:
-    """Bytes on disk of all files below a directory, as far as they can be looked at."""
-    total = 0
-    seen: set[int] = set()
-
-    def measure(fd: int) -> list[bytes]:
-        nonlocal total
-        directories = []
-        for name in map(os.fsencode, os.listdir(fd)):
-            with suppress(OSError):
-                info = os.lstat(name, dir_fd=fd)
-                if stat.S_ISDIR(info.st_mode):
-                    directories.append(name)
-                if info.st_ino not in seen:
-                    seen.add(info.st_ino)
-                    total += info.st_blocks * 512
-        return directories
-
-    with suppress(OSError), open_tree(root) as top:
-        walk_tree(top, measure)
-    return total
+    """Bytes on disk of all that is in a directory; 0 where something in it cannot be read."""
+    try:
+        return measure_tree(root).disk_bytes
+    except OSError:
+        return 0

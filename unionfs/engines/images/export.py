@@ -39,6 +39,7 @@ from unionfs.engines.images.model import Image, digest_of
 from unionfs.engines.images.reference import Reference
 from unionfs.engines.images.store import ImageStore
 from unionfs.errors import ImageError
+from unionfs.host.disk import current_umask, replacing
 from unionfs.layers.identity import ALGORITHM, digits_of
 
 _PIECE_BYTES = 1 << 20
@@ -187,7 +188,7 @@ def export_to(images: ImageStore, image: Image, path: str, options: ExportOption
             raise ImageError(f"{path}: is there already; remove it, or name another directory")
         begun = tempfile.mkdtemp(prefix=f".{name}.", dir=directory)
         try:
-            _apply_umask(begun, 0o777)
+            os.chmod(begun, 0o777 & ~current_umask())
             export_image(images, image, DirectoryOutput(begun), options, report)
             os.rename(begun, path)
         except BaseException:
@@ -200,15 +201,8 @@ def export_to(images: ImageStore, image: Image, path: str, options: ExportOption
         with open(path, "wb") as file:
             export_stream(images, image, file, options, report)
         return
-    fd, begun = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-    try:
-        with os.fdopen(fd, "w+b") as file:
-            export_stream(images, image, file, options, report, rewritable=True)
-        _apply_umask(begun, 0o666)
-        os.replace(begun, path)
-    except BaseException:
-        os.unlink(begun)
-        raise
+    with replacing(path) as file:
+        export_stream(images, image, file, options, report, rewritable=True)
 
 
 def export_stream(
@@ -230,13 +224,6 @@ def export_stream(
     output = TarOutput(file, images.spool, rewritable=rewritable)
     export_image(images, image, output, options, report)
     output.finish()
-
-
-def _apply_umask(path: str, mode: int) -> None:
-    """What a file that is made openly would have got; files made aside are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, mode & ~mask)
 
 
 class _Compressor(Protocol):

@@ -28,11 +28,10 @@ from unionfs.drivers.contract import REMOVING
 from unionfs.engines.snapshotter.contract import Usage
 from unionfs.errors import DriverError, SnapshotterError
 from unionfs.host import disk, unmount
-from unionfs.host.files import open_tree, walk_tree
+from unionfs.host.files import measure_tree
 
 _log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own are
 _REDIRECTS = ("trusted.overlay.redirect", "user.overlay.redirect")
 
 
@@ -125,7 +124,14 @@ class SnapshotDirectories:
 
     def measure(self, number: int) -> Measured:
         """Count what a snapshot takes on disk, as du(1) does: blocks, a file with several names once."""
-        return _measure(self.paths(number).fs)
+        redirected = False
+
+        def look(fd: int) -> None:
+            nonlocal redirected
+            redirected = redirected or any(name in _REDIRECTS for name in os.listxattr(fd))
+
+        size = measure_tree(self.paths(number).fs, look)
+        return Measured(Usage(size.disk_bytes, size.objects), redirected)
 
     def set_aside(self, number: int) -> None:
         """Take a snapshot's directory away, with what is mounted in it; :meth:`delete_set_aside` deletes it."""
@@ -149,30 +155,3 @@ class SnapshotDirectories:
     def present(self) -> set[int]:
         """The numbers of the snapshots that have a directory."""
         return {int(name) for name in os.listdir(self.snapshots) if name.isascii() and name.isdigit()}
-
-
-def _measure(path: str) -> Measured:
-    blocks, seen, redirected = 0, set[tuple[int, int]](), False
-
-    def look(fd: int) -> list[bytes]:
-        nonlocal blocks, redirected
-        info = os.fstat(fd)
-        seen.add((info.st_dev, info.st_ino))
-        blocks += info.st_blocks
-        redirected = redirected or any(name in _REDIRECTS for name in os.listxattr(fd))
-        directories = []
-        for name in map(os.fsencode, os.listdir(fd)):
-            try:
-                info = os.lstat(name, dir_fd=fd)
-            except FileNotFoundError:
-                continue  # an active snapshot may be in use
-            if stat.S_ISDIR(info.st_mode):
-                directories.append(name)
-            elif (info.st_dev, info.st_ino) not in seen:
-                seen.add((info.st_dev, info.st_ino))
-                blocks += info.st_blocks
-        return directories
-
-    with open_tree(path) as top:
-        walk_tree(top, look)
-    return Measured(Usage(blocks * _BLOCK_BYTES, len(seen)), redirected)

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from unionfs.host.mounts import Mount, is_mounted_anywhere, read_mounts
@@ -42,6 +42,9 @@ class MountRecord:
     def to_json(self) -> bytes:
         """What is in its file."""
         return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+_FIELDS: Final = frozenset(field.name for field in fields(MountRecord))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +146,12 @@ class RecordPlace:
         self._written = None
 
 
-def find(minor: int) -> MountRecord | None:
-    """The record of the mount with this device minor, if its server lives."""
-    records = (_read(path) for path in _files() if os.path.basename(path) == f"{minor}.json")
+def find(mount: Mount | None) -> MountRecord | None:
+    """What the server of a mount said of it; None if that has ended or said nothing, or if it is no mount of ours."""
+    if mount is None or not mount.is_union:
+        return None
+    name = f"{mount.minor}.json"
+    records = (_read(path) for path in _files() if os.path.basename(path) == name)
     return next((record for record in records if record is not None and is_alive(record)), None)
 
 
@@ -197,9 +203,10 @@ def _files() -> list[str]:
 def _read(file_or_path: str | int) -> MountRecord | None:
     try:
         with open(file_or_path, encoding="utf-8", errors="surrogateescape") as file:
-            fields: dict[str, Any] = json.load(file)
-        return MountRecord(**fields)
-    except (OSError, ValueError, TypeError):
+            found: dict[str, Any] = json.load(file)
+        # A later version may say more.
+        return MountRecord(**{name: found[name] for name in _FIELDS & found.keys()})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None  # gone meanwhile, or not one of ours
 
 

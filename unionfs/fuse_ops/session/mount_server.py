@@ -138,7 +138,7 @@ def _remount(line: _CommandLine, words: Sequence[str]) -> None:
         raise MountError(
             f"cannot remount {target or 'nothing'}: no union is mounted there; see them with: unionfs mounts"
         )
-    record = mount_registry.find(mount.minor)
+    record = mount_registry.find(mount)
     asked = [word for word in words if word in ("ro", "rw")]
     if record is not None and "ro" in record.options and asked[-1:] == ["rw"]:
         raise MountError(

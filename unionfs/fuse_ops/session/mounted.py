@@ -312,7 +312,7 @@ class Mounting(AbstractAsyncContextManager[Mount], AbstractContextManager[Mount]
         if top is None:
             raise MountError(f"{target} was unmounted by somebody else at once; mount it again")
         # A mount works without its record, which a user may have no place for.
-        record = mount_registry.find(top.minor)
+        record = mount_registry.find(top)
         server = None if record is None else open_process(record.pid, record.started)
         try:
             if record is None:
