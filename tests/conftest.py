@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("unionfs")
     group.addoption("--limit-unmarked", type=float, help="fail tests without a mark that take more seconds")
-    group.addoption("--note-slow", action="store_true", help="write to tests/slow.txt what takes longer than 0.3 s")
+    group.addoption("--note-slow", action="store_true", help="write to tests/slow.txt what takes longer than 0.2 s")
 
 
 def pytest_configure(config: pytest.Config) -> None:

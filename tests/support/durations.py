@@ -2,7 +2,7 @@
 
 ``tests/slow.txt`` names the test functions that take longer than :data:`SLOW_S`, if only in one of their cases. They
 get the mark ``slow``, which ``scripts/test --fast`` leaves out, as it does the groups that are long as a whole
-(:data:`GROUPS`). The others, some three thousand, are to take a minute together.
+(:data:`GROUPS`). The others, some thousands, are to take a minute together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 LIST = Path(__file__).resolve().parent.parent / "slow.txt"
 GROUPS = ("engine", "differential", "crash")
 """Marks of modules whose tests need no entry in the list: each is run on its own (``scripts/test --only``)."""
-SLOW_S = 0.3
+SLOW_S = 0.2
 
 
 def function_of(nodeid: str) -> str:
