@@ -22,6 +22,12 @@ def last_close() -> Iterator[LastCloses]:
     last_close.wait()
 
 
+@pytest.fixture
+def others() -> set[threading.Thread]:
+    """Threads of earlier tests, which go on for a while."""
+    return {*threading.enumerate()}
+
+
 class Closes:
     """Stands in the way of os.close: says which thread closed what, and lets others than this one wait."""
 
@@ -66,7 +72,9 @@ def test_a_small_file_is_closed_at_once(last_close: LastCloses, tmp_path: Path) 
     assert not is_open(fd)
 
 
-def test_nobody_waits_for_a_large_one(last_close: LastCloses, closes: Closes, tmp_path: Path) -> None:
+def test_nobody_waits_for_a_large_one(
+    last_close: LastCloses, closes: Closes, others: set[threading.Thread], tmp_path: Path
+) -> None:
     fds = [unnamed(tmp_path, 2 * MIB) for _ in range(3)]
     for fd in fds:
         last_close.close(fd)
@@ -75,17 +83,19 @@ def test_nobody_waits_for_a_large_one(last_close: LastCloses, closes: Closes, tm
     last_close.wait()
     assert not any(is_open(fd) for fd in fds)
     assert threading.main_thread() not in {closes.by[fd] for fd in fds}
-    assert not any(thread.name == "unionfs-waiting" for thread in threading.enumerate())
+    assert not any(thread.name == "unionfs-waiting" for thread in {*threading.enumerate()} - others)
 
 
-def test_a_transport_says_when_threads_are_started(last_close: LastCloses, tmp_path: Path) -> None:
+def test_a_transport_says_when_threads_are_started(
+    last_close: LastCloses, others: set[threading.Thread], tmp_path: Path
+) -> None:
     later: list[Callable[[], None]] = []
     last_close.outside = later.append
     small, large = unnamed(tmp_path, 4096), unnamed(tmp_path, 2 * MIB)
     last_close.close(small)
     last_close.close(large)
     assert (is_open(small), is_open(large), len(later)) == (False, True, 1)
-    assert not any(thread.name == "unionfs-waiting" for thread in threading.enumerate())
+    assert not any(thread.name == "unionfs-waiting" for thread in {*threading.enumerate()} - others)
     later[0]()
     last_close.wait()
     assert not is_open(large)
