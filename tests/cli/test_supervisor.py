@@ -108,7 +108,7 @@ def test_what_is_sent_is_what_arrives() -> None:
     sent = client.Request(["python3", "unionfs-mount", "-o", "a b", "\udcff"], 3, environment, (7, 8))
     body = sent.pack()[client.LENGTH_BYTES :]
     got = client.Request.unpack(body)
-    assert (got.argv, got.words, got.namespaces) == (sent.argv, ["-o", "a b", "\udcff"], (7, 8))
+    assert (got.argv, got.arguments, got.namespaces) == (sent.argv, ["-o", "a b", "\udcff"], (7, 8))
     assert got.environment == environment
     # Not variables: a word that nobody sets, and one without a name.
     assert client.Request.unpack(body + b"\0WORD\0=value").environment == environment

@@ -49,20 +49,20 @@ def test_defaults() -> None:
     expected = MountOptions(
         lowerdirs=("/l",),
         read_only=True,
-        fuse_words=("default_permissions", "allow_other", "suid", "noatime", "ro"),
+        fuse_options=("default_permissions", "allow_other", "suid", "noatime", "ro"),
     )
     assert values(parsed("lowerdir=/l")) == values(expected)
 
 
 def test_unprivileged_defaults_hold_nothing_that_fusermount_refuses() -> None:
     options = parsed("lowerdir=/l,upperdir=/u,workdir=/w", privileged=False)
-    assert options.fuse_words == ("default_permissions", "noatime")
+    assert options.fuse_options == ("default_permissions", "noatime")
 
 
 def test_unprivileged_dev_and_suid_are_named_as_ignored() -> None:
     result = parse_options(["lowerdir=/l,dev,suid,nodev"], privileged=False)
     assert result.ignored == ["suid"]
-    assert result.options.fuse_words == ("default_permissions", "noatime", "nodev", "ro")
+    assert result.options.fuse_options == ("default_permissions", "noatime", "nodev", "ro")
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def test_empty_words_are_fine() -> None:
 def test_upper_makes_it_writable_and_ro_does_not() -> None:
     upper = "lowerdir=/l,upperdir=u,workdir=w"
     assert not parsed(upper).read_only
-    assert "ro" not in parsed(upper).fuse_words
+    assert "ro" not in parsed(upper).fuse_options
     assert parsed(upper).upperdir == "/cwd/u"
     assert parsed(upper, "ro").read_only
     assert not parsed(upper, "ro", "rw").read_only
-    assert "ro" in parsed(upper, "ro").fuse_words
+    assert "ro" in parsed(upper, "ro").fuse_options
 
 
 def test_workdir_alone_is_not_used() -> None:
@@ -206,7 +206,7 @@ def test_workdir_alone_is_not_used() -> None:
     ],
 )
 def test_words_for_fuse(text: str, present: str, absent: str) -> None:
-    words = with_lower(text).fuse_words
+    words = with_lower(text).fuse_options
     assert present in words
     assert absent not in words
     assert len(words) == len(set(words))

@@ -84,21 +84,21 @@ def mount(
         work = default_work_directory(upper)
         makes_work = True
     # One argument for each layer: the kernel limits the length of an argument, not their number.
-    words = [f"lowerdir+={escape_value(path)}" for path in lowers]
-    words += [f"datadir+={escape_value(path)}" for path in datas]
+    options = [f"lowerdir+={escape_value(path)}" for path in lowers]
+    options += [f"datadir+={escape_value(path)}" for path in datas]
     for name, path in (("upperdir", upper), ("workdir", work)):
         if path is not None:
-            words.append(f"{name}={escape_value(path)}")
-    words += _option_words(named)
+            options.append(f"{name}={escape_value(path)}")
+    options += _other_options(named)
     if read_only:
-        words.append("ro")
+        options.append("ro")
     if not force:
-        words.append("exclusive")
-    unknown = parse_options([*words, *texts], privileged=True).ignored
+        options.append("exclusive")
+    unknown = parse_options([*options, *texts], privileged=True).ignored
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}; leave it out, see unionfs mount --help")
     created = _make_work_directory(work) if makes_work and work is not None else None
-    arguments = [word for text in (*words, *texts) for word in ("-o", text)]
+    arguments = [argument for option in (*options, *texts) for argument in ("-o", option)]
     command = [sys.executable, "-m", "unionfs.fuse_ops.session.mount_program", *arguments]
     command += ["-f"] if foreground else []
     command += ["--", *([] if source is None else [source]), canonical(target)]
@@ -224,17 +224,17 @@ def _remove_if_empty(path: str) -> None:
         pass
 
 
-def _option_words(named: dict[str, str | bool | None]) -> list[str]:
-    """The words of unionfs-mount for the flags that are called as they are there."""
-    words = []
+def _other_options(named: dict[str, str | bool | None]) -> list[str]:
+    """The options of unionfs-mount for the flags that have the same names."""
+    options = []
     for flag, value in named.items():
         if value is None or value is False:
             continue
         if value is True:
-            words.append({"no_fsync": "fsync=0", "no_writeback": "writeback=0"}.get(flag, flag))
+            options.append({"no_fsync": "fsync=0", "no_writeback": "writeback=0"}.get(flag, flag))
         else:
-            words.append(f"{flag}={escape_value(str(value))}")
-    return words
+            options.append(f"{flag}={escape_value(str(value))}")
+    return options
 
 
 def _as_json(status: mount_registry.MountStatus) -> dict[str, object]:

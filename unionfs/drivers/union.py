@@ -95,7 +95,7 @@ class UnionDriver(LayeredDriver):
         super().__init__(
             "unionfs",
             layers,
-            FuseMounter((*_mount_words(), f"redirect_dir={redirect_dir}")),
+            FuseMounter((*_mount_options(), f"redirect_dir={redirect_dir}")),
             limits,
             id_mapping,
             default_size_bytes=default_size_bytes,
@@ -142,7 +142,7 @@ def union_limits(home: str) -> SizeLimits:
     return UnionLimits() if isinstance(limits, NoQuota) else limits
 
 
-def _mount_words() -> tuple[str, ...]:
+def _mount_options() -> tuple[str, ...]:
     """What a container may find in its root: devices and setuid programs, as with overlay2; only root can grant it."""
     return ("dev", "suid") if os.geteuid() == 0 else ()
 
@@ -205,7 +205,7 @@ class FuseMounter:
     """A :class:`unionfs.drivers.layered.Mounter` that runs ``unionfs-mount``.
 
     Args:
-        options: further words for ``-o``.
+        options: more of them for ``-o``.
     """
 
     def __init__(self, options: tuple[str, ...] = ()) -> None:
@@ -213,16 +213,16 @@ class FuseMounter:
 
     def mount(self, stack: Stack) -> None:
         """See :meth:`Mounter.mount`."""
-        words = ["lowerdir=" + format_layers(stack.lowers)]
+        options = ["lowerdir=" + format_layers(stack.lowers)]
         if stack.upper is not None and stack.work is not None:
-            words += ["upperdir=" + escape_value(stack.upper), "workdir=" + escape_value(stack.work)]
+            options += ["upperdir=" + escape_value(stack.upper), "workdir=" + escape_value(stack.work)]
         context = mount_context(stack.mount_label)
         if context is not None:
-            words.append(f'context="{context}"')
+            options.append(f'context="{context}"')
         if stack.size_bytes:
-            words.append(f"quota={stack.size_bytes}")
-        words += self._options
-        status, output = _mount(["-o", ",".join(words), stack.target])
+            options.append(f"quota={stack.size_bytes}")
+        options += self._options
+        status, output = _mount(["-o", ",".join(options), stack.target])
         said = " ".join(output.decode(errors="replace").split())
         if status != 0:
             raise MountError(said.removeprefix("unionfs-mount: ") or f"cannot mount {stack.target}: see the system log")
@@ -257,16 +257,16 @@ class FuseMounter:
             _wait_for_requests(point.minor)
 
 
-def _mount(words: list[str]) -> tuple[int, bytes]:
-    """Run unionfs-mount with ``words``, or have the supervisor serve that; the exit status and what it said."""
+def _mount(arguments: list[str]) -> tuple[int, bytes]:
+    """Run unionfs-mount with ``arguments``, or have the supervisor serve that; the exit status and what it said."""
     # -P: nothing is to be imported from whatever directory we are started in.
-    command = [sys.executable, "-P", "-m", "unionfs.fuse_ops.session.mount_program", *words]
+    command = [sys.executable, "-P", "-m", "unionfs.fuse_ops.session.mount_program", *arguments]
     with contextlib.ExitStack() as opened:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         opened.callback(os.close, null)
         said = os.memfd_create("unionfs-mount", os.MFD_CLOEXEC)  # not a pipe, which would have to be read meanwhile
         opened.callback(os.close, said)
-        status = supervisor.mount(words, command, os.environb, (null, null, said))
+        status = supervisor.mount(arguments, command, os.environb, (null, null, said))
         if status is not None:
             return status, os.pread(said, os.fstat(said).st_size, 0)
     done = subprocess.run(

@@ -12,7 +12,7 @@ __all__ = [
     "ParsedOptions",
     "RedirectMode",
     "XattrPermissions",
-    "default_fuse_words",
+    "default_fuse_options",
     "escape_value",
     "format_layers",
     "parse_options",
@@ -21,7 +21,7 @@ __all__ = [
 
 TYPE_CHECKING = False  # typing's, without the import
 if TYPE_CHECKING:
-    from unionfs.fuse_ops.options import MountOptions, RedirectMode, XattrPermissions, default_fuse_words
+    from unionfs.fuse_ops.options import MountOptions, RedirectMode, XattrPermissions, default_fuse_options
     from unionfs.fuse_ops.session.option_text import (
         ParsedOptions,
         escape_value,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 publish(
     __name__,
     {
-        "options": "IdMap MountOptions RedirectMode XattrPermissions default_fuse_words",
+        "options": "IdMap MountOptions RedirectMode XattrPermissions default_fuse_options",
         "session.option_text": "IdRange ParsedOptions escape_value format_layers parse_options parse_size",
     },
 )

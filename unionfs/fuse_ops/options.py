@@ -67,11 +67,11 @@ class MountOptions:
     """Whether the mount is refused when another one uses the upper or the work directory, in place of a warning."""
     source: str = "unionfs"
     context: str | None = None
-    fuse_words: tuple[str, ...] = ()
-    """Words handed to the FUSE mount as they are, such as ``nodev`` or ``allow_other``."""
+    fuse_options: tuple[str, ...] = ()
+    """Options handed to the FUSE mount as they are, such as ``nodev`` or ``allow_other``."""
 
 
-def default_fuse_words(privileged: bool | None = None) -> tuple[str, ...]:
+def default_fuse_options(privileged: bool | None = None) -> tuple[str, ...]:
     """What a mount is given unless its options say otherwise.
 
     An unprivileged user may neither mount with ``suid`` nor, unless /etc/fuse.conf allows it, with

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run the program and return its exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # With a standard stream closed, Python has None for it, and the number would be given to the next file.
         if None not in (sys.stdin, sys.stdout, sys.stderr):
-            argv = sys.orig_argv if arguments is None else [*sys.orig_argv[:1], *words]
-            status = client.mount(words, argv, posix.environ)
+            argv = sys.orig_argv if arguments is None else [*sys.orig_argv[:1], *given]
+            status = client.mount(given, argv, posix.environ)
             if status is not None and arguments is None:
                 # Nothing is left to do, and taking Python down takes as long as the supervisor's part.
                 posix._exit(status)
@@ -35,7 +35,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
         sys.dont_write_bytecode = True  # Python would cache the half of a module, and read that ever after
     from unionfs.fuse_ops.session import mount_server
 
-    return mount_server.main(words)
+    return mount_server.main(given)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from unionfs import __version__
 from unionfs.errors import MountError, OptionError, UnionfsError
 from unionfs.fuse_ops.options import MountOptions
-from unionfs.fuse_ops.session.option_text import parse_options, remount_words
+from unionfs.fuse_ops.session.option_text import parse_options, remount_options
 from unionfs.fuse_ops.session.supervisor.client import DeclinedError
 from unionfs.host import mounts
 from unionfs.host.daemon import Ready, daemonize, inherited_fds, open_standard_fds
@@ -56,7 +56,7 @@ class _CommandLine:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the program with these words and return its exit status."""
+    """Run the program with these arguments and return its exit status."""
     return _reported(lambda: _run(arguments), "UNIONFS_DEBUG" in os.environ, _say)
 
 
@@ -65,7 +65,7 @@ def serve_in_copy(arguments: Sequence[str], ready: Ready) -> int:
 
     def run() -> int:
         line = _read_command_line(arguments)
-        if line.help or line.version or line.foreground or line.debug or remount_words(line.texts) is not None:
+        if line.help or line.version or line.foreground or line.debug or remount_options(line.texts) is not None:
             raise DeclinedError("this needs a process of the caller's own")
         options, target = _prepare(line)
         return _serve(options, target, [], ready, supervised=True)
@@ -83,9 +83,9 @@ def _run(arguments: Sequence[str]) -> int:
     if line.version:
         print(_versions())
         return 0
-    words = remount_words(line.texts)
-    if words is not None:
-        _remount(line, words)
+    changed = remount_options(line.texts)
+    if changed is not None:
+        _remount(line, changed)
         return 0
     options, target = _prepare(line)
     handed_over = _HANDED_OVER.match(target)
@@ -126,7 +126,7 @@ def _prepare(line: _CommandLine) -> tuple[MountOptions, str]:
     return options, target
 
 
-def _remount(line: _CommandLine, words: Sequence[str]) -> None:
+def _remount(line: _CommandLine, options: Sequence[str]) -> None:
     """What ``mount -o remount,ro`` asks for: the kernel does it, and refuses changes, or no longer."""
     # Here, because few need them.
     from unionfs.fuse_ops.session import mount_registry
@@ -139,12 +139,12 @@ def _remount(line: _CommandLine, words: Sequence[str]) -> None:
             f"cannot remount {target or 'nothing'}: no union is mounted there; see them with: unionfs mounts"
         )
     record = mount_registry.find(mount)
-    asked = [word for word in words if word in ("ro", "rw")]
+    asked = [option for option in options if option in ("ro", "rw")]
     if record is not None and "ro" in record.options and asked[-1:] == ["rw"]:
         raise MountError(
             f"cannot remount {target}: it was mounted read-only; unmount it and mount it anew, with an upper"
         )
-    mounting.remount(mount, words)
+    mounting.remount(mount, options)
 
 
 def _serve(
@@ -250,7 +250,7 @@ def _read_command_line(arguments: Sequence[str]) -> _CommandLine:
         elif argument == "-o":
             text = next(rest, None)
             if text is None:
-                raise OptionError("-o is the last word; write the mount options after it")
+                raise OptionError("-o is the last argument; write the mount options after it")
             line.texts.append(text)
         elif argument.startswith("-o"):
             line.texts.append(argument[2:])

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from unionfs.errors import OptionError
-from unionfs.fuse_ops.options import SPEEDUPS, MountOptions, RedirectMode, XattrPermissions, default_fuse_words
+from unionfs.fuse_ops.options import SPEEDUPS, MountOptions, RedirectMode, XattrPermissions, default_fuse_options
 from unionfs.overlay.idmap import IdMap, IdRange
 
 
 class ParsedOptions(NamedTuple):
-    """What ``parse_options`` found: the mount, and the words that mean nothing to us."""
+    """What ``parse_options`` found: the mount, and the options that mean nothing to us."""
 
     options: MountOptions
     ignored: list[str]
@@ -55,7 +55,7 @@ _SETTINGS = _ONCE | {
     "fsname",
 }
 
-# Words for the FUSE mount, by the property they decide: the last word for a property counts, as in mount(8).
+# Options of the FUSE mount, by the property they decide: the last one for a property counts, as in mount(8).
 _FUSE_PROPERTIES = {
     "ro": "ro",
     "rw": "ro",
@@ -76,7 +76,7 @@ _FUSE_PROPERTIES = {
     "auto_unmount": "auto_unmount",
 }
 
-# Words that callers of other union mounts give, which have nothing to decide here: pyfuse3 and the kernel
+# Options that callers of other union mounts give, which have nothing to decide here: pyfuse3 and the kernel
 # negotiate buffer sizes and splicing by themselves, and requests are always served concurrently.
 # ``max_read`` must not reach libfuse: it refuses the session when its user does not repeat the number.
 _NOTHING_TO_DO = frozenset(
@@ -161,10 +161,10 @@ def format_layers(lowerdirs: Iterable[str], datadirs: Iterable[str] = ()) -> str
     return lowers + "".join("::" + escape_value(path) for path in datadirs)
 
 
-def remount_words(texts: Iterable[str]) -> list[str] | None:
-    """The words of ``texts``, one for each ``-o``, if they ask for a change of a mount that exists; else None."""
-    words = [word for text in texts for word in _split(text, ",")]
-    return words if "remount" in words else None
+def remount_options(texts: Iterable[str]) -> list[str] | None:
+    """The options in ``texts``, one for each ``-o``, if they ask for a change of a mount that exists; else None."""
+    options = [option for text in texts for option in _split(text, ",")]
+    return options if "remount" in options else None
 
 
 def parse_options(
@@ -180,15 +180,15 @@ def parse_options(
     working directory unless given. They are not normalized: a ``..`` after a symbolic link, as engines write
     them, means the parent of the link's target.
     """
-    words = _Words()
+    given = _Given()
     for text in texts:
-        for word in _split(text, ","):
-            words.add(word)
-    return ParsedOptions(_to_options(words, source, cwd, privileged), words.ignored)
+        for option in _split(text, ","):
+            given.add(option)
+    return ParsedOptions(_to_options(given, source, cwd, privileged), given.ignored)
 
 
-class _Words:
-    """The words given so far, and typed access to them."""
+class _Given:
+    """The options given so far, and typed access to them."""
 
     def __init__(self) -> None:
         self.ignored: list[str] = []
@@ -196,13 +196,13 @@ class _Words:
         self._settings: dict[str, str | None] = {}
         self._repeated: dict[str, list[str]] = {}
 
-    def add(self, word: str) -> None:
-        if not word:
-            return  # engines leave empty words where a list of theirs was empty
-        key, equals, raw = word.partition("=")
-        value = _unquote(raw, word) if equals else None
+    def add(self, option: str) -> None:
+        if not option:
+            return  # engines leave nothing between two commas where a list of theirs was empty
+        key, equals, raw = option.partition("=")
+        value = _unquote(raw, option) if equals else None
         if key == "sync" and value is not None:
-            key = "fsync"  # fuse-overlayfs 2.0's name; the bare word is mount(8)'s
+            key = "fsync"  # fuse-overlayfs 2.0's name; without a value it is mount(8)'s
         if key in _FUSE_PROPERTIES and value is None:
             self.fuse[_FUSE_PROPERTIES[key]] = key
         elif key in _REPEATED:
@@ -210,7 +210,7 @@ class _Words:
         elif key in _SETTINGS:
             self._set(key, value)
         elif key not in _NOTHING_TO_DO:
-            self.ignored.append(word)
+            self.ignored.append(option)
 
     def _set(self, key: str, value: str | None) -> None:
         if key in self._settings:
@@ -266,7 +266,7 @@ class _Words:
         return self.choice(key, ("on", "off"), "on" if default else "off") == "on"
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A bare word, or the word with 0 or 1."""
+        """The name alone, or with 0 or 1."""
         if key not in self._settings:
             return default
         value = self._settings[key]
@@ -319,15 +319,15 @@ class _Words:
         return seconds
 
 
-def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: bool | None) -> MountOptions:
+def _to_options(given: _Given, source: str | None, cwd: str | None, privileged: bool | None) -> MountOptions:
     for key in ("index", "nfs_export"):
-        if words.switch(key):
+        if given.switch(key):
             raise OptionError(f"option {key}=on is not supported here; leave it out or write {key}=off")
-    if words.choice("verity", ("off", "on", "require"), "off") != "off":
+    if given.choice("verity", ("off", "on", "require"), "off") != "off":
         raise OptionError("option verity is not supported here: digests would not be checked; leave it out")
 
-    lowerdirs, datadirs = _layers(words)
-    upperdir, workdir = words.text("upperdir"), words.text("workdir")
+    lowerdirs, datadirs = _layers(given)
+    upperdir, workdir = given.text("upperdir"), given.text("workdir")
     if upperdir is not None and workdir is None:
         raise OptionError(
             f"option upperdir={upperdir} needs a workdir; add workdir=DIR, an empty directory on the same file system"
@@ -336,9 +336,9 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         raise OptionError("options upperdir and workdir need a directory each, but one is empty")
 
     redirect_dir = RedirectMode(
-        words.choice("redirect_dir", [mode.value for mode in RedirectMode], RedirectMode.ON.value)
+        given.choice("redirect_dir", [mode.value for mode in RedirectMode], RedirectMode.ON.value)
     )
-    metacopy = words.switch("metacopy")
+    metacopy = given.switch("metacopy")
     if metacopy and redirect_dir is not RedirectMode.ON:
         # A metadata-only copy that is renamed finds its data through a redirect.
         raise OptionError(
@@ -348,30 +348,30 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
 
     if privileged is None:
         privileged = os.geteuid() == 0
-    fuse = {_FUSE_PROPERTIES[word]: word for word in default_fuse_words(privileged)} | words.fuse
+    fuse = {_FUSE_PROPERTIES[option]: option for option in default_fuse_options(privileged)} | given.fuse
     if not privileged:
         # fusermount3 would print a warning of its own for each.
-        for word in ("suid", "dev"):
-            if fuse.get(word) == word:
-                del fuse[word]
-                words.ignored.append(word)
+        for option in ("suid", "dev"):
+            if fuse.get(option) == option:
+                del fuse[option]
+                given.ignored.append(option)
     # Without an upper the kernel can refuse writes by itself.
     read_only = upperdir is None or fuse.get("ro") == "ro"
     if read_only:
         fuse["ro"] = "ro"
 
-    quota_bytes = words.size("quota")
+    quota_bytes = given.size("quota")
     if quota_bytes:
         # The kernel would take what is written before anybody asks whether there is room.
         for key in ("writeback", "passthrough"):
-            if words.has(key) and words.flag(key):
+            if given.has(key) and given.flag(key):
                 raise OptionError(f"options quota and {key}=1 exclude each other; leave one of them out")
 
     def absolute(path: str) -> str:
         return path if path.startswith("/") else os.path.join(os.getcwd() if cwd is None else cwd, path)
 
-    squash = words.flag("squash_to_root")
-    squash_uid, squash_gid = words.user_id("squash_to_uid"), words.user_id("squash_to_gid")
+    squash = given.flag("squash_to_root")
+    squash_uid, squash_gid = given.user_id("squash_to_uid"), given.user_id("squash_to_gid")
     return MountOptions(
         lowerdirs=tuple(absolute(path) for path in lowerdirs),
         datadirs=tuple(absolute(path) for path in datadirs),
@@ -379,38 +379,38 @@ def _to_options(words: _Words, source: str | None, cwd: str | None, privileged: 
         # A work directory alone has nothing to work for, and must not be emptied.
         workdir=None if workdir is None or upperdir is None else absolute(workdir),
         quota_bytes=0 if read_only else quota_bytes,
-        uid_map=words.id_map("uidmapping"),
-        gid_map=words.id_map("gidmapping"),
+        uid_map=given.id_map("uidmapping"),
+        gid_map=given.id_map("gidmapping"),
         squash_uid=0 if squash and squash_uid is None else squash_uid,
         squash_gid=0 if squash and squash_gid is None else squash_gid,
-        static_nlink=words.flag("static_nlink"),
-        acl=not words.flag("noacl"),
-        xattrs=not words.flag("noxattrs"),
-        xattr_permissions=XattrPermissions(int(words.choice("xattr_permissions", ("0", "1", "2"), "0"))),
-        volatile=words.flag("volatile"),
-        fsync=words.flag("fsync", default=True),
-        timeout_s=words.seconds("timeout", 1e9),
+        static_nlink=given.flag("static_nlink"),
+        acl=not given.flag("noacl"),
+        xattrs=not given.flag("noxattrs"),
+        xattr_permissions=XattrPermissions(int(given.choice("xattr_permissions", ("0", "1", "2"), "0"))),
+        volatile=given.flag("volatile"),
+        fsync=given.flag("fsync", default=True),
+        timeout_s=given.seconds("timeout", 1e9),
         redirect_dir=redirect_dir,
         metacopy=metacopy,
-        xino=words.choice("xino", ("on", "off", "auto"), "auto"),
-        userxattr=words.flag("userxattr"),
-        writeback=words.flag("writeback", default=not quota_bytes),
-        passthrough=words.flag("passthrough", default=not quota_bytes),
-        speedups=words.speedups(),
-        transport=words.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
+        xino=given.choice("xino", ("on", "off", "auto"), "auto"),
+        userxattr=given.flag("userxattr"),
+        writeback=given.flag("writeback", default=not quota_bytes),
+        passthrough=given.flag("passthrough", default=not quota_bytes),
+        speedups=given.speedups(),
+        transport=given.choice("transport", ("auto", "direct", "pyfuse3"), "auto"),
         read_only=read_only,
-        debug=words.flag("debug"),
-        exclusive=words.flag("exclusive"),
-        source=source or words.text("fsname") or "unionfs",
-        context=words.text("context"),
-        fuse_words=tuple(fuse.values()),
+        debug=given.flag("debug"),
+        exclusive=given.flag("exclusive"),
+        source=source or given.text("fsname") or "unionfs",
+        context=given.text("context"),
+        fuse_options=tuple(fuse.values()),
     )
 
 
-def _layers(words: _Words) -> tuple[list[str], list[str]]:
+def _layers(given: _Given) -> tuple[list[str], list[str]]:
     """The lower directories and the data-only ones, top first."""
-    joined = words.raw("lowerdir")
-    lowerdirs, datadirs = words.repeated("lowerdir+"), words.repeated("datadir+")
+    joined = given.raw("lowerdir")
+    lowerdirs, datadirs = given.repeated("lowerdir+"), given.repeated("datadir+")
     if joined is None:
         if not lowerdirs:
             raise OptionError("no lowerdir is given; add -o lowerdir=TOP:...:BOTTOM, the directories to stack")
@@ -442,7 +442,7 @@ def _layers(words: _Words) -> tuple[list[str], list[str]]:
 
 _SPECIAL = re.compile(r"[\\,:]")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-# What separates words: everything up to the separator, a backslash taking the next character with it, and a
+# What separates options: everything up to the separator, a backslash taking the next character with it, and a
 # value in quotation marks being one piece.
 _QUOTED = re.compile(r'[^\\,="]*="(?:[^"\\]|\\.)*"(?=,|\Z)', re.DOTALL)
 
@@ -462,11 +462,11 @@ def _split(text: str, separator: str) -> list[str]:
         at += 1
 
 
-def _unquote(value: str, word: str) -> str:
+def _unquote(value: str, option: str) -> str:
     if not value.startswith('"'):
         return value
-    if len(value) < 2 or not _QUOTED.fullmatch(word):
-        raise OptionError(f'option {_abbreviated(word)}: the quotation mark is not closed; add a " at the end')
+    if len(value) < 2 or not _QUOTED.fullmatch(option):
+        raise OptionError(f'option {_abbreviated(option)}: the quotation mark is not closed; add a " at the end')
     return value[1:-1]
 
 

@@ -243,7 +243,7 @@ class Session:
                 datadirs=list(options.datadirs),
                 upperdir=options.upperdir,
                 workdir=options.workdir,
-                options=list(options.fuse_words),
+                options=list(options.fuse_options),
                 transport=self._transport.name,
                 supervised=self._supervised,
             )

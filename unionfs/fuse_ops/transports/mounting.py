@@ -41,22 +41,22 @@ _FLAGS: Final = {
 }
 _NOSUID_NODEV: Final = 2 | 4
 _REMOUNT: Final = 32
-_KERNEL_WORDS: Final = re.compile(r"default_permissions|allow_other|max_read=\d+|blksize=\d+")
+_KERNEL_OPTIONS: Final = re.compile(r"default_permissions|allow_other|max_read=\d+|blksize=\d+")
 
 
-def mount(target: str, words: Iterable[str], source: str) -> int:
+def mount(target: str, options: Iterable[str], source: str) -> int:
     """Mount a FUSE file system of the type ``fuse.unionfs-mount`` on ``target`` and return its /dev/fuse.
 
-    ``words`` are mount options of the kernel and of fusermount3; others are left out. Raises :class:`MountError`.
+    ``options`` are mount options of the kernel and of fusermount3; others are left out. Raises :class:`MountError`.
     Whether this process may mount by itself is tried: user 0 may lack the capability, and others may have it.
     """
-    words = list(words)
+    options = list(options)
     try:
-        return _mount(target, words, source)
+        return _mount(target, options, source)
     except OSError as error:
         # One who may open the device and not mount, or not even that, is the one whom fusermount3 is for.
         if os.geteuid() != 0 and error.errno in (errno.EPERM, errno.EACCES):
-            return _mount_by_fusermount(target, words, source)
+            return _mount_by_fusermount(target, options, source)
         if error.filename == _DEVICE:
             missing = error.errno == errno.ENOENT
             said = "device not found" if missing else f"{_DEVICE}: {error.strerror}"
@@ -65,17 +65,17 @@ def mount(target: str, words: Iterable[str], source: str) -> int:
         raise MountError(f"cannot mount on {target}: {explained(said)}") from None
 
 
-def _mount(target: str, words: Iterable[str], source: str) -> int:
+def _mount(target: str, options: Iterable[str], source: str) -> int:
     """By mount(2); raises OSError, with the name of the device if that cannot be opened."""
     fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     flags = _NOSUID_NODEV
     data = [f"fd={fd}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
-    for word in words:
-        if word in _FLAGS:
-            bit, on = _FLAGS[word]
+    for option in options:
+        if option in _FLAGS:
+            bit, on = _FLAGS[option]
             flags = flags | bit if on else flags & ~bit
-        elif _KERNEL_WORDS.fullmatch(word):
-            data.append(word)
+        elif _KERNEL_OPTIONS.fullmatch(option):
+            data.append(option)
     try:
         syscalls.mount(source, target, OUR_TYPE.encode(), flags, ",".join(data).encode())
     except OSError:
@@ -84,15 +84,15 @@ def _mount(target: str, words: Iterable[str], source: str) -> int:
     return fd
 
 
-def remount(mount: Mount, words: Iterable[str]) -> None:
-    """Change the flags of ``mount`` that ``words`` name, and nothing else; raises :class:`MountError`."""
-    words = list(words)
+def remount(mount: Mount, options: Iterable[str]) -> None:
+    """Change the flags of ``mount`` that ``options`` name, and nothing else; raises :class:`MountError`."""
+    options = list(options)
     # mount(8) names all that there are to be, from the mount table, in which only flags that are off are left out.
-    is_complete = any(word.startswith("user_id=") for word in words)
+    is_complete = any(option.startswith("user_id=") for option in options)
     flags = _REMOUNT
-    for word in words if is_complete else (*mount.options, *words):
-        if word in _FLAGS:
-            bit, on = _FLAGS[word]
+    for option in options if is_complete else (*mount.options, *options):
+        if option in _FLAGS:
+            bit, on = _FLAGS[option]
             flags = flags | bit if on else flags & ~bit
     # What other options say was agreed between the kernel and the server when it began.
     try:
@@ -103,17 +103,17 @@ def remount(mount: Mount, words: Iterable[str]) -> None:
         ) from error
 
 
-def _mount_by_fusermount(target: str, words: Iterable[str], source: str) -> int:
+def _mount_by_fusermount(target: str, options: Iterable[str], source: str) -> int:
     program = fusermount_path()
     if program is None:
         raise MountError(f"cannot mount on {target}: there is no fusermount3; install fuse3")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     escaped = re.sub(r"[\\,]", r"\\\g<0>", source)
-    kept = [w for w in words if w in _FLAGS or _KERNEL_WORDS.fullmatch(w) or w == "allow_root"]
-    options = ",".join([*kept, f"fsname={escaped}", f"subtype={SUBTYPE}"])
+    kept = [o for o in options if o in _FLAGS or _KERNEL_OPTIONS.fullmatch(o) or o == "allow_root"]
+    text = ",".join([*kept, f"fsname={escaped}", f"subtype={SUBTYPE}"])
     with ours, theirs:
         result = subprocess.run(
-            [program, "-o", options, "--", target],
+            [program, "-o", text, "--", target],
             env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 
 from unionfs.errors import MountError
-from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.options import MountOptions, default_fuse_options
 from unionfs.fuse_ops.requests.job import Job, Waiter, completed
 from unionfs.fuse_ops.requests.union_requests import UnionRequests, is_listed_bare
 from unionfs.fuse_ops.speedups.late_sync import LateSync
@@ -458,7 +458,7 @@ class Pyfuse3Transport:
             )
         options = self._options
         words = {
-            *(options.fuse_words or default_fuse_words()),
+            *(options.fuse_options or default_fuse_options()),
             f"fsname={_libfuse_value(options.source)}",
             f"subtype={SUBTYPE}",
         }

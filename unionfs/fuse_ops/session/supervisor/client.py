@@ -57,33 +57,37 @@ class DeclinedError(Exception):
 
 
 class Request:
-    """One wish for a mount.
+    """One request for a mount.
 
     Args:
-        argv: the command line as ``ps`` is to show it; its last words are those of unionfs-mount.
-        word_count: how many they are.
+        argv: the command line as ``ps`` is to show it; it ends with the arguments of unionfs-mount.
+        argument_count: how many they are.
         environment: the caller's environment variables (``os.environb``).
         namespaces: the inode numbers of the caller's mount and user namespace, as it sees them.
     """
 
-    __slots__ = ("argv", "environment", "namespaces", "word_count")
+    __slots__ = ("argument_count", "argv", "environment", "namespaces")
 
     def __init__(
-        self, argv: "Sequence[str]", word_count: int, environment: "Mapping[bytes, bytes]", namespaces: tuple[int, int]
+        self,
+        argv: "Sequence[str]",
+        argument_count: int,
+        environment: "Mapping[bytes, bytes]",
+        namespaces: tuple[int, int],
     ) -> None:
         self.argv = list(argv)
-        self.word_count = word_count
+        self.argument_count = argument_count
         self.environment = dict(environment)
         self.namespaces = namespaces
 
     @property
-    def words(self) -> list[str]:
-        """The words of unionfs-mount."""
-        return self.argv[len(self.argv) - self.word_count :]
+    def arguments(self) -> list[str]:
+        """Those of unionfs-mount."""
+        return self.argv[len(self.argv) - self.argument_count :]
 
     def pack(self) -> bytes:
         """The request as it is sent, its length first. No field can contain the zero byte that ends it."""
-        numbers = (*self.namespaces, self.word_count, len(self.argv))
+        numbers = (*self.namespaces, self.argument_count, len(self.argv))
         fields = [encode(text) for text in (*_greeting(), *map(str, numbers), *self.argv)]
         fields += [b"%s=%s" % variable for variable in self.environment.items()]
         body = b"\0".join(fields)
@@ -95,17 +99,17 @@ class Request:
         greeting, fields = [encode(text) for text in _greeting()], body.split(b"\0")
         if fields[: len(greeting)] != greeting:
             raise ValueError("the caller has another version")
-        mount_ns, user_ns, word_count, argc = map(int, fields[len(greeting) : len(greeting) + 4])
+        mount_ns, user_ns, argument_count, argc = map(int, fields[len(greeting) : len(greeting) + 4])
         rest = fields[len(greeting) + 4 :]
-        if not 0 <= word_count <= argc <= len(rest):
-            raise ValueError("the numbers of words are wrong")
-        argv = [word.decode(*_ENCODING) for word in rest[:argc]]
+        if not 0 <= argument_count <= argc <= len(rest):
+            raise ValueError("the numbers of arguments are wrong")
+        argv = [argument.decode(*_ENCODING) for argument in rest[:argc]]
         environment = {}
         for field in rest[argc:]:
             name, separator, value = field.partition(b"=")
             if name and separator:
                 environment[name] = value
-        return cls(argv, word_count, environment, (mount_ns, user_ns))
+        return cls(argv, argument_count, environment, (mount_ns, user_ns))
 
 
 def encode(text: str) -> bytes:
@@ -143,32 +147,32 @@ def socket_paths(environment: "Mapping[bytes, bytes]") -> list[bytes]:
 
 
 def mount(
-    words: "Sequence[str]",
+    arguments: "Sequence[str]",
     argv: "Sequence[str]",
     environment: "Mapping[bytes, bytes]",
     stdio: tuple[int, int, int] = (0, 1, 2),
 ) -> int | None:
-    """Have the supervisor start the server for ``unionfs-mount WORDS``.
+    """Have the supervisor start the server for ``unionfs-mount ARGUMENTS``.
 
     Args:
-        words: the arguments of unionfs-mount.
-        argv: what ``ps`` is to show for the server; it ends with ``words``.
+        arguments: those of unionfs-mount.
+        argv: what ``ps`` is to show for the server; it ends with ``arguments``.
         environment: the server's environment variables, as a rule ``os.environb``.
         stdio: the server's standard descriptors until the mount can be used; it says what is wrong on the third.
 
     Returns:
         0 when the mount can be used, 1 when it failed and that was said, None when the caller has to start the server
-        by itself: there is no supervisor, it does not answer, it must not do this for us, or the words need a process
+        by itself: there is no supervisor, it does not answer, it must not do this for us, or they need a process
         of the caller's own.
     """
-    if not _can_be_delegated(words, environment):
+    if not _can_be_delegated(arguments, environment):
         return None
     connection = _connect(environment)
     if connection is None:
         return None
     try:
         try:
-            _ask(connection, Request(argv, len(words), environment, own_namespaces()), stdio)
+            _ask(connection, Request(argv, len(arguments), environment, own_namespaces()), stdio)
         except OSError:
             return None  # nothing has been done: it waits for our GO
         connection.settimeout(None)
@@ -187,15 +191,15 @@ def mount(
     return 1
 
 
-def _can_be_delegated(words: "Sequence[str]", environment: "Mapping[bytes, bytes]") -> bool:
+def _can_be_delegated(arguments: "Sequence[str]", environment: "Mapping[bytes, bytes]") -> bool:
     if b"UNIONFS_DEBUG" in environment or environment.get(encode(SWITCH)) == b"0":
         return False
     if any(name.startswith(b"LD_") for name in environment):
         return False  # these change how a program is loaded, and ours is loaded already
-    for word in words:
-        if word in _OWN_FLAGS or any(path in word for path in _OWN_PATHS):
+    for argument in arguments:
+        if argument in _OWN_FLAGS or any(path in argument for path in _OWN_PATHS):
             return False
-        if "debug" in word and any(option.startswith(("debug", "-odebug")) for option in word.split(",")):
+        if "debug" in argument and any(option.startswith(("debug", "-odebug")) for option in argument.split(",")):
             return False
     return True
 

@@ -30,10 +30,10 @@ from unionfs.host.processes import process_start, set_title
 from unionfs.host.syscalls import end_with_parent
 
 Serve = Callable[[Sequence[str], Ready], int]
-"""Mounts as the words of unionfs-mount say, calls its second argument when the mount can be used, and serves it.
+"""Mounts as the arguments of unionfs-mount say, calls its second argument when the mount can be used, and serves it.
 
 What goes wrong before is said on stderr; returns the exit status. Raises DeclinedError, before it has done or said
-anything, for words with which the program does something else.
+anything, for arguments with which the program does something else.
 """
 
 BUSY: Final = b"b"
@@ -123,7 +123,7 @@ def _become_like_caller(connection: socket.socket, ours: Identity) -> client.Req
         os.dup2(fd, number)
         os.close(fd)
     _set_environment(request.environment)
-    sys.argv = [request.argv[0] if request.argv else "", *request.words]
+    sys.argv = [request.argv[0] if request.argv else "", *request.arguments]
     set_title("unionfs-mount", request.argv, request.environment)
     return request
 
@@ -192,7 +192,7 @@ def _serve(connection: socket.socket, request: client.Request, serve: Serve) -> 
         connection.sendall(client.READY)
         connection.close()
 
-    status = serve(request.words, ready)
+    status = serve(request.arguments, ready)
     sys.stderr.flush()
     if status != 0:
         _answer(connection, client.FAILED)  # a mount that was ready has no connection any more
@@ -228,8 +228,13 @@ def rehearse(serve: Serve) -> bool:
         parse_options(["lowerdir=/lower:/lower,upperdir=/upper,workdir=/work"])
         mounts.top_mount(mounts.canonical(directory))
         _record().to_json()
-        words = ["-o", f"lowerdir={directory}:{directory},transport=direct", "rehearsal", f"/dev/fd/{theirs.detach()}"]
-        serve(words, _end)
+        arguments = [
+            "-o",
+            f"lowerdir={directory}:{directory},transport=direct",
+            "rehearsal",
+            f"/dev/fd/{theirs.detach()}",
+        ]
+        serve(arguments, _end)
     except BaseExceptionGroup as group:
         ended = group.subgroup(_CurtainError) is not None
     except _CurtainError:

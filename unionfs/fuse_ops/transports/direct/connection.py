@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import trio
 
-from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.options import MountOptions, default_fuse_options
 from unionfs.fuse_ops.requests.threads import CallThreads
 from unionfs.fuse_ops.speedups.placement import ClientAffinity
 from unionfs.fuse_ops.transports import mounting
@@ -39,7 +39,7 @@ class Connection:
             self.fd = int(handed_over.group(1))
             os.set_inheritable(self.fd, False)
         else:
-            self.fd = mounting.mount(target, options.fuse_words or default_fuse_words(), options.source)
+            self.fd = mounting.mount(target, options.fuse_options or default_fuse_options(), options.source)
         os.set_blocking(self.fd, False)
 
     def reply(self, answer: bytes | memoryview) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import trio
 
-from unionfs.fuse_ops.options import MountOptions, default_fuse_words
+from unionfs.fuse_ops.options import MountOptions, default_fuse_options
 from unionfs.fuse_ops.requests.job import LOOK_S
 from unionfs.fuse_ops.speedups.late_sync import LateSync
 from unionfs.fuse_ops.speedups.placement import LOOK_EVERY
@@ -84,7 +84,7 @@ class SessionHandlers(Handlers):
         )
         if options.acl and options.xattrs:
             wanted |= Init.POSIX_ACL
-        if "default_permissions" in (options.fuse_words or default_fuse_words()):
+        if "default_permissions" in (options.fuse_options or default_fuse_options()):
             wanted |= Init.ALLOW_IDMAP  # the kernel takes it only where it checks permissions by itself
         # Either the kernel writes to upper files by itself, or it caches what is written: it does not do both.
         privileged = has_capability(CAP_SYS_ADMIN)
