@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -124,6 +125,26 @@ def test_the_wheel_mounts(installed: Path, box: Sandbox) -> None:
     finally:
         subprocess.run([installed / "bin/unionfs", "umount", box.target], check=True, env=env)
     assert Path(str(box.upper), "new").read_text() == "new"
+
+
+def test_types_are_seen_in_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """The tool and the driver of the guides, checked as their authors would."""
+    examples = [shutil.copy(ROOT / f"docs/examples/{name}.py", tmp_path) for name in ("build_image", "copies")]
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import unionfs\nunionfs.mounted(lower=[1], target='x', transport='pigeon')\nunionfs.nothing\n")
+    argv: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        f"--cache-dir={tmp_path}/cache",
+    ]
+    argv += ["--python-executable", installed / "bin/python"]
+    done = subprocess.run([*argv, *examples], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run([*argv, wrong], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert re.findall(r"\[([a-z-]+)\]$", done.stdout, re.MULTILINE) == ["list-item", "arg-type", "attr-defined"]
 
 
 def test_without_pyfuse3_one_line_says_so(installed: Path, box: Sandbox) -> None:
