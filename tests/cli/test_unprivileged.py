@@ -19,6 +19,7 @@ pytest_plugins = ["tests.support.sandbox"]
 needs_root()
 
 USER = 65534
+WITHOUT_SESSION = f"/tmp/unionfs-{USER}"
 
 
 @pytest.fixture
@@ -27,7 +28,10 @@ def layers(box: Sandbox) -> Iterator[Sandbox]:
     box.lower().file("name", b"text", owner=(USER, USER)).file("secret", b"text", mode=0o600)
     for path in (str(box.upper), str(box.work), box.target, box.new_dir("run")):
         os.chown(path, USER, USER)
+    was_there = os.path.exists(WITHOUT_SESSION)
     yield box
+    if not was_there and os.path.exists(WITHOUT_SESSION):
+        os.rmdir(WITHOUT_SESSION)
     # What a failed test leaves is mounted in a namespace that only its server keeps.
     for pid in servers_of(box.target):
         os.kill(pid, signal.SIGKILL)
@@ -97,7 +101,7 @@ def test_user_without_a_session(layers: Sandbox, namespace: str) -> None:
 
 def test_a_directory_of_somebody_else_is_not_used(layers: Sandbox) -> None:
     """Anybody may make one in /tmp: what lies there is not believed, and nothing is written to it."""
-    place = f"/tmp/unionfs-{USER}"
+    place = WITHOUT_SESSION
     done = as_user(
         layers,
         f"unset XDG_RUNTIME_DIR; unionfs-mount -o {layer_options(layers)} {layers.target}; "
