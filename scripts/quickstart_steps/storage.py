@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from quickstart_steps.errors import QuickstartError
 
 _LOCK = ".lock"
+_CONTENTS = ".contents"
 _KEPT = ".kept"
 
 
@@ -68,23 +70,35 @@ class Storage:
     def cached(self, name: str, make: Callable[[str], None], *, refresh: bool = False) -> str:
         """The cached directory ``name``; ``make`` is called with a path to create it at when it is not there.
 
-        It appears under its name only when it is complete, so an interrupted ``make`` is started anew.
+        It appears under its name only when it is complete, so an interrupted ``make`` is started anew. One that is not
+        as it was made is made again.
         """
         final = os.path.join(self.directory, name)
         with _locked(os.path.join(self.directory, f"{name}{_LOCK}")):
             partial, old = f"{final}.partial", f"{final}.old"
             for path in (partial, old):  # of one that was killed
                 remove_tree(path)
-            if refresh or not os.path.isdir(final):
+            if refresh or not os.path.isdir(final) or self.contents(name) != _contents(final):
                 try:
                     make(partial)
+                    digest = _contents(partial)
                     if os.path.isdir(final):
                         os.rename(final, old)
                     os.rename(partial, final)
+                    with open(f"{final}{_CONTENTS}", "w", encoding="ascii") as file:
+                        file.write(digest)
                 finally:
                     for path in (partial, old):
                         remove_tree(path)
         return final
+
+    def contents(self, name: str) -> str:
+        """A digest of what was made as the cached directory ``name``; empty where it is not known."""
+        try:
+            with open(os.path.join(self.directory, f"{name}{_CONTENTS}"), encoding="ascii") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
 
     def _remove_abandoned_runs(self) -> None:
         """Remove what runs that were killed left; a run that goes on holds its lock."""
@@ -113,6 +127,19 @@ def remove_tree(path: str) -> None:
 
     if os.path.lexists(path):
         shutil.rmtree(path, onerror=make_writable)
+
+
+def _contents(root: str) -> str:
+    """A digest of the names, kinds, owners, sizes and times in a tree: what anybody who changes it changes too."""
+    total = hashlib.sha256()
+    for directory, directories, files in os.walk(os.fsencode(root)):
+        directories.sort()
+        for name in sorted([*directories, *files]):
+            path = os.path.join(directory, name)
+            info = os.lstat(path)
+            facts = f"{info.st_mode} {info.st_uid} {info.st_gid} {info.st_size} {info.st_mtime_ns}\0"
+            total.update(os.path.relpath(path, os.fsencode(root)) + b"\0" + facts.encode())
+    return total.hexdigest()
 
 
 @contextmanager

@@ -116,7 +116,38 @@ def test_an_interrupted_build_is_made_anew(tmp_path: Path) -> None:
     assert storage.cached("rootfs", interrupted) == str(tmp_path / "rootfs")
     with pytest.raises(KeyboardInterrupt):  # the old one stays until the new one is complete
         storage.cached("rootfs", interrupted, refresh=True)
-    assert sorted(os.listdir(tmp_path)) == ["rootfs", "rootfs.lock", "runs"]
+    assert sorted(os.listdir(tmp_path)) == ["rootfs", "rootfs.contents", "rootfs.lock", "runs"]
+
+
+def test_a_damaged_directory_is_made_again(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    made = []
+
+    def make(into: str) -> None:
+        made.append(into)
+        os.makedirs(f"{into}/bin")
+        Path(into, "bin/sh").write_text("sh")
+        os.symlink("sh", f"{into}/bin/link")
+
+    path = Path(storage.cached("rootfs", make))
+    before = storage.contents("rootfs")
+    for number, damage in enumerate(
+        (
+            lambda: None,
+            (path / "bin/sh").unlink,
+            lambda: (path / "bin/sh").write_text("other"),
+            lambda: (path / "bin/sh").chmod(0o600),
+            (path / "new").mkdir,
+            lambda: os.truncate(tmp_path / "rootfs.contents", 0),
+        )
+    ):
+        damage()
+        storage.cached("rootfs", make)
+        assert len(made) == number + 1
+        assert os.listdir(path) == ["bin"]
+        assert (path / "bin/sh").read_text() == "sh"
+    assert storage.contents("rootfs") != before  # the times are others
+    assert sorted(os.listdir(tmp_path)) == ["rootfs", "rootfs.contents", "rootfs.lock", "runs"]
 
 
 def test_only_abandoned_runs_are_removed(tmp_path: Path) -> None:

@@ -103,8 +103,11 @@ class Podman(CommandLineEngine):
 
     def leftovers(self) -> list[str]:
         """Layers on disk and in the lists of containers/storage."""
-        found = [name for name in os.listdir(self.home) if name != "l" and not name.startswith(".")]
-        found += os.listdir(self.home / "l")
+        # What Podman 5.8 is about to remove is moved to "tempdirs" first.
+        found = [name for name in os.listdir(self.home) if name not in ("l", "tempdirs") and not name.startswith(".")]
+        for name in ("l", "tempdirs"):
+            with contextlib.suppress(FileNotFoundError):
+                found += os.listdir(self.home / name)
         for kind in ("layers", "images", "containers"):
             path = self.graph_root / f"overlay-{kind}/{kind}.json"
             if path.exists():

@@ -1,0 +1,1 @@
+"""Other Debian releases: set-up, the file system and the engines on each of them, in machines made for it."""
