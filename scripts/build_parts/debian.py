@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ from build_parts.python_packages import (
 )
 from quickstart_steps import rootfs
 from quickstart_steps.sandbox import Sandbox
-from quickstart_steps.storage import Storage, default_directory
+from quickstart_steps.storage import Storage, default_directory, remove_tree
 from unionfs import __version__
 
 PACKAGE: Final = "unionfs-overlay"
@@ -116,32 +117,56 @@ def _packed(directory: Path) -> bytes:
     return packed.getvalue()
 
 
+def _tools(suite: str, storage: Storage) -> list[Path]:
+    """The directories of a Debian with what builds packages, the top one first; cached."""
+    packages = " ".join((*_BUILD_PACKAGES, *_OF_SUITE.get(suite, ())))
+    with Sandbox() as sandbox:
+        base = Path(rootfs.debian(suite, storage, sandbox, refresh=False).path)
+
+    def make(target: str) -> None:
+        os.mkdir(target, 0o755)
+        with mounted_root([base], Path(target)) as (sandbox, root):
+            sandbox.run(["cp", "--remove-destination", "/etc/resolv.conf", f"{root}/etc/resolv.conf"])
+            sandbox.run_in(root, f"apt-get update -q; apt-get install -q -y --no-install-recommends {packages}")
+        for name in ("work", "root"):
+            remove_tree(os.path.join(target, name))
+
+    digest = hashlib.sha256(packages.encode()).hexdigest()[:8]
+    return [Path(storage.cached(f"{base.name}-build-{digest}", make)) / "upper", base]
+
+
 @contextmanager
-def debian_root(suite: str, packages: tuple[str, ...], scratch: Path) -> Iterator[tuple[Sandbox, Path]]:
-    """A Debian to work in, whose changes are gone afterwards, and the sandbox in which it can be used.
+def mounted_root(lowers: list[Path], scratch: Path) -> Iterator[tuple[Sandbox, str]]:
+    """The Debian of these directories, changed in ``scratch/upper``, and the sandbox in which it can be used."""
+    upper, work, root = (scratch / name for name in ("upper", "work", "root"))
+    for path in (upper, work, root):
+        path.mkdir()
+    layers = f"lowerdir={':'.join(map(str, lowers))},upperdir={upper},workdir={work}"
+    with Sandbox() as sandbox:
+        sandbox.run(["mount", "-t", "overlay", "build", "-o", layers, str(root)])
+        sandbox.run(["mount", "-t", "proc", "proc", str(root / "proc")])
+        sandbox.run(["mount", "--rbind", "/dev", str(root / "dev")])
+        yield sandbox, str(root)
+
+
+@contextmanager
+def debian_root(suite: str, scratch: Path) -> Iterator[tuple[Sandbox, str]]:
+    """A Debian with what builds packages, whose changes are gone afterwards, and the sandbox to run programs in it.
 
     Args:
         suite: its name.
-        packages: what it has besides the essential; it is kept in the cache with them.
-        scratch: an empty directory, for its changes; it is ``/build`` in it.
+        scratch: a directory that is ``/build`` there.
 
     Raises:
         BuildError: this user cannot make one.
     """
     if os.geteuid() != 0:
         raise BuildError("a Debian to build in needs root; run: sudo scripts/build")
-    with Sandbox() as sandbox:
-        lower = rootfs.debian(suite, Storage(default_directory()), sandbox, refresh=False, include=packages).path
-        upper, work, root = (scratch / name for name in ("upper", "work", "root"))
-        for path in (upper, work, root):
-            path.mkdir()
-        sandbox.run(
-            ["mount", "-t", "overlay", "build", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", str(root)]
-        )
-        for name in ("proc", "dev"):
-            sandbox.run(["mount", "--rbind", f"/{name}", str(root / name)])
-        (root / "build").mkdir()
-        sandbox.run(["mount", "--bind", str(scratch), str(root / "build")])
+    storage = Storage(default_directory())
+    lowers = _tools(suite, storage)
+    with storage.run_directory(keep=False) as directory, mounted_root(lowers, Path(directory)) as (sandbox, root):
+        sandbox.run(["mkdir", f"{root}/build"])
+        sandbox.run(["mount", "--bind", str(scratch), f"{root}/build"])
         yield sandbox, root
 
 
@@ -153,8 +178,8 @@ def build_wheel(python: str, sdist: Path, scratch: Path, output: Path) -> Path:
     suite = PYTHONS[python]
     prepare_wheel(sdist, scratch)
     download_wheels([python], [REQUIREMENTS], scratch / "wheels")
-    with debian_root(suite, (*_BUILD_PACKAGES, *_OF_SUITE.get(suite, ())), scratch) as (sandbox, root):
-        sandbox.run_in(str(root), "cd /build\n" + wheel_script("/usr/bin/python3", offline=True))
+    with debian_root(suite, scratch) as (sandbox, root):
+        sandbox.run_in(root, "cd /build\n" + wheel_script("/usr/bin/python3", offline=True))
     return finish_wheel(scratch, output)
 
 
@@ -165,13 +190,13 @@ def build_package(dsc: Path, suite: str, scratch: Path, output: Path) -> Path:
         BuildError: lintian found an error.
         CommandFailedError: it could not be built.
     """
-    with debian_root(suite, (*_BUILD_PACKAGES, *_OF_SUITE.get(suite, ())), scratch) as (sandbox, root):
+    with debian_root(suite, scratch) as (sandbox, root):
         for path in dsc.parent.glob(f"{PACKAGE}_*"):
             shutil.copy(path, scratch)
         script = f"cd /build; dpkg-source --extract {dsc.name} package; cd package; dpkg-buildpackage -us -uc -b"
         with open(scratch / "log", "w") as log:
-            sandbox.run_in(str(root), script, each_line=lambda line: print(line, file=log, flush=True))
-        said = sandbox.run_in(str(root), "cd /build; lintian --allow-root --fail-on none *.changes")
+            sandbox.run_in(root, script, each_line=lambda line: print(line, file=log, flush=True))
+        said = sandbox.run_in(root, "cd /build; lintian --allow-root --fail-on none *.changes")
         print(said)
         if errors := [line for line in said.splitlines() if line.startswith("E:")]:
             raise BuildError(f"lintian found {len(errors)} errors in the package for {suite}; the first: {errors[0]}")

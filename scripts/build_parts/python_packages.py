@@ -122,6 +122,7 @@ def wheel_script(python: str, *, pure: bool = False, offline: bool = False) -> s
     """
     where = "--no-index --find-links=wheels" if offline else ""
     return f"""
+        umask 022
         {shlex.quote(python)} -m venv tools
         tools/bin/python -m pip install --disable-pip-version-check --quiet {where} -r requirements.txt
         mkdir made source

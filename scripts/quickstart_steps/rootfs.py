@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quickstart_steps.apt_sources import machine_archives, transport_settings
@@ -78,16 +77,13 @@ def _compression_option(start: bytes, path: str) -> list[str]:
     return []
 
 
-def debian(suite: str, storage: Storage, sandbox: Sandbox, *, refresh: bool, include: Sequence[str] = ()) -> Rootfs:
-    """A minimal Debian, built by mmdebstrap from the archive that this machine uses; cached.
-
-    It has the packages ``include`` besides.
-    """
+def debian(suite: str, storage: Storage, sandbox: Sandbox, *, refresh: bool) -> Rootfs:
+    """A minimal Debian, built by mmdebstrap from the archive that this machine uses; cached."""
     if not re.fullmatch(r"[a-z][a-z0-9.-]*", suite):
         raise QuickstartError(f"'{suite}' is not the name of a Debian suite; give one such as bookworm")
     sources = machine_archives().lines(suite)
     settings = transport_settings()
-    digest = hashlib.sha256("\n".join([*sources, *include]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(sources).encode()).hexdigest()[:8]
     title = f"Debian {suite} ({platform.machine()}, minimal)"
 
     def build(target: str) -> None:
@@ -96,8 +92,6 @@ def debian(suite: str, storage: Storage, sandbox: Sandbox, *, refresh: bool, inc
         # `root`: we are root already, in a namespace of our own or on the machine itself.
         argv = ["mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"]
         argv += [f"--aptopt={setting}" for setting in settings]
-        if include:
-            argv.append(f"--include={','.join(include)}")
         argv += [suite, target, *sources]
         with step(f"Building {title}") as shown:
 

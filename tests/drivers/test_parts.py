@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import os
@@ -295,14 +296,13 @@ def test_project_quotas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 ProjectQuota(home)
             assert os.listdir(home) == []
 
-            def record(_: ProjectQuota, command: int, number: int, data: bytes) -> bytes:
+            def record(_: ProjectQuota, command: int, number: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
                 if command == quota._Q_XSETQLIM:
-                    asked.append((command, number, quota._DISK_QUOTA.unpack(data)))
+                    asked.append((command, number, quota._DISK_QUOTA.unpack(buffer.raw)))
                 elif number == 5:  # somebody else's
-                    return quota._DISK_QUOTA.pack(1, 2, 0, 5, 0, 0, 0, 0, 8, 1)
+                    buffer.raw = quota._DISK_QUOTA.pack(1, 2, 0, 5, 0, 0, 0, 0, 8, 1)
                 else:
                     raise OSError(errno.ENOENT, "No such file or directory")
-                return data
 
             monkeypatch.setattr(ProjectQuota, "_quotactl", record)
         limits = ProjectQuota(home)

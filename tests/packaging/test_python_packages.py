@@ -23,7 +23,7 @@ from unionfs import __version__
 
 pytest_plugins = ["tests.support.sandbox"]
 needs_root()
-pytestmark = pytest.mark.slow  # pip fetches what builds them and what they need
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # pip fetches what builds them and what they need
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("unionfs-mount", "unionfs")

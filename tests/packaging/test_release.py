@@ -23,6 +23,7 @@ def git(*words: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_dry_run(tmp_path: Path) -> None:
     before = git("rev-parse", "HEAD"), git("tag", "--list"), git("status", "--porcelain")
     done = release("987.6.5", "--dry-run", "--quick", "--output", tmp_path)
