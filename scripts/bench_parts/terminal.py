@@ -24,7 +24,7 @@ def show(results: Results) -> None:
     for table in figures.tables(results):
         shown = RichTable(title=table.title, title_justify="left")
         for number, head in enumerate(table.heads):
-            shown.add_column(head, justify="left" if number == 0 or head == "target" else "right")
+            shown.add_column(head, justify="left" if number == 0 or head == "target" else "right", no_wrap=number == 0)
         for row in table.rows:
             shown.add_row(*(_coloured(cell) for cell in row))
         console.print(shown)

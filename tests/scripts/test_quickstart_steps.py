@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,16 +132,15 @@ def test_a_damaged_directory_is_made_again(tmp_path: Path) -> None:
 
     path = Path(storage.cached("rootfs", make))
     before = storage.contents("rootfs")
-    for number, damage in enumerate(
-        (
-            lambda: None,
-            (path / "bin/sh").unlink,
-            lambda: (path / "bin/sh").write_text("other"),
-            lambda: (path / "bin/sh").chmod(0o600),
-            (path / "new").mkdir,
-            lambda: os.truncate(tmp_path / "rootfs.contents", 0),
-        )
-    ):
+    damages: tuple[Callable[[], object], ...] = (
+        lambda: None,
+        (path / "bin/sh").unlink,
+        lambda: (path / "bin/sh").write_text("other"),
+        lambda: (path / "bin/sh").chmod(0o600),
+        (path / "new").mkdir,
+        lambda: os.truncate(tmp_path / "rootfs.contents", 0),
+    )
+    for number, damage in enumerate(damages):
         damage()
         storage.cached("rootfs", make)
         assert len(made) == number + 1
