@@ -1,4 +1,4 @@
-"""What the figures have to be (issue 5, "What must show"), and whether they are."""
+"""What the figures have to be (docs/performance.md, "Reading it"), and whether they are."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def against_fuse(results: Results, group: Group = Group.MOUNTS) -> Iterator[str]
 def verdicts(results: Results, group: Group = Group.MOUNTS) -> dict[str, list[Verdict]]:
     """The verdicts on our figures, by row. A target whose figures were not measured has none.
 
-    The issue asks nothing of rootless mounts; they, too, are to be not slower than fuse-overlayfs.
+    No target is for rootless mounts; they, too, are to be not slower than fuse-overlayfs.
     """
     found: dict[str, list[Verdict]] = {}
     targets = [Target(1, row, Against.FUSE, 1.0) for row in against_fuse(results, group)]

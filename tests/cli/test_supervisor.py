@@ -539,7 +539,7 @@ def test_the_next_caller_does_not_wait_for_the_next_copy(layers: Sandbox, monkey
 
 
 def test_most_memory_is_shared(layers: Sandbox, supervisor: Supervisor) -> None:
-    """The issue's limit for each further mount, 8 MiB; what is private cannot be shared by more of them."""
+    """The limit for each further mount, 8 MiB; what is private cannot be shared by more of them."""
     with mounted(layers) as pid, open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as lines:
         sizes = {line.split()[0]: int(line.split()[1]) for line in lines if line.endswith("kB\n")}
     assert sizes["Private_Dirty:"] + sizes["Private_Clean:"] < 8 << 10, sizes
