@@ -153,6 +153,7 @@ def _access_options(command: _Command) -> _Command:
             click.option(
                 "--parallel",
                 type=click.IntRange(1, 32),
+                metavar="N",
                 default=4,
                 show_default=True,
                 help="How many layers are transferred at the same time.",

@@ -14,7 +14,14 @@ from unionfs.fuse_ops.session.supervisor.daemon import command
 
 @click.command()
 @click.option("--socket", "path", metavar="PATH", help="Where to listen. [default: where unionfs-mount looks for it]")
-@click.option("--idle", "idle_s", type=click.FloatRange(min=0), default=0, help="End after SECONDS without a request.")
+@click.option(
+    "--idle",
+    "idle_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    default=0,
+    help="End after so long without a request. [default: stay]",
+)
 def supervisor(path: str | None, idle_s: float) -> None:
     """Keep a server ready, so that a mount takes milliseconds and most of its memory is shared.
 
