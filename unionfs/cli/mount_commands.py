@@ -158,7 +158,7 @@ def unmount_target(target: str, *, lazy: bool) -> None:
     path = canonical(target)
     top = top_mount(path)
     if top is None or not top.is_union:
-        what = "nothing is mounted there" if top is None else f"a {top.fs_type} is mounted there"
+        what = "nothing is mounted there" if top is None else f"{top.fs_type} is mounted there"
         raise MountError(f"{target} is not a union mount, {what}; see them with: unionfs mounts")
     record = mount_registry.find(top)
     server = None if record is None else open_process(record.pid, record.started)
