@@ -51,7 +51,7 @@ class _Line(logging.Formatter):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     open_standard_fds()
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Line())

@@ -124,10 +124,10 @@ def mounted(
         xattr_permissions: where owner and mode are kept if the layers' file system cannot hold them.
         userxattr: mark the upper with ``user.overlay.*`` in place of ``trusted.overlay.*``.
         exclusive: refuse an upper or a work directory that another mount uses.
-        options: further words as ``unionfs-mount -o`` takes them, such as ``nodev`` or ``noacl``.
+        options: any others, as ``unionfs-mount -o`` takes them, such as ``nodev`` or ``noacl``.
 
     Raises:
-        OptionError: options that cannot work, or words that mean nothing.
+        OptionError: options that cannot work, or unknown ones.
     """
     makes_work = upper is not None and work is None
     if upper is not None and work is None:
