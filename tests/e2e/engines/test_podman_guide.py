@@ -67,7 +67,7 @@ def test_guide(user: str) -> None:
             mount["supervised"] for mount in json.loads(cell.shell(f"{unshare}unionfs mounts --json", user=who))
         ] == [True]
         cell.shell("podman rm -f -t 0 one", user=who)
-        cell.run("kill", *(line.split()[0] for line in cell.processes() if "supervisor_program" in line))
+        cell.run("kill", *(line.split()[0] for line in cell.processes() if "supervisor.daemon" in line))
         server.wait(60)
         cell.shell("podman rmi -a -f; podman system migrate", user=who)
         cell.shell("umount /usr/local/bin")
