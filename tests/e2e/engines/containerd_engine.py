@@ -277,9 +277,12 @@ class ContainerdEngine:
         self("images", "export", whole, source)
         with tarfile.open(whole) as tar:
             contents = {member.name: file.read() for member in tar if (file := tar.extractfile(member)) is not None}
-        (manifest,) = json.loads(contents["manifest.json"])
-        config = json.loads(contents[manifest["Config"]])
-        layers = [*(contents[path] for path in manifest["Layers"]), layer]
+        # containerd 2 does not always write Docker's index.
+        manifest = json.loads(contents["index.json"])
+        while "manifests" in manifest:
+            manifest = _exported(contents, manifest["manifests"][0])
+        config = _exported(contents, manifest["config"])
+        layers = [*(contents[_blob(found)] for found in manifest["layers"]), layer]
         write_archive(whole, f"{image}:latest", layers, config)
         self.load(whole)
 
@@ -407,3 +410,12 @@ def control_group() -> Iterator[str]:
         for path in sorted(top.rglob("*/"), reverse=True):
             path.rmdir()
         top.rmdir()
+
+
+def _blob(descriptor: dict[str, Any]) -> str:
+    """Where an OCI layout has what is described."""
+    return f"blobs/{descriptor['digest'].replace(':', '/')}"
+
+
+def _exported(contents: dict[str, bytes], descriptor: dict[str, Any]) -> Any:
+    return json.loads(contents[_blob(descriptor)])

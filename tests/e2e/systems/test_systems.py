@@ -90,7 +90,7 @@ def _pytest(box: Machine, subject: Subject) -> str:
         raise FailedInMachineError(f"{box.suite}: {subject.name}: {counts}\n{done.stdout[-20000:]}")
     assert counts["passed"] > 0, done.stdout[-4000:]
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
-    return f"passed: {counts['passed']} tests{skipped}"
+    return f"passed: {counts['passed']} test{'s' * (counts['passed'] != 1)}{skipped}"
 
 
 def _counts(report: Path) -> dict[str, int]:
