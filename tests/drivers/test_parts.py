@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import io
 import os
@@ -296,13 +295,14 @@ def test_project_quotas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 ProjectQuota(home)
             assert os.listdir(home) == []
 
-            def record(_: ProjectQuota, command: int, number: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+            def record(_: ProjectQuota, command: int, number: int, data: bytes) -> bytes:
                 if command == quota._Q_XSETQLIM:
-                    asked.append((command, number, quota._DISK_QUOTA.unpack(buffer.raw)))
+                    asked.append((command, number, quota._DISK_QUOTA.unpack(data)))
                 elif number == 5:  # somebody else's
-                    buffer.raw = quota._DISK_QUOTA.pack(1, 2, 0, 5, 0, 0, 0, 0, 8, 1)
+                    return quota._DISK_QUOTA.pack(1, 2, 0, 5, 0, 0, 0, 0, 8, 1)
                 else:
                     raise OSError(errno.ENOENT, "No such file or directory")
+                return data
 
             monkeypatch.setattr(ProjectQuota, "_quotactl", record)
         limits = ProjectQuota(home)

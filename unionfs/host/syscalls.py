@@ -272,7 +272,8 @@ def quotactl(command: int, device: str, number: int, data: bytes) -> bytes:
 def directory_entries(fd: int, size: int) -> bytes:
     """What one getdents64(2) says: structs linux_dirent64, ``size`` bytes at most; empty at the end."""
     buffer = ctypes.create_string_buffer(size)
-    return buffer.raw[: check(_libc.getdents64(ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))]
+    filled = check(_libc.getdents64(ctypes.c_int(fd), buffer, ctypes.c_size_t(size)))
+    return buffer.raw[:filled]  # not in one expression: .raw is a copy of what is there when it is asked for
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
