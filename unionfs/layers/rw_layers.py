@@ -328,7 +328,7 @@ class RWTable:
                 stored.references.discard(layer)
                 return []
             if not force and layer.is_mounted():
-                raise ActiveMountError(f"container {name} is mounted; unmount it first, or use force")
+                raise ActiveMountError(f"container {name} is mounted; unmount it first, or remove it with --force")
             with self._keeper.busy(stored.record.mount_id, stored.record.init_id):
                 self._remove_trees(name, stored.record.mount_id, stored.record.init_id)
                 stored.references.discard(layer)

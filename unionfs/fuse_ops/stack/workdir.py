@@ -87,7 +87,10 @@ def prepare_workdir(workdir: str, upperdir: str, *, volatile: bool, exclusive: b
         warnings = []
         if not claim.acquire():
             if exclusive:
-                raise LayerError(f"upperdir {upperdir} is in use by another mount; unmount that first, or add --force")
+                raise LayerError(
+                    f"upperdir {upperdir} is in use by another mount; unmount that first, or leave out the option "
+                    "exclusive (unionfs mount: add --force)"
+                )
             warnings.append(f"upperdir {upperdir} is in use by another mount; changes through both may get mixed up")
             claim = None
         fd = _open_work(workdir, lock_fd)
